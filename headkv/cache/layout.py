@@ -1,0 +1,107 @@
+"""Where each row's entries lie in the flat pools, and how entries move between two such layouts.
+
+A layout is three int64 tensors of shape `[rows]`: row `r` owns the slots `start[r] .. start[r] + capacity[r]`, and its
+first `length[r]` slots hold entries in the order of the text. The functions here only compute indices; the moves
+themselves (`gather`, `scatter`) are one line of torch each, which specifies what the compiled backends do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pools(NamedTuple):
+    """The flat storage of one layer: `keys` and `values` `[slots, D]`, `positions` `[slots]` int32."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+def starts(capacity: Tensor) -> Tensor:
+    """First slot of each row when rows lie one after another: the exclusive running sum of `capacity` `[rows]`.
+
+    >>> starts(torch.tensor([5, 3, 6])).tolist()
+    [0, 5, 8]
+    """
+    return capacity.cumsum(0) - capacity
+
+
+def rows_of_slots(capacity: Tensor) -> tuple[Tensor, Tensor]:
+    """For every slot of a layout packed by `starts`: the row that owns it and its offset in that row, `[slots]` each.
+
+    >>> [x.tolist() for x in rows_of_slots(torch.tensor([2, 3]))]
+    [[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]]
+    """
+    rows = torch.repeat_interleave(torch.arange(capacity.numel(), device=capacity.device), capacity)
+    offsets = torch.arange(rows.numel(), device=capacity.device) - starts(capacity)[rows]
+    return rows, offsets
+
+
+def source_of_kept(start: Tensor, keep: Tensor, headroom: int) -> tuple[Tensor, Tensor]:
+    """The move that keeps some entries of each row and leaves `headroom` free slots behind them.
+
+    Args:
+        start: `[rows]` int64, the present layout.
+        keep: `[rows, L]` bool, which entries of each row stay (column `j` is the row's `j`-th entry).
+        headroom: free slots to leave at the end of each row.
+
+    Returns:
+        `source` `[new slots]` int64, the old slot that each new slot takes (slot 0 where nothing is asked for), and the
+        new `length` `[rows]`. The new capacities are `length + headroom`.
+
+    >>> keep = torch.tensor([[True, False, True], [False, True, False]])
+    >>> source, length = source_of_kept(torch.tensor([0, 3]), keep, headroom=1)
+    >>> source.tolist(), length.tolist()
+    ([0, 2, 0, 4, 0], [2, 1])
+    """
+    length = keep.sum(1)
+    rows, entries = keep.nonzero(as_tuple=True)
+    rank = torch.arange(rows.numel(), device=keep.device) - starts(length)[rows]
+    capacity = length + headroom
+    source = torch.zeros(int(capacity.sum()), dtype=torch.int64, device=keep.device)
+    source[starts(capacity)[rows] + rank] = start[rows] + entries
+    return source, length
+
+
+def source_of_rows(
+    start: Tensor, length: Tensor, capacity: Tensor, skip_at: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
+    """The move that gives each row a new capacity, leaving out `skip[r]` entries from entry `skip_at[r]` on.
+
+    Args:
+        start: `[rows]` int64, where the rows begin now.
+        length: `[rows]` int64, entries after the move.
+        capacity: `[rows]` int64, slots after the move, at least `length`.
+        skip_at, skip: `[rows]` int64, or None to leave out nothing.
+
+    Returns:
+        `source` `[new slots]` int64; head room repeats the row's last entry (its content is never read).
+
+    >>> source_of_rows(torch.tensor([0, 4]), torch.tensor([2, 1]), torch.tensor([3, 2])).tolist()
+    [0, 1, 1, 4, 4]
+    """
+    rows, offsets = rows_of_slots(capacity)
+    offsets = torch.minimum(offsets, (length - 1).clamp(min=0)[rows])
+    source = start[rows] + offsets
+    if skip is not None and skip_at is not None:
+        source = source + torch.where(offsets >= skip_at[rows], skip[rows], 0)
+    return source
+
+
+def gather(pools: Pools, source: Tensor) -> Pools:
+    """New pools whose slot `i` holds a copy of slot `source[i]`. `source` `[new slots]` int64."""
+    if pools.keys.shape[0] == 0:
+        return Pools(*(pool.new_zeros((source.numel(), *pool.shape[1:])) for pool in pools))
+    source = source.clamp(max=pools.keys.shape[0] - 1)
+    return Pools(*(pool.index_select(0, source) for pool in pools))
+
+
+def scatter(pools: Pools, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    """Write entries in place: `keys`, `values` `[m, D]` and `positions` `[m]` go to `slots` `[m]` int64, all distinct."""
+    pools.keys.index_copy_(0, slots, keys)
+    pools.values.index_copy_(0, slots, values)
+    pools.positions.index_copy_(0, slots, positions)
