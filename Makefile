@@ -1,0 +1,92 @@
+# Two commands: `make book` and `make test`. Stamps in the virtual environment remember what is done.
+SHELL := /bin/sh
+VENV ?= .venv
+PORT ?= 8000
+SERVE ?= 1
+PYTEST_ARGS ?=
+PY := $(VENV)/bin/python
+export PATH := $(abspath $(VENV))/bin:$(PATH):$(HOME)/.cargo/bin
+export VIRTUAL_ENV := $(abspath $(VENV))
+export PYO3_PYTHON := $(abspath $(PY))
+
+# Two or more processes of one thread each get more done than one process of many threads.
+CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
+RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock)
+PACKAGE := $(shell find headkv -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+CHAPTERS := $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
+MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
+BUILT := book/_build/html/.built
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book test test-floor test-gpu lint format bench bench-cpu constraints clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.rust $(MODEL) ## virtual environment, dependencies, the Rust extension, the model
+
+book: setup $(BUILT) ## build the book, every notebook executed, and serve it on localhost (SERVE=0: only build, PORT=8000)
+ifneq ($(SERVE),0)
+	@$(PY) tools/serve.py book/_build/html --port $(PORT)
+endif
+
+test: setup lint ## everything that must hold: style, types, Rust, Python, pages in a browser (PYTEST_ARGS=...)
+	cargo test --workspace --quiet
+	@$(PY) tools/browser.py --install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile $(PYTEST_ARGS)
+
+test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest supported transformers (its own environment)
+	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)
+
+test-gpu: setup ## the tests marked gpu; needs a CUDA device
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.rust ## ruff, mypy, cargo fmt, clippy
+	ruff check .
+	ruff format --check .
+	mypy
+	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || { \
+	  echo "headkv: rustfmt or clippy is missing: rustup component add rustfmt clippy (Debian: apt-get install rustfmt rust-clippy)"; exit 1; }
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+format: $(VENV)/.deps ## write the style that lint asks for
+	ruff check --fix .
+	ruff format .
+	cargo fmt --all
+
+bench-cpu: setup ## side-by-side measurements on this CPU: one table, medians, ratios
+	$(PY) benchmarks/cpu.py
+
+bench: bench-cpu ## every benchmark that this machine can run
+
+constraints: $(VENV)/.deps ## write constraints.txt anew: the newest versions that fit together
+	tools/constraints.sh
+
+clean: ## remove what was built, keep the environment
+	rm -rf book/_build build dist target .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f headkv/_rust*.so $(VENV)/.rust
+
+$(VENV)/.deps: pyproject.toml constraints.txt kernels/pyproject.toml tools/setup.sh
+	@sh tools/setup.sh $(VENV)
+	@touch $@
+
+$(VENV)/.rust: $(VENV)/.deps $(RUST)
+	maturin develop --release --skip-install --quiet
+	@touch $@
+
+$(MODEL): headkv/models/smollm2.py | $(VENV)/.rust
+	$(PY) -m headkv.models.smollm2
+	@touch $@
+
+# Notebooks are executed once and remembered, until their code or the package changes.
+$(BUILT): $(CHAPTERS) $(PACKAGE) $(RUST) | $(VENV)/.rust $(MODEL)
+	@rm -rf $(if $(filter-out book/%,$?),book/_build/.jupyter_cache)
+	jupyter-book build book --all --warningiserror --keep-going
+	@touch $@
+
+# Every lower bound of pyproject.toml at once, transformers 5.12 among them.
+$(VENV)-floor/.deps: pyproject.toml | $(VENV)/.rust
+	$(PY) -m venv --clear $(VENV)-floor
+	uv pip install --quiet --python $(VENV)-floor/bin/python --resolution lowest-direct -r pyproject.toml --extra test
+	@touch $@
