@@ -44,7 +44,7 @@ def ragged_decode(
     """
     layer = _ragged(layer)
     scale = _check(q, layer, 3, scale, sliding_window, softcap)
-    run = _backend(choose_backend(layer, backend)).decode
+    run = _backend(choose_backend(layer, backend, q.dtype)).decode
     return run(q, layer, scale=scale, sliding_window=sliding_window, softcap=softcap)
 
 
@@ -78,15 +78,15 @@ def ragged_extend(
     elif query_positions.shape != (q.shape[0], tokens) or query_positions.dtype.is_floating_point:
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
         raise ValueError(f"query_positions must be int of shape [{q.shape[0]}, {tokens}], got {got}")
-    run = _backend(choose_backend(layer, backend)).extend
+    run = _backend(choose_backend(layer, backend, q.dtype)).extend
     return run(
         q, layer, query_positions=query_positions, scale=scale, sliding_window=sliding_window, softcap=softcap
     )
 
 
-def choose_backend(layer: RaggedLayer, backend: Backend = "auto") -> str:
+def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:
     """The name of the backend that will run: `backend` itself, or for "auto" Rust on a CPU, Triton on a GPU, and the
-    reference where that one is not installed.
+    reference where that one is not installed or the queries are of float64.
 
     >>> layer = RaggedLayer.from_rows([[(torch.zeros(2, 32), torch.zeros(2, 32))]])
     >>> choose_backend(layer, "reference")
@@ -96,7 +96,7 @@ def choose_backend(layer: RaggedLayer, backend: Backend = "auto") -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend != "auto":
         return backend
-    fast = {"cpu": "rust", "cuda": "triton"}.get(layer.device.type)
+    fast = None if dtype == torch.float64 else {"cpu": "rust", "cuda": "triton"}.get(layer.device.type)
     return fast if fast is not None and _backend(fast).available() else "reference"
 
 
@@ -114,9 +114,7 @@ def _ragged(layer: RaggedLayer) -> RaggedLayer:
 def _check(
     q: Tensor, layer: RaggedLayer, ndim: int, scale: float | None, window: int | None, softcap: float | None
 ) -> float:
-    if isinstance(q, Tensor) and q.dtype == torch.float64 and layer.device.type == "cpu":
-        pass  # the reference's fp64 truth
-    else:
+    if not (isinstance(q, Tensor) and q.dtype == torch.float64):  # float64 queries: the reference tells the truth
         storable("q", q)
     shape = "[B, HQ, D]" if ndim == 3 else "[B, HQ, T, D]"
     if q.ndim != ndim or 0 in q.shape:

@@ -274,8 +274,7 @@ class RaggedLayer:
         headroom = max(MIN_HEADROOM, int(float(length.float().mean()) * HEADROOM_SHARE), tokens)
         # A windowed row is trimmed again when its room is used up, so that it needs no room in proportion.
         room = torch.where(self.recent > 0, max(MIN_HEADROOM, tokens), headroom)
-        in_place = (skip > 0) | (self.capacity - length >= tokens)
-        if bool(in_place.all()) and bool((self.capacity - length >= tokens).all()):
+        if bool((self.capacity - length >= tokens).all()):
             self._trim_in_place(skip)
         else:
             self._rewrite(length + room, skip)
@@ -347,9 +346,6 @@ class RaggedLayer:
         self._evict(wanted, stored, headroom)
 
     def _evict(self, wanted: Tensor, stored: Tensor, headroom: int) -> None:
-        if self.rollback:  # entries that a windowed row hides, but may need again after a crop
-            age = self.length[:, None] - 1 - torch.arange(wanted.shape[1], device=self.device)
-            wanted = wanted | (stored & (age < (self.recent + self.rollback)[:, None]) & (self.recent > 0)[:, None])
         rows, entries = (stored & ~wanted).nonzero(as_tuple=True)
         self._note_dropped(rows, self.start[rows] + entries)
         source, length = layout.source_of_kept(self.start, wanted, headroom)
@@ -389,13 +385,14 @@ class RaggedLayer:
         inside = age <= self.length[:, None]
         positions = self.positions[slots.clamp(min=0)] if self.positions.numel() else slots
         length = self.length - (inside & (positions >= seen)).sum(1)
-        intact = torch.where(self.recent > 0, length >= self.sinks + self.recent, self.evicted_end <= seen)
-        intact = (self.evicted_end == 0) | (intact & (length > 0))
+        full = self.sinks + self.recent  # a window that was full must stay full
+        emptied = (self.recent > 0) & (self.length >= full) & (length < full) & (self.evicted_end > seen - self.recent)
+        intact = (length > 0) & ((self.evicted_end == 0) | ((self.evicted_end <= seen) & ~emptied))
         if not bool(intact.all()):
             batch, head = divmod(int((~intact).nonzero()[0]), self.num_kv_heads)
             raise ValueError(
-                f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) has evicted entries that the text of "
-                f"{seen} tokens would need; crop less, or restore a snapshot taken before"
+                f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) would be empty, or has evicted entries "
+                f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
         self.length, self.seen = length, seen
 

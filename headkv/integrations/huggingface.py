@@ -1,0 +1,410 @@
+"""The ragged cache as a transformers cache, without patching anything of transformers.
+
+Three public extension points carry it. `RaggedCache` is a `transformers.Cache`; its layers' `update` hands the new keys
+and values on, wrapped in `NewTokens`, to whatever attention function the model calls. That function is ours,
+registered under the name "headkv": it stores the tokens in the layer and attends over it. A mask function of the same
+name passes the padding mask on as it came. With any other cache, or none, the attention is transformers' own sdpa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from headkv.attention import dense
+from headkv.attention.api import BACKENDS, Backend, ragged_decode, ragged_extend
+from headkv.cache import LayerSnapshot, RaggedLayer
+from headkv.cache.checks import count
+from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.planning import ROLLBACK, Observation, keep_entries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from headkv.methods.base import Method
+
+NAME = "headkv"
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """One chunk's keys and values `[B, H, T, D]` on the way from a cache layer to the attention function."""
+
+    layer: RaggedCacheLayer
+    keys: Tensor
+    values: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(
+            f"this model reads `{name}` of the keys of a headkv cache before attention. Either its attention "
+            f"implementation is not {NAME!r} (use headkv.compress, or model.set_attn_implementation({NAME!r})), or "
+            "headkv does not support its attention"
+        )
+
+
+@dataclass(frozen=True)
+class PaddingMask:
+    """What transformers says about masking a forward call, kept as it was said.
+
+    `padding` is `[B, tokens so far]` bool or None; `dense()` builds the mask that sdpa would have got.
+    """
+
+    padding: Tensor | None
+    only_causal: bool
+    dense: Callable[[], Tensor | None]
+
+
+class RaggedCacheLayer(CacheLayerMixin):
+    """One layer of a `RaggedCache`: empty until its first prompt, then a `RaggedLayer` at `.ragged`."""
+
+    is_croppable = True
+
+    def __init__(
+        self, method: Method, layer_idx: int, num_layers: int, backend: Backend, headroom: int, chunked_prefill: bool
+    ):
+        super().__init__()
+        self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
+        self.backend, self.headroom, self.chunked_prefill = backend, headroom, chunked_prefill
+        self.ragged: RaggedLayer | None = None
+        self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
+
+    # -- the new tokens' way ----------------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Wrap the new tokens for the attention function, which stores them."""
+        tokens = NewTokens(self, key_states, value_states)
+        return tokens, tokens
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store T new tokens and attend over everything kept: `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
+
+        The first call is the prefill: dense attention, then the method chooses what stays, and only that is stored.
+        """
+        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+        if self.ragged is None:
+            out = dense.prefill(q, keys, values, valid=valid, **options)
+            seen = Observation.of(q, valid, self.method.observed_queries, scale, sliding_window)
+            if self.chunked_prefill:
+                self.ragged = RaggedLayer.from_dense(keys, values, valid=valid, headroom=self.headroom)
+                self._observed = seen
+            else:
+                kept = keep_entries(self.method, seen, keys, values, valid, self.layer_idx, self.num_layers)
+                self.ragged = RaggedLayer.from_dense(
+                    keys, values, valid=valid, headroom=self.headroom, rollback=ROLLBACK, **kept
+                )
+            self.is_initialized = True
+            return out
+        tokens = q.shape[2]
+        if self._observed is not None and tokens == 1:
+            self.finalize_prefill()
+        self.ragged.append(keys, values, valid)
+        if self._observed is not None:
+            self._observed = self._observed.extend(q, valid)
+        if tokens == 1:
+            return ragged_decode(q[:, :, 0], self.ragged, backend=self.backend, **options)[:, :, None]
+        return ragged_extend(q, self.ragged, backend=self.backend, **options)
+
+    def finalize_prefill(self) -> None:
+        """End a chunked prefill: choose what stays of everything stored so far. Does nothing when that is done."""
+        if self.ragged is None or self._observed is None:
+            return
+        layer, n = self.ragged, self.ragged.seen
+        shape = (layer.batch_size, layer.num_kv_heads, n, layer.head_dim)
+        keys, values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
+        valid = torch.zeros(layer.batch_size, n, dtype=torch.bool, device=layer.device)
+        for b in range(layer.batch_size):
+            for h in range(layer.num_kv_heads):
+                row = layer.row(b, h)
+                keys[b, h, row.positions], values[b, h, row.positions] = row.keys, row.values
+                valid[b, row.positions] = True
+        kept = keep_entries(self.method, self._observed, keys, values, valid, self.layer_idx, self.num_layers)
+        self.ragged = RaggedLayer.from_dense(
+            keys, values, valid=valid, headroom=self.headroom, rollback=ROLLBACK, **kept
+        )
+        self._observed = None
+
+    # -- what transformers asks of a cache layer ----------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the batch; absent before the first prompt, as transformers expects."""
+        if self.ragged is None:
+            raise AttributeError("batch_size: this layer has not seen a prompt yet")
+        return self.ragged.batch_size
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first prompt says what to store."""
+
+    def get_seq_length(self) -> int:
+        """Tokens SEEN, also those no longer stored: positions and masks follow from it."""
+        return 0 if self.ragged is None else self.ragged.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks speak of the text, not of the store: (tokens seen and new, offset 0)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # the older name
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.ragged = self._observed = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; transformers passes a number of at most 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        if self.ragged is not None and tokens_to_remove < 0:
+            if self._observed is not None:
+                raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
+            self.ragged.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Batch entry `i` becomes a copy of batch entry `beam_idx[i]`."""
+        if self.ragged is not None:
+            self.ragged.reorder(beam_idx)
+            if self._observed is not None:
+                self._observed = self._observed.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these batch entries (int indices, or a bool mask)."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch entry."""
+        if self.ragged is not None:
+            self.reorder_cache(torch.arange(self.ragged.batch_size).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Move the layer to the CPU."""
+        if self.ragged is not None:
+            self.ragged_device = self.ragged.device
+            self.ragged.to("cpu")
+
+    def prefetch(self) -> None:
+        """Move an offloaded layer back."""
+        if self.ragged is not None and hasattr(self, "ragged_device"):
+            self.ragged.to(self.ragged_device)
+
+    # -- for the reader -----------------------------------------------------------------------------------------------
+
+    def filled(self) -> RaggedLayer:
+        """The layer's store.
+
+        Raises:
+            RuntimeError: before the first prompt.
+        """
+        if self.ragged is None:
+            raise RuntimeError("the cache is empty: run the model on a prompt first")
+        return self.ragged
+
+    def row(self, batch: int, head: int) -> Any:
+        """Keys, values and positions of one row; see `RaggedLayer.row`."""
+        return self.filled().row(batch, head)
+
+    def __repr__(self) -> str:
+        return f"RaggedCacheLayer({self.layer_idx}: {'empty' if self.ragged is None else self.ragged})"
+
+
+class RaggedCache(Cache):
+    """A transformers cache that stores, for every KV head, only the entries that a method keeps.
+
+    Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
+    """
+
+    layers: list[RaggedCacheLayer]
+
+    def __init__(self, layers: list[RaggedCacheLayer]):
+        super().__init__(layers=layers)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        method: Method,
+        *,
+        backend: Backend = "auto",
+        headroom: int = MIN_HEADROOM,
+        chunked_prefill: bool = False,
+    ) -> RaggedCache:
+        """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
+
+        That attention is transformers' own sdpa for every other cache, so it may stay; `headkv.compress` puts the
+        former one back on exit.
+
+        Args:
+            model: a decoder of transformers whose attention goes through its attention interface.
+            method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
+            backend: of attention after the prefill; see `headkv.ragged_decode`.
+            headroom: free slots behind each row after the prefill; it grows by itself when they are used up.
+            chunked_prefill: the prompt comes in several forward calls (`prefill_chunk_size`): wait with compression
+                until the first call with a single token, or until `finalize_prefill()`.
+
+        Raises:
+            TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
+        """
+        config = supported_config(model)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if not callable(getattr(method, "plan", None)):
+            raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
+        if check_model := getattr(method, "check_model", None):
+            check_model(config)
+        count("headroom", headroom)
+        num_layers = config.num_hidden_layers
+        layers = [
+            RaggedCacheLayer(method, i, num_layers, backend, headroom, chunked_prefill) for i in range(num_layers)
+        ]
+        if model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
+        return cls(layers)
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far, also those no longer stored."""
+        return self.get_seq_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold from the allocator, with head room and bookkeeping."""
+        return sum(layer.ragged.nbytes for layer in self.layers if layer.ragged is not None)
+
+    def lengths(self) -> Tensor:
+        """Stored entries, `[layers, B, H]` int64."""
+        return torch.stack([layer.filled().lengths().cpu() for layer in self.layers])
+
+    def finalize_prefill(self) -> None:
+        """End a chunked prefill now; see `for_model`."""
+        for layer in self.layers:
+            layer.finalize_prefill()
+
+    def snapshot(self) -> tuple[LayerSnapshot, ...]:
+        """A copy of the whole cache: one compressed context answers many questions."""
+        if any(layer._observed is not None for layer in self.layers):
+            raise RuntimeError("cannot take a snapshot during a chunked prefill; call finalize_prefill() first")
+        return tuple(layer.filled().snapshot() for layer in self.layers)
+
+    def restore(self, snapshot: tuple[LayerSnapshot, ...]) -> None:
+        """Become what the cache was when `snapshot` was taken."""
+        if len(snapshot) != len(self.layers):
+            raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
+        for layer, copy in zip(self.layers, snapshot, strict=True):
+            layer.ragged = RaggedLayer.from_snapshot(copy)
+            layer._observed, layer.is_initialized = None, True
+
+    def __repr__(self) -> str:
+        return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
+
+
+def supported_config(model: Any) -> PreTrainedConfig:
+    """The configuration of the decoder in `model`, if headkv can serve it.
+
+    Raises:
+        TypeError, ValueError: naming what is not supported.
+    """
+    if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model {name} is an encoder-decoder; headkv supports decoders only")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"model {name} does not call its attention through transformers' attention interface")
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ValueError(f"model {name} has layers of kind {', '.join(sorted(kinds))}; allowed: full and sliding attention")
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        raise ValueError(f"model {name} shares keys and values between layers, which headkv does not support")
+    return config
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | NewTokens,
+    value: Tensor | NewTokens,
+    attention_mask: PaddingMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function "headkv": `query` `[B, HQ, T, D]` -> `[B, T, HQ, D]` and no weights."""
+    if not isinstance(key, NewTokens):
+        mask = attention_mask.dense() if isinstance(attention_mask, PaddingMask) else attention_mask
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
+        )
+    for option in ("s_aux", "position_bias", "cache"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"{option} is not supported by headkv's attention (model class {type(module).__name__})")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions=True is not supported: a ragged cache never forms the attention matrix")
+    if dropout:
+        raise ValueError(f"dropout must be 0 with a ragged cache, got {dropout}; call model.eval()")
+    valid = None
+    if isinstance(attention_mask, PaddingMask):
+        if not attention_mask.only_causal:
+            raise ValueError("attention_mask must be causal: masks that join blocks of tokens are not supported")
+        if attention_mask.padding is not None:
+            valid = attention_mask.padding[:, -query.shape[2] :]
+    elif attention_mask is not None:
+        raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    out = key.layer.attend(query, key.keys, key.values, valid, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> PaddingMask:
+    """transformers' mask function "headkv": keeps the 2-D padding mask and how to build a dense one, if need be."""
+
+    def build() -> Tensor | None:
+        # Fewer keyword arguments than sdpa's own, as some came only with later releases.
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
+
+    padding = attention_mask
+    if padding is not None:
+        padding = None if bool(padding.all()) else padding[:, :kv_length].bool()
+    return PaddingMask(padding, only_causal=not use_vmap, dense=build)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, padding_mask)

@@ -1,0 +1,126 @@
+"""From a batch as a model sees it to what a method sees: one sequence, no padding, the queries it wants to observe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headkv.methods.base import Prefill
+
+if TYPE_CHECKING:
+    from headkv.methods.base import Method
+
+
+ROLLBACK = 32  # hidden entries that windowed rows still store: more than assisted generation drafts by default
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The last queries of a prefill, `[B, HQ, w, D]`, with `valid` `[B, w]` bool or None and how they were used.
+
+    `wanted` is how many valid queries a sequence the method needs (None: all of them).
+    """
+
+    queries: Tensor
+    valid: Tensor | None
+    wanted: int | None
+    scale: float
+    sliding_window: int | None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, valid: Tensor | None, wanted: int | None, scale: float, sliding_window: int | None
+    ) -> Observation:
+        """Observe the queries `[B, HQ, n, D]` of a prefill."""
+        return cls(q, valid, wanted, scale, sliding_window)._trimmed()
+
+    def extend(self, q: Tensor, valid: Tensor | None) -> Observation:
+        """The same after another chunk of the prompt."""
+        both = valid is not None or self.valid is not None
+        old, new = (
+            x if x is not None else s.new_ones((s.shape[0], s.shape[2]), dtype=torch.bool)
+            for x, s in ((self.valid, self.queries), (valid, q))
+        )
+        joined = torch.cat([self.queries, q], 2)
+        return replace(self, queries=joined, valid=torch.cat([old, new], 1) if both else None)._trimmed()
+
+    def reorder(self, index: Tensor) -> Observation:
+        """The same for batch entries `index`."""
+        valid = None if self.valid is None else self.valid[index]
+        return replace(self, queries=self.queries[index], valid=valid)
+
+    def _trimmed(self) -> Observation:
+        """Without the queries that no sequence of the batch needs; a copy, so that the whole prompt's are freed."""
+        tokens = self.queries.shape[2]
+        if self.wanted is None or self.wanted >= tokens:
+            return self
+        if self.valid is None or self.wanted == 0:
+            last = self.wanted
+        else:  # reach back until every sequence has enough valid ones
+            enough = self.valid.flip(1).cumsum(1) >= self.wanted
+            reach = torch.where(enough.any(1), enough.int().argmax(1) + 1, tokens)
+            last = int(reach.max())
+        begin = tokens - last
+        valid = None if self.valid is None else self.valid[:, begin:]
+        return replace(self, queries=self.queries[:, :, begin:].clone(), valid=valid)
+
+    def of_sequence(self, batch: int) -> Tensor:
+        """The valid queries of one sequence, `[HQ, w, D]`, at most `wanted` of them."""
+        queries = self.queries[batch] if self.valid is None else self.queries[batch][:, self.valid[batch]]
+        begin = 0 if self.wanted is None else max(0, queries.shape[1] - self.wanted)
+        return queries[:, begin:]
+
+
+def keep_entries(
+    method: Method,
+    observed: Observation,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    layer_idx: int,
+    num_layers: int,
+) -> dict[str, Any]:
+    """Ask `method` what each row of a batch keeps of `keys`, `values` `[B, H, n, D]`.
+
+    Returns:
+        `keep` `[B, H, n]` bool, `sinks`, `recent` `[B, H]` int64 and `compensate` `[B, H]` bool or None: arguments of
+        `RaggedLayer.from_dense`.
+
+    In a layer with a sliding window, what no later query can see is not stored, and rows drop what leaves that window.
+    """
+    batch_size, num_kv_heads, n, _ = keys.shape
+    window = observed.sliding_window
+    keep = torch.zeros(batch_size, num_kv_heads, n, dtype=torch.bool, device=keys.device)
+    sinks = torch.zeros(batch_size, num_kv_heads, dtype=torch.int64, device=keys.device)
+    recent = torch.zeros_like(sinks)
+    compensate = torch.zeros_like(sinks, dtype=torch.bool)
+    for b in range(batch_size):
+        where = slice(None) if valid is None else valid[b].nonzero()[:, 0]
+        if valid is not None and where.numel() == 0:
+            raise ValueError(f"attention_mask must leave every sequence at least one token, but row {b} is all padding")
+        prefill = Prefill(
+            queries=observed.of_sequence(b),
+            keys=keys[b][:, where],
+            values=values[b][:, where],
+            layer_idx=layer_idx,
+            num_layers=num_layers,
+            scale=observed.scale,
+            sliding_window=window,
+        )
+        chosen = method.plan(prefill)
+        keep[b][:, where] = chosen.mask
+        if chosen.sinks is not None and chosen.recent is not None:
+            sinks[b], recent[b] = chosen.sinks, chosen.recent
+        if chosen.compensate is not None and window is None:  # a sliding layer forgets by itself
+            compensate[b] = chosen.compensate
+    age = torch.arange(n - 1, -1, -1, device=keys.device)
+    keep |= (recent[..., None] > 0) & (age < recent[..., None] + ROLLBACK)
+    if window is not None:
+        in_reach = keep & (age < window - 1 + ROLLBACK)
+        newest = age == (0 if valid is None else valid.flip(1).int().argmax(1)[:, None, None])
+        keep = torch.where(in_reach.any(2, keepdim=True), in_reach, newest)
+        recent = torch.where(recent > 0, recent.clamp(max=window), window)
+    return {"keep": keep, "sinks": sinks, "recent": recent, "compensate": compensate if compensate.any() else None}

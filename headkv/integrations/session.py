@@ -1,0 +1,96 @@
+"""`headkv.compress`: a model whose `generate` uses a ragged cache, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from headkv.integrations.huggingface import NAME, RaggedCache
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+    from headkv.methods.base import Method
+
+
+def compress(model: PreTrainedModel, method: Method, **options: Any) -> Session:
+    """Let `model` compress its KV cache by `method` inside a `with` block; outside it is as it was.
+
+    Args:
+        model: a decoder of transformers.
+        method: e.g. `headkv.AdaKV(budget=0.2)`.
+        options: of `RaggedCache.for_model`: `backend`, `headroom`, `chunked_prefill`.
+
+    Returns:
+        A context manager; its `cache` is the `RaggedCache` of the latest `generate` (or forward) call.
+
+    >>> with headkv.compress(model, headkv.AdaKV(budget=0.2)) as session:  # doctest: +SKIP
+    ...     out = model.generate(**inputs, max_new_tokens=64)
+    >>> session.cache.lengths()  # doctest: +SKIP
+    """
+    return Session(model, method, options)
+
+
+class Session:
+    """The `with` block of `compress`: sets the attention by name and supplies a cache to calls that bring none."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, options: dict[str, Any]):
+        self.model, self.method, self._options = model, method, options
+        self._cache: RaggedCache | None = None
+        self._replaced: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
+        self._hook: Any = None
+        self._former = ""
+
+    @property
+    def cache(self) -> RaggedCache:
+        """The cache of the latest call.
+
+        Raises:
+            RuntimeError: before the first call.
+        """
+        if self._cache is None:
+            raise RuntimeError("no cache yet: call model.generate(...) inside the with block first")
+        return self._cache
+
+    def __enter__(self) -> Session:
+        hooks = getattr(self.model, "_forward_pre_hooks", {}).values()
+        if any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks):
+            raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
+        former = getattr(getattr(self.model, "config", None), "_attn_implementation", "")
+        RaggedCache.for_model(self.model, self.method, **self._options)  # refuses what is not supported
+        self._former = former
+        self._hook = self.model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        self.model.set_attn_implementation(self._former)
+
+    def _supply_cache(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Before each forward call: put a ragged cache where the call has none or an empty one of another kind."""
+        if kwargs.get("output_attentions") or self.model.config.output_attentions:
+            raise ValueError("output_attentions=True is not supported: a ragged cache never forms the attention matrix")
+        if kwargs.get("use_cache") is False:
+            return None
+        given = kwargs.get("past_key_values")
+        if isinstance(given, RaggedCache):
+            self._cache = given
+            return None
+        if given is not None and given.get_seq_length() > 0:
+            raise ValueError(f"past_key_values must be empty or a RaggedCache, got a filled {type(given).__name__}")
+        if given is not None and getattr(given, "is_compileable", False) and len(given.layers) > 0:
+            raise ValueError(f"past_key_values must not be a static cache, got {type(given).__name__}")
+        ragged = self._replaced.get(given) if given is not None else None
+        if ragged is None:
+            ragged = RaggedCache.for_model(self.model, self.method, **self._options)
+            if given is not None:
+                self._replaced[given] = ragged
+        self._cache = ragged
+        return args, {**kwargs, "past_key_values": ragged}
+
+
+__all__ = ["NAME", "Session", "compress"]
