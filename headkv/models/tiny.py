@@ -1,0 +1,88 @@
+"""Small random decoders of the supported families: their attention is real, their weights are noise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# family -> (configuration class, model class, what differs from the shared shape below)
+_RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
+    "mistral-sliding": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+}
+
+FAMILIES: tuple[str, ...] = tuple(_RECIPES)
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    # Larger than usual, so that attention is far from uniform and an error in one entry shows in the logits.
+    "initializer_range": 0.2,
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Build a random decoder of `family`: 3 layers, 4 query heads, 2 KV heads, head dim 16, vocabulary 97.
+
+    The same arguments always give the same weights. The caller's random state is left as it was.
+
+    Args:
+        family: one of `FAMILIES`.
+        seed: the seed of the weights.
+        **overrides: configuration values to change, e.g. `num_hidden_layers=2`. A family whose layers differ
+            in kind also needs its `layer_types` then.
+
+    Returns:
+        The model, float32, in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: `family` is not one of `FAMILIES`.
+    """
+    if family not in _RECIPES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    import transformers
+
+    config_name, model_name, special = _RECIPES[family]
+    config = getattr(transformers, config_name)(**{**_SHAPE, **special, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_name)(config)
+    return model.to(torch.float32).eval()
