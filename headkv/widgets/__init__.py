@@ -1,0 +1,36 @@
+"""Pictures that a reader can move: anywidgets over plain arrays, alive in JupyterLab and in a built page.
+
+Each class takes arrays or numbers, never a model. The front end computes everything in the page, so a widget
+whose state is embedded in a page works without a kernel and without the network. anywidget and numpy are needed
+only once a widget is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "BudgetExplorer": "budget_explorer",
+    "CacheBill": "cache_bill",
+    "HeadGrid": "head_grid",
+    "RaggedPool": "ragged_pool",
+}
+
+__all__ = ["BudgetExplorer", "CacheBill", "HeadGrid", "RaggedPool"]  # noqa: F822 (loaded when first used)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import anywidget  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"headkv.widgets.{name} needs anywidget and numpy: pip install 'anywidget>=0.9' numpy"
+        ) from error
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

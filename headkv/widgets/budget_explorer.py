@@ -1,0 +1,186 @@
+"""Who keeps what, as a reader moves the budget (SnapKV scores, uniform or Ada-KV budgets)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import traitlets as t
+
+from headkv.widgets import checks
+from headkv.widgets.base import Picture, bundle
+
+POOLINGS = ("max", "avg", "none")
+ALLOCATORS = ("uniform", "adaptive")
+
+
+class BudgetExplorer(Picture):
+    """The grid, the strip and the bill of one prompt, moved by budget, safeguard, pooling and allocator.
+
+    The page pools the scores, splits each layer's budget over its heads and picks the entries, as
+    `headkv.SnapKVScorer` and the uniform and Ada-KV allocators do (SnapKV, arXiv 2404.14469; Ada-KV,
+    arXiv 2407.11550, section 3). Scores travel as half floats, scaled by a power of two: `scores` are the
+    values that the page uses.
+
+    Args:
+        scores: attention of the observation window, before pooling, `[layers, heads, n - window]` or
+            `[heads, n - window]`, at least 0. One head is one KV head.
+        tokens: the prompt's n tokens as text, shown as the strip.
+        facts: `(start, end)` or `(start, end, label)` ranges of entries to underline, end excluded.
+        budget: entries a head on average (int) or share of the prompt (float in (0, 1]), window included.
+        safeguard: share of the budget that Ada-KV splits evenly, in [0, 1].
+        pooling: "max", "avg" or "none".
+        kernel_size: odd, 1 to 31.
+        window: last entries, which are always kept.
+        bytes_per_entry: bytes of one key and one value of one head (512: head dim 64, float32).
+        allocator: "adaptive" (Ada-KV) or "uniform" (SnapKV).
+        head_names: one name a KV head.
+        answers: measured beforehand, shown on the bill: mappings with `budget` (share), `right` and `asked`
+            (counts), optional `allocator` ("adaptive") and `text`.
+        selected: the chosen (layer, head).
+        title: a line above the picture.
+
+    Attributes:
+        budgets: entries each head keeps, window included, `[layers][heads]`; the page fills it once shown.
+        kept: which entries, packed bits; `kept_mask()` unpacks them.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Example:
+        >>> A, B = [.60, .20, .10, .05, .03, .02], [.25, .20, .20, .15, .10, .10]
+        >>> BudgetExplorer([A, B], budget=3, window=0, pooling="none")
+        BudgetExplorer: 1 layer of 2 KV heads over 6 entries, budget 50% ...
+    """
+
+    _esm = bundle("toolkit.js", "plan.js", "grid.js", "strip.js", "bill.js", "slots.js", "budget_explorer.js")
+
+    _scores = t.Bytes().tag(sync=True)
+    _shape = t.List(t.Int()).tag(sync=True)
+    _exponent = t.Int().tag(sync=True)
+    tokens = t.List(t.Unicode()).tag(sync=True)
+    facts = t.List().tag(sync=True)
+    window = t.Int().tag(sync=True)
+    bytes_per_entry = t.Int().tag(sync=True)
+    head_names = t.List(t.Unicode()).tag(sync=True)
+    answers = t.List(t.Dict()).tag(sync=True)
+    title = t.Unicode().tag(sync=True)
+    budget = t.Float().tag(sync=True)
+    safeguard = t.Float().tag(sync=True)
+    pooling = t.Enum(POOLINGS).tag(sync=True)
+    kernel_size = t.Int().tag(sync=True)
+    allocator = t.Enum(ALLOCATORS).tag(sync=True)
+    selected = t.List(t.Int()).tag(sync=True)
+    budgets = t.List().tag(sync=True)
+    kept = t.Bytes().tag(sync=True)
+
+    def __init__(
+        self,
+        scores: Any,
+        *,
+        tokens: Sequence[str] | None = None,
+        facts: Sequence[Sequence[Any]] | None = None,
+        budget: int | float = 0.2,
+        safeguard: float = 0.2,
+        pooling: str = "max",
+        kernel_size: int = 7,
+        window: int = 32,
+        bytes_per_entry: int = 512,
+        allocator: str = "adaptive",
+        head_names: Sequence[str] | None = None,
+        answers: Sequence[Mapping[str, Any]] | None = None,
+        selected: tuple[int, int] = (0, 0),
+        title: str | None = None,
+    ) -> None:
+        raw = checks.array("scores", scores, ndim=(2, 3))
+        raw = raw[None] if raw.ndim == 2 else raw
+        if (raw < 0).any():
+            raise ValueError(f"scores must be at least 0 (attention), got {raw.min()}")
+        layers, heads, m = raw.shape
+        if heads * m >= 2**21:
+            raise ValueError(f"scores must hold fewer than {2**21} values a layer, got {heads} x {m}")
+        n = m + checks.whole("window", window, 0)
+        if checks.whole("kernel_size", kernel_size, 1, 31) % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, in [1, 31], got {kernel_size}")
+        packed, exponent = _pack(raw)
+        super().__init__(
+            _scores=packed.tobytes(),
+            _shape=[layers, heads, m],
+            _exponent=exponent,
+            tokens=checks.strings("tokens", tokens, n),
+            facts=_facts(facts, n),
+            budget=checks.budget_share(budget, n),
+            safeguard=checks.share("safeguard", safeguard),
+            pooling=checks.one_of("pooling", pooling, POOLINGS),
+            kernel_size=int(kernel_size),
+            window=int(window),
+            bytes_per_entry=checks.whole("bytes_per_entry", bytes_per_entry, 1),
+            allocator=checks.one_of("allocator", allocator, ALLOCATORS),
+            head_names=checks.strings("head_names", head_names, heads),
+            answers=[_answer(i, answer) for i, answer in enumerate(answers or ())],
+            selected=checks.pair("selected", selected, (layers, heads)),
+            title=title or "",
+        )
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The raw scores as the page has them, `[layers, heads, n - window]` float32."""
+        values = np.frombuffer(self._scores, dtype="<f2").astype(np.float32)
+        return np.ldexp(values, -self._exponent).reshape(self._shape)
+
+    def kept_mask(self) -> np.ndarray:
+        """Which entries each head keeps, `[layers, heads, n]` bool.
+
+        Raises:
+            RuntimeError: no page has shown the widget yet.
+        """
+        if not self.kept:
+            raise RuntimeError("kept is filled by the page: show the widget first")
+        layers, heads, m = self._shape
+        bits = np.frombuffer(self.kept, dtype=np.uint8).reshape(layers, heads, -1)
+        return np.unpackbits(bits, axis=-1, count=m + self.window).astype(bool)
+
+    def describe(self) -> str:
+        layers, heads, m = self._shape
+        n = m + self.window
+        who = "Ada-KV" if self.allocator == "adaptive" else "uniform budgets"
+        pooled = "no pooling" if self.pooling == "none" else f"{self.pooling} pooling over {self.kernel_size} entries"
+        full = layers * heads * n * self.bytes_per_entry
+        return (
+            f"BudgetExplorer: {layers} {'layer' if layers == 1 else 'layers'} of {heads} KV heads over {n:,} entries, "
+            f"budget {self.budget:.0%} by {who} (safeguard {self.safeguard:.0%}, {pooled}, recent window "
+            f"{self.window}); the full cache is {full:,} bytes."
+        )
+
+
+def _pack(raw: np.ndarray) -> tuple[np.ndarray, int]:
+    """Half floats of raw * 2**exponent, the largest near 2**15: twelve decades below it stay distinct from 0."""
+    top = float(raw.max())
+    exponent = 14 - int(np.frexp(top)[1]) if top > 0 else 0
+    return np.ldexp(raw, exponent).astype("<f2") + np.float16(0), exponent
+
+
+def _facts(facts: Sequence[Sequence[Any]] | None, n: int) -> list[list[Any]]:
+    out = []
+    for i, fact in enumerate(facts or ()):
+        if isinstance(fact, str) or len(fact) not in (2, 3):
+            raise TypeError(f"facts[{i}] must be (start, end) or (start, end, label), got {fact!r}")
+        start = checks.whole(f"facts[{i}] start", fact[0], 0, n - 1)
+        end = checks.whole(f"facts[{i}] end", fact[1], start + 1, n)
+        out.append([start, end, str(fact[2]) if len(fact) == 3 else ""])
+    return out
+
+
+def _answer(i: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+    missing = {"budget", "right", "asked"} - set(answer)
+    if missing:
+        raise ValueError(f"answers[{i}] must have budget, right and asked, got {sorted(answer)}")
+    share = checks.share(f"answers[{i}] budget", answer["budget"], zero=False)
+    asked = checks.whole(f"answers[{i}] asked", answer["asked"], 1)
+    right = checks.whole(f"answers[{i}] right", answer["right"], 0, asked)
+    allocator = checks.one_of(f"answers[{i}] allocator", answer.get("allocator", "adaptive"), ALLOCATORS)
+    text = f"at {share:.0%} the model answers {right} of {asked} right"
+    if answer.get("text"):
+        text += f" ({answer['text']})"
+    return {"share": share, "right": right, "asked": asked, "allocator": allocator, "text": text}

@@ -1,0 +1,33 @@
+// The bill: one bar, the bytes of the full cache, filled to what is kept. Empty is hatched, never only paler.
+
+/** `update({kept, full, share, note})` in bytes; `marks` are answers measured beforehand. */
+function billBar({ marks = [] }) {
+  const fill = h("div.bill-fill");
+  const bar = h("div.bill-bar", { role: "img" }, fill);
+  const amount = h("strong.bill-amount");
+  const rest = h("span.bill-rest");
+  const note = h("p.bill-note");
+  const flags = h("div.bill-marks");
+  const drawn = marks.map((mark) => {
+    const state = mark.right === mark.asked ? "right" : mark.right ? "some" : "wrong";
+    const sign = { right: "✓", some: "–", wrong: "✗" }[state];
+    const flag = h(`span.bill-mark.${state}`, { "data-tip": mark.text }, sign);
+    flag.style.left = `${100 * mark.share}%`;
+    flags.append(flag);
+    return [flag, mark];
+  });
+  const track = marks.length ? [bar, flags] : [bar];
+  return {
+    el: h("div.bill", {}, h("div.bill-line", {}, amount, rest), ...track, note),
+    update({ kept, full, share, words, text, shows = () => true }) {
+      fill.style.width = `${100 * share}%`;
+      amount.textContent = bytesText(kept);
+      rest.textContent = `of ${bytesText(full)}, ${percent(share, 1)} of the full cache`;
+      note.textContent = text ?? "";
+      note.hidden = !text;
+      bar.setAttribute("aria-label", words);
+      bar.dataset.tip = words;
+      drawn.forEach(([flag, mark]) => (flag.hidden = !shows(mark)));
+    },
+  };
+}

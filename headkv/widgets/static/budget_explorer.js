@@ -1,0 +1,196 @@
+// BudgetExplorer: who keeps what, as a reader moves the budget. All of it is computed here, in the page.
+
+function render({ model, el }) {
+  const get = (name) => model.get(name);
+  const [layers, heads, m] = get("_shape");
+  const window_ = get("window");
+  const n = m + window_;
+  const headNames = get("head_names")?.length ? get("head_names") : null;
+  const tokens = get("tokens")?.length ? get("tokens") : null;
+  const facts = get("facts");
+  const scores = new Scores(get("_scores"), [layers, heads, m], get("_exponent"));
+  const nameOf = (head) => headNames?.[head] ?? head;
+
+  const setting = () => ({
+    budget: get("budget"), safeguard: get("safeguard"), pooling: get("pooling"), kernel: get("kernel_size"),
+    allocator: get("allocator"), window: window_,
+  });
+  const put = (name, value) => {
+    model.set(name, value);
+    model.save_changes();
+  };
+
+  let now = setting();
+  let plan = makePlan(scores, now);
+  let [layer, head] = get("selected");
+  let masks = [];
+
+  const budget = slider({ label: "Budget", name: "budget", min: 0.01, max: 1, step: 0.01, value: now.budget,
+    format: (x) => `${percent(x, Number.isInteger(Math.round(x * 1e6) / 1e4) ? 0 : 1)} · ${count(capacityOf(x, n))} a head`,
+    oninput: (x) => put("budget", x) });
+  const allocator = choice({ label: "Who gets the slots", name: "allocator", value: now.allocator,
+    options: [["uniform", "Uniform", "SnapKV: every head the same"], ["adaptive", "Ada-KV", "the best scores of a layer, whichever head has them"]],
+    onchange: (x) => put("allocator", x) });
+  const safeguard = slider({ label: "Safeguard, split evenly", name: "safeguard", min: 0, max: 1, step: 0.05,
+    value: now.safeguard, format: (x) => percent(x), oninput: (x) => put("safeguard", x) });
+  const pooling = choice({ label: "Pooling of scores", name: "pooling", value: now.pooling,
+    options: [["max", "Max"], ["avg", "Mean"], ["none", "None"]], onchange: (x) => put("pooling", x) });
+  const kernel = slider({ label: "Kernel size", name: "kernel_size", min: 1, max: 31, step: 2, value: now.kernel,
+    format: (x) => `${x} ${x === 1 ? "entry" : "entries"}`, oninput: (x) => put("kernel_size", x) });
+
+  budget.el.classList.add("hk-wide");
+
+  const choose = (toLayer, toHead) => put("selected", [toLayer, toHead]);
+  const grid = headGrid({ layers, heads, headNames, label: "Entries kept by each KV head", onselect: choose,
+    paint: (cell, l, k) => {
+      const length = plan.lengths[l][k];
+      paintLevel(cell, length / n, heads > 12 ? "" : count(length),
+        `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ${count(n)} entries, ${percent(length / n)}`);
+    } });
+
+  const layerPick = picker({ label: "Layer", name: "layer", value: layer,
+    options: Array.from({ length: layers }, (_, i) => [i, String(i)]), onchange: (x) => choose(Number(x), head) });
+  const headPick = picker({ label: "head", name: "head", value: head,
+    options: Array.from({ length: heads }, (_, i) => [i, String(nameOf(i))]), onchange: (x) => choose(layer, Number(x)) });
+  const headLine = h("span.head-line");
+  const strip = tokens ? textStrip({ n, tokens, facts }) : null;
+  const lines = overview({ n, heads, headNames, facts, onselect: (k) => choose(layer, k),
+    onlocate: (i) => strip?.reveal(i) });
+  const bill = billBar({ marks: get("answers") });
+  const race = slotRace({ heads, headNames, m });
+  const story = h("p.story");
+  const status = announcer();
+  const data = h("script.state", { type: "application/json" });
+
+  const raceBox = h("details.more", { ontoggle: () => (raceBox.open ? drawRace() : race.stop()) },
+    h("summary", {}, "Watch the slots of this layer go, one by one"), race.el);
+  const title = get("title");
+  const root = h("section.hk.explorer", { "aria-label": title || "Budget explorer" },
+    ...(title ? [h("p.title", {}, title)] : []),
+    h("div.controls", {}, budget.el, allocator.el, safeguard.el, pooling.el, kernel.el),
+    story,
+    h("div.stage", {},
+      h("div.stage-grid", {}, h("p.caption", {}, "Entries kept by each KV head"), grid.el),
+      h("div.stage-strip", {},
+        h("div.strip-head", {}, layerPick.el, headPick.el, headLine),
+        lines.el, ...(strip ? [strip.el, stripKey(facts)] : []))),
+    bill.el, raceBox, status.el, data);
+  root.classList.replace("hk-hk", "hk");
+  el.append(root);
+
+  function drawRace() {
+    race.update(scores.ranked(layer, now.pooling, now.kernel), { slots: plan.slots, budgets: plan.budgets[layer],
+      allocator: now.allocator, unit: scores.unit });
+  }
+
+  function drawHead() {
+    grid.select(layer, head);
+    layerPick.set(layer);
+    headPick.set(head);
+    masks = Array.from({ length: heads }, (_, k) => keptMask(scores, plan, now, layer, k));
+    lines.update(masks, plan.lengths[layer], head);
+    strip?.update(masks[head], plan.recent);
+    const length = plan.lengths[layer][head];
+    const found = facts.filter(([a, b]) => masks[head].subarray(a, b).some(Boolean)).length;
+    headLine.textContent = `keeps ${count(length)} of ${count(n)} entries` +
+      (facts.length ? `, touching ${found} of ${facts.length} facts` : "");
+    if (raceBox.open) drawRace();
+  }
+
+  const words = () => {
+    const flat = plan.lengths.flat();
+    const who = now.allocator === "uniform" ? "Uniform budgets keep" : "Ada-KV keeps";
+    const gain = plan.mass - plan.evenMass;
+    const compare = now.allocator === "uniform" ? "" : Math.abs(gain) < 5e-4 ? "; uniform budgets hold as much" :
+      `; uniform budgets would hold ${percent(plan.evenMass, 1)}`;
+    return `${who} ${count(plan.kept)} of ${count(plan.total)} entries: ${count(Math.min(...flat))} to ` +
+      `${count(Math.max(...flat))} a head. They hold ${percent(plan.mass, 1)} of the attention on entries before the recent window${compare}.`;
+  };
+
+  function drawAnswers() {
+    const marks = get("answers").filter((mark) => mark.allocator === now.allocator);
+    if (!marks.length) return "";
+    const nearest = marks.reduce((a, b) => (Math.abs(b.share - now.budget) < Math.abs(a.share - now.budget) ? b : a));
+    return `Measured beforehand, nearest setting: ${nearest.text}.`;
+  }
+
+  function drawPlan() {
+    plan = makePlan(scores, now);
+    grid.paintAll();
+    const entry = get("bytes_per_entry");
+    const share = plan.kept / plan.total;
+    bill.update({ kept: plan.kept * entry, full: plan.total * entry, share, text: drawAnswers(),
+      shows: (mark) => mark.allocator === now.allocator,
+      words: `${bytesText(plan.kept * entry)} of ${bytesText(plan.total * entry)}: ${percent(share, 1)} of the full cache` });
+    story.textContent = words();
+    status.say(words());
+    safeguard.input.disabled = now.allocator === "uniform";
+    kernel.input.disabled = now.pooling === "none";
+    drawHead();
+    publish();
+  }
+
+  /** What tests and Python read: budgets and the chosen head's kept positions in the page, all of it on the model. */
+  const sync = throttle(() => {
+    model.set("budgets", plan.lengths);
+    model.set("kept", packKept(scores, plan, now));
+    model.save_changes();
+  }, 120);
+  function publish() {
+    const positions = Array.from(masks[head].keys()).filter((i) => masks[head][i]);
+    data.textContent = JSON.stringify({ ...now, selected: [layer, head], budgets: plan.lengths, kept: positions });
+    sync();
+  }
+
+  const drop = [
+    follow(model, ["budget", "safeguard", "pooling", "kernel_size", "allocator"], () => {
+      now = setting();
+      budget.set(now.budget);
+      safeguard.set(now.safeguard);
+      pooling.set(now.pooling);
+      kernel.set(now.kernel);
+      allocator.set(now.allocator);
+      drawPlan();
+    }),
+    follow(model, ["selected"], () => {
+      [layer, head] = get("selected");
+      drawHead();
+      publish();
+    }),
+  ];
+
+  tooltip(root, (target, event) => {
+    const cell = grid.cellOf(target);
+    if (cell) return cell && target.getAttribute("aria-label");
+    const over = lines.positionOf(target, event);
+    const entry = over ? over.position : strip?.entryOf(target);
+    if (entry !== null && entry !== undefined) return describeEntry(entry, over ? over.head : head);
+    return target.closest?.("[data-tip]")?.dataset.tip;
+  });
+  function describeEntry(i, k) {
+    const text = tokens ? `“${tokens[i].trim() || tokens[i].replace(/\n/g, "↵")}” · ` : "";
+    const state = masks[k][i] ? "kept" : "evicted";
+    if (i >= m) return `${text}entry ${count(i)} · recent window · ${state}`;
+    const ranked = scores.ranked(layer, now.pooling, now.kernel).heads[k];
+    const score = scores.row(layer, k)[i] * scores.unit;
+    return `${text}entry ${count(i)} · head ${nameOf(k)} · score ${score.toPrecision(2)} · ` +
+      `rank ${count(ranked.best.indexOf(i) + 1)} of ${count(m)} · ${state}`;
+  }
+
+  drawPlan();
+  return () => {
+    drop.forEach((off) => off());
+    race.stop();
+    status.stop();
+    sync.cancel();
+  };
+}
+
+/** How to read the strip, and the facts by number. */
+function stripKey(facts) {
+  const sample = (kind, text) => h("span.key-item", {}, h(`span.token.${kind}`, {}, "word"), ` ${text}`);
+  return h("div.key", {}, sample("kept", "kept"), sample("evicted", "evicted"), sample("recent", "recent window"),
+    ...(facts.length ? [h("span.key-item", {}, h("span.fact", {}, "word"), " hidden fact")] : []));
+}
+
+export default { render };

@@ -1,0 +1,85 @@
+// The grid: one cell a KV head, layers downward, heads across. Choosing a cell selects that head everywhere.
+
+/**
+ * A grid of cells with roving focus. `paint(cell, layer, head)` fills a cell; `onselect(layer, head)` is called
+ * when the reader chooses one by pointer or by arrow keys.
+ */
+function headGrid({ layers, heads, label, headNames, paint, onselect, cornerText = "layer" }) {
+  const compact = heads > 12;
+  const cells = [];
+  let chosen = [0, 0];
+  const root = h(`div.grid${compact ? ".compact" : ""}`, { role: "grid", "aria-label": label,
+    "aria-rowcount": layers + 1, "aria-colcount": heads + 1 });
+  root.style.setProperty("--hk-heads", heads);
+
+  const top = h("div.grid-row", { role: "row" }, h("span.grid-corner", { role: "columnheader" }, cornerText));
+  for (let head = 0; head < heads; head++) {
+    const text = compact && head % 4 ? "" : headNames?.[head] ?? String(head);
+    top.append(h("span.grid-head", { role: "columnheader", "aria-label": `head ${headNames?.[head] ?? head}` }, text));
+  }
+  root.append(top);
+  for (let layer = 0; layer < layers; layer++) {
+    const row = h("div.grid-row", { role: "row" }, h("span.grid-side", { role: "rowheader" }, String(layer)));
+    cells.push([]);
+    for (let head = 0; head < heads; head++) {
+      const cell = h("div.cell", { role: "gridcell", tabindex: -1, "data-layer": layer, "data-head": head });
+      cells[layer].push(cell);
+      row.append(cell);
+    }
+    root.append(row);
+  }
+
+  const mark = (on) => {
+    const cell = cells[chosen[0]][chosen[1]];
+    cell.tabIndex = on ? 0 : -1;
+    cell.setAttribute("aria-selected", String(on));
+    return cell;
+  };
+  const select = (layer, head) => {
+    mark(false);
+    chosen = [layer, head];
+    return mark(true);
+  };
+  const cellOf = (target) => {
+    const cell = target.closest?.("[data-layer]");
+    return cell && root.contains(cell) ? [Number(cell.dataset.layer), Number(cell.dataset.head)] : null;
+  };
+  root.addEventListener("click", (event) => {
+    const at = cellOf(event.target);
+    if (!at) return;
+    select(...at).focus({ preventScroll: true });
+    onselect(...at);
+  });
+  root.addEventListener("keydown", (event) => {
+    const [layer, head] = chosen;
+    const to = {
+      ArrowUp: [layer - 1, head], ArrowDown: [layer + 1, head], ArrowLeft: [layer, head - 1],
+      ArrowRight: [layer, head + 1], Home: [layer, 0], End: [layer, heads - 1],
+      PageUp: [Math.max(0, layer - 10), head], PageDown: [Math.min(layers - 1, layer + 10), head],
+    }[event.key];
+    if (!to) return;
+    event.preventDefault();
+    event.stopPropagation(); // notebooks move between cells on arrow keys
+    if (!cells[to[0]]?.[to[1]]) return;
+    select(...to).focus();
+    onselect(...to);
+  });
+
+  return {
+    el: root,
+    select,
+    cellOf,
+    paintAll() {
+      cells.forEach((row, layer) => row.forEach((cell, head) => paint(cell, layer, head)));
+    },
+  };
+}
+
+/** Fill a cell: `level` in [0, 1] gives its colour AND the length of its bar, `text` its number. */
+function paintLevel(cell, level, text, description) {
+  cell.style.setProperty("--hk-level", `${(100 * level).toFixed(1)}%`);
+  cell.style.setProperty("--hk-shade", `${(6 + 94 * level ** 0.75).toFixed(1)}%`);
+  cell.classList.toggle("hk-deep", level > 0.42);
+  cell.textContent = text;
+  cell.setAttribute("aria-label", description);
+}

@@ -1,0 +1,174 @@
+// The allocation, in plain JavaScript: the same steps, in the same order, as headkv.scorers (pooling)
+// and headkv.allocators (uniform, Ada-KV), so that a page without a kernel shows what the package keeps.
+
+/** Decode little-endian IEEE half floats; exact, as every half is a float32. */
+function decodeHalf(view, count) {
+  const bits = new Uint16Array(view.buffer.slice(view.byteOffset, view.byteOffset + 2 * count));
+  const out = new Float32Array(count);
+  for (let i = 0; i < count; i++) {
+    const exponent = (bits[i] >> 10) & 31;
+    const fraction = bits[i] & 1023;
+    const size = exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction;
+    out[i] = bits[i] >> 15 ? -size : size;
+  }
+  return out;
+}
+
+/** Pool one row of scores: stride 1, k // 2 padding; the average counts the padding, as torch's does. */
+function poolScores(row, kind, kernel) {
+  if (kind === "none" || kernel === 1) return row;
+  const half = kernel >> 1;
+  const out = new Float32Array(row.length);
+  for (let i = 0; i < row.length; i++) {
+    const from = Math.max(0, i - half);
+    const to = Math.min(row.length, i + half + 1);
+    let value = kind === "max" ? row[from] : 0;
+    for (let j = from; j < to; j++) {
+      value = kind === "max" ? Math.max(value, row[j]) : Math.fround(value + row[j]);
+    }
+    out[i] = kind === "max" ? value : Math.fround(value / kernel);
+  }
+  return out;
+}
+
+/** Indices of non-negative float32 values, highest first, ties by index: one exact number sort. */
+function rankDescending(values) {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
+  const keys = new Float64Array(values.length);
+  for (let i = 0; i < keys.length; i++) keys[i] = (0xffffffff - bits[i]) * 2097152 + i; // 32 + 21 bits
+  keys.sort();
+  return Uint32Array.from(keys, (key) => key % 2097152);
+}
+
+/** Python's round: halves go to the even neighbour. */
+function roundHalfEven(x) {
+  const low = Math.floor(x);
+  if (x - low !== 0.5) return Math.round(x);
+  return low % 2 ? low + 1 : low;
+}
+
+/** Entries a head keeps on average, window included, for a share of n; at least 1. */
+function capacityOf(share, n) {
+  return Math.min(n, Math.max(1, roundHalfEven(share * n)));
+}
+
+/** Whole numbers that sum to `total`: floors, then one more to the largest remainders (ties: lower index). */
+function largestRemainder(targets, total) {
+  const out = targets.map(Math.floor);
+  const order = targets.map((_, i) => i).sort((a, b) => targets[b] - out[b] - (targets[a] - out[a]) || a - b);
+  let left = total - out.reduce((sum, x) => sum + x, 0);
+  for (let i = 0; left > 0; i = (i + 1) % order.length, left--) out[order[i]]++;
+  return out;
+}
+
+/** How many of the best `slots` entries of a layer fall in each head: [H] counts. */
+function countWinners(ranked, slots) {
+  const counts = new Array(ranked.heads.length).fill(0);
+  for (let i = 0; i < slots; i++) counts[Math.floor(ranked.order[i] / ranked.m)]++;
+  return counts;
+}
+
+/** Budgets [H], window excluded: sum exactly H * slots. */
+function allocate(ranked, slots, allocator, safeguard) {
+  const heads = ranked.heads.length;
+  if (allocator === "uniform") return new Array(heads).fill(slots);
+  const targets = countWinners(ranked, heads * slots).map((c) => (1 - safeguard) * c + safeguard * slots);
+  return largestRemainder(targets, heads * slots);
+}
+
+/** Raw scores [layers, heads, m] with pooled and ranked views of each layer, remembered per setting. */
+class Scores {
+  constructor(view, [layers, heads, m], exponent) {
+    Object.assign(this, { layers, heads, m, unit: 2 ** -exponent });
+    this.raw = decodeHalf(view, layers * heads * m);
+    this.setting = null;
+    this.cache = [];
+  }
+
+  /** Raw scores of one head [m]; multiply by `unit` to get attention back. */
+  row(layer, head) {
+    const from = (layer * this.heads + head) * this.m;
+    return this.raw.subarray(from, from + this.m);
+  }
+
+  /** { m, pooled [H * m], order: all entries best first, heads: per head its positions best first and raw mass so far }. */
+  ranked(layer, pooling, kernel) {
+    const setting = `${pooling} ${kernel}`;
+    if (setting !== this.setting) {
+      this.setting = setting;
+      this.cache = [];
+    }
+    return (this.cache[layer] ??= this.rank(layer, pooling, kernel));
+  }
+
+  rank(layer, pooling, kernel) {
+    const { heads: count, m } = this;
+    const pooled = new Float32Array(count * m);
+    for (let h = 0; h < count; h++) pooled.set(poolScores(this.row(layer, h), pooling, kernel), h * m);
+    const order = rankDescending(pooled);
+    const heads = Array.from({ length: count }, () => ({
+      best: new Uint32Array(m),
+      mass: new Float64Array(m + 1),
+      filled: 0,
+    }));
+    for (const index of order) {
+      const head = heads[Math.floor(index / m)];
+      const position = index % m;
+      head.best[head.filled] = position;
+      head.mass[head.filled + 1] = head.mass[head.filled] + this.raw[layer * count * m + index];
+      head.filled++;
+    }
+    return { m, pooled, order, heads };
+  }
+}
+
+/** The whole plan for one setting: budgets and lengths [layers][heads], and the shares they come to. */
+function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, window }) {
+  const { layers, heads, m } = scores;
+  const n = m + window;
+  const capacity = capacityOf(budget, n);
+  const recent = Math.min(window, capacity);
+  const slots = capacity - recent;
+  const plan = { n, capacity, recent, slots, budgets: [], lengths: [], kept: 0, mass: 0, evenMass: 0 };
+  let total = 0;
+  for (let layer = 0; layer < layers; layer++) {
+    const ranked = scores.ranked(layer, pooling, kernel);
+    const budgets = allocate(ranked, slots, allocator, safeguard);
+    plan.budgets.push(budgets);
+    plan.lengths.push(budgets.map((b) => b + recent));
+    budgets.forEach((b, h) => {
+      plan.kept += b + recent;
+      plan.mass += ranked.heads[h].mass[b];
+      plan.evenMass += ranked.heads[h].mass[slots];
+      total += ranked.heads[h].mass[m];
+    });
+  }
+  plan.total = layers * heads * n;
+  plan.mass /= total || 1;
+  plan.evenMass /= total || 1;
+  return plan;
+}
+
+/** Which of the n entries head (layer, head) keeps: [n] of 0 and 1. */
+function keptMask(scores, plan, setting, layer, head) {
+  const mask = new Uint8Array(plan.n);
+  const { best } = scores.ranked(layer, setting.pooling, setting.kernel).heads[head];
+  for (let i = 0; i < plan.budgets[layer][head]; i++) mask[best[i]] = 1;
+  mask.fill(1, plan.n - plan.recent);
+  return mask;
+}
+
+/** All masks, packed 8 entries a byte, first entry in the highest bit (numpy's packbits): [layers * heads * ceil(n / 8)]. */
+function packKept(scores, plan, setting) {
+  const stride = Math.ceil(plan.n / 8);
+  const bytes = new Uint8Array(scores.layers * scores.heads * stride);
+  for (let layer = 0; layer < scores.layers; layer++) {
+    for (let head = 0; head < scores.heads; head++) {
+      const from = (layer * scores.heads + head) * stride;
+      keptMask(scores, plan, setting, layer, head).forEach((bit, i) => {
+        if (bit) bytes[from + (i >> 3)] |= 128 >> (i & 7);
+      });
+    }
+  }
+  return new DataView(bytes.buffer);
+}

@@ -1,0 +1,170 @@
+// Small shared parts: elements, numbers in words, controls, tooltips, a player. No framework, no network.
+
+/** An HTML element: h("div.name", {attributes, onclick}, children). */
+function h(tag, attributes = {}, ...children) {
+  const [name, ...classes] = tag.split(".");
+  return furnish(document.createElement(name), classes, attributes, children);
+}
+
+/** An SVG element, called in the same way. */
+function s(tag, attributes = {}, ...children) {
+  const [name, ...classes] = tag.split(".");
+  return furnish(document.createElementNS("http://www.w3.org/2000/svg", name), classes, attributes, children);
+}
+
+function furnish(node, classes, attributes, children) {
+  if (classes.length) node.setAttribute("class", classes.map((c) => `hk-${c}`).join(" "));
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value !== null && value !== false) node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+let idsGiven = 0;
+const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
+
+const count = (x) => Math.round(x).toLocaleString("en-US");
+const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)}%`;
+
+/** Decimal units, as bills are written: 46,080 B, 41.5 MB, 17.2 GB. */
+function bytesText(x) {
+  if (x < 1e5) return `${count(x)} B`;
+  const step = Math.min(4, Math.floor(Math.log10(x) / 3));
+  const value = x / 1000 ** step;
+  return `${value.toFixed(value < 100 ? 1 : 0)} ${["B", "kB", "MB", "GB", "TB"][step]}`;
+}
+
+/** A labelled native slider; `format` says the value in words (read out, too). */
+function slider({ label, min, max, step, value, format, oninput, name }) {
+  const id = freshId("slider");
+  const output = h("output.value", { for: id });
+  const input = h("input.range", { id, type: "range", min, max, step, "data-control": name });
+  const show = (x) => {
+    const text = format(x);
+    output.textContent = text;
+    input.setAttribute("aria-valuetext", text);
+    input.style.setProperty("--hk-at", `${(100 * (x - min)) / (Number(input.max) - min || 1)}%`);
+  };
+  input.addEventListener("input", () => {
+    show(Number(input.value));
+    oninput(Number(input.value));
+  });
+  const set = (x) => {
+    input.value = x;
+    show(x);
+  };
+  set(value);
+  const head = h("div.control-head", {}, h("label", { for: id }, label), output);
+  const limit = (top) => (input.max = top);
+  return { el: h("div.control", {}, head, input), input, set, limit };
+}
+
+/** One of a few: native radio buttons drawn as joined segments. `options` is [[value, label, hint]]. */
+function choice({ label, options, value, onchange, name }) {
+  const group = freshId("choice");
+  const inputs = options.map(([key]) =>
+    h("input", { type: "radio", name: group, value: key, id: `${group}-${key}`, "data-control": name,
+      onchange: () => onchange(key) }));
+  const segments = options.map(([key, text, hint], i) =>
+    h("span.segment", {}, inputs[i], h("label", { for: `${group}-${key}`, title: hint ?? null }, text)));
+  const set = (key) => inputs.forEach((input) => (input.checked = input.value === key));
+  set(value);
+  return {
+    el: h("fieldset.control", {}, h("legend", {}, label), h("div.segments", {}, ...segments)),
+    inputs,
+    set,
+  };
+}
+
+/** A labelled native select over whole numbers 0..length-1, or given [value, label] pairs. */
+function picker({ label, options, value, onchange, name }) {
+  const id = freshId("picker");
+  const select = h("select.select", { id, "data-control": name, onchange: () => onchange(select.value) },
+    ...options.map(([key, text]) => h("option", { value: key }, text)));
+  select.value = value;
+  return { el: h("span.picker", {}, h("label", { for: id }, label), select), set: (x) => (select.value = x) };
+}
+
+const button = (text, onclick, attributes = {}) => h("button.button", { type: "button", onclick, ...attributes }, text);
+
+/** One tooltip for a whole widget: `describe(target)` gives the text of what the pointer is over, or null. */
+function tooltip(root, describe) {
+  const tip = h("div.tip", { role: "presentation", hidden: true });
+  root.append(tip);
+  const hide = () => (tip.hidden = true);
+  root.addEventListener("pointermove", (event) => {
+    const text = describe(event.target, event);
+    if (!text) return hide();
+    tip.textContent = text;
+    tip.hidden = false;
+    const box = root.getBoundingClientRect();
+    const left = Math.min(event.clientX - box.left + 14, box.width - tip.offsetWidth - 4);
+    const above = event.clientY - box.top - tip.offsetHeight - 12;
+    tip.style.left = `${Math.max(4, left)}px`;
+    tip.style.top = `${above < 0 ? event.clientY - box.top + 22 : above}px`;
+  });
+  root.addEventListener("pointerleave", hide);
+  root.addEventListener("keydown", hide);
+  return hide;
+}
+
+/** A sentence for screen readers, said once things have settled. */
+function announcer() {
+  const el = h("p.hidden", { role: "status", "aria-live": "polite" });
+  let timer = 0;
+  const say = (text) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => (el.textContent = text), 250);
+  };
+  return { el, say, stop: () => clearTimeout(timer) };
+}
+
+/** Play, pause, one step, back to the start. `advance(steps)` moves on and answers whether there is more. */
+function player({ advance, reset, rate, noun, extras = [] }) {
+  let timer = 0;
+  const playing = () => timer !== 0;
+  const show = () => {
+    play.textContent = playing() ? "❚❚ Pause" : "▶ Play";
+    play.setAttribute("aria-pressed", String(playing()));
+  };
+  const pause = () => {
+    clearInterval(timer);
+    timer = 0;
+    show();
+  };
+  const tick = () => {
+    if (!play.isConnected || !advance(rate())) pause();
+  };
+  const play = button("", () => {
+    if (playing()) return pause();
+    if (!advance(0)) reset(); // at the end: from the start again
+    timer = setInterval(tick, 60);
+    show();
+  }, { "data-control": "play" });
+  const step = button("Step", () => (pause(), advance(1)), { "data-control": "step", "aria-label": `Step: ${noun}` });
+  const restart = button("↺ Restart", () => (pause(), reset()), { "data-control": "restart" });
+  show();
+  return { el: h("div.player", {}, play, step, restart, ...extras), pause };
+}
+
+/** Keep a model's traits and a view in step: handlers are dropped when the view goes. */
+function follow(model, names, handler) {
+  const events = names.map((name) => `change:${name}`);
+  events.forEach((event) => model.on(event, handler));
+  return () => events.forEach((event) => model.off(event, handler));
+}
+
+/** Call `work` at most once per `wait` milliseconds, the last call always counting. */
+function throttle(work, wait) {
+  let timer = 0;
+  const run = () => {
+    timer ||= setTimeout(() => {
+      timer = 0;
+      work();
+    }, wait);
+  };
+  run.cancel = () => clearTimeout(timer);
+  return run;
+}
