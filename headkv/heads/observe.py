@@ -1,0 +1,110 @@
+"""Watch a model's attention from outside: its queries and keys after RoPE, layer by layer, nothing patched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one layer attends with in one forward pass.
+
+    Attributes:
+        layer_idx: which layer.
+        queries: [B, HQ, T, D], after RoPE; the last T positions of the text.
+        keys: [B, H, n, D], after RoPE; all positions so far.
+        scale: factor of the logits.
+        sliding_window: a query sees this many last positions, itself included; None: all.
+        softcap: cap of the logits, c * tanh(logit / c); None: none.
+    """
+
+    layer_idx: int
+    queries: Tensor
+    keys: Tensor
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+
+    def logits(self, head: int, rows: slice) -> Tensor:
+        """Return the masked logits of the query heads of one KV head, first sequence: [G, R, n], float32.
+
+        Args:
+            head: the KV head.
+            rows: which of the T queries.
+        """
+        group = self.queries.shape[1] // self.keys.shape[1]
+        queries = self.queries[0, head * group : (head + 1) * group, rows].float()  # [G, R, D]
+        logits = queries @ self.keys[0, head].float().T * self.scale  # [G, R, n]
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        total, new = self.keys.shape[2], self.queries.shape[2]
+        at = torch.arange(total - new, total, device=logits.device)[rows, None]
+        column = torch.arange(total, device=logits.device)
+        hidden = column > at
+        if self.sliding_window is not None:
+            hidden |= column <= at - self.sliding_window
+        return logits.masked_fill(hidden, -torch.inf)
+
+
+class Watcher(Protocol):
+    """What `observe` calls for every layer of every forward pass."""
+
+    def __call__(self, attention: Attention) -> None: ...
+
+
+@contextmanager
+def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
+    """Call `watcher` with every layer's attention while the model runs as ever.
+
+    The attention is computed by the implementation that the model had, which is back on exit, also after an error.
+
+    Raises:
+        ValueError: the model's attention can not be exchanged by name.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = model.config._attn_implementation
+    name = f"headkv-observe-{id(watcher):x}"
+
+    def attend(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        scale, window, softcap = (kwargs.get(word) for word in ("scaling", "sliding_window", "softcap"))
+        watcher(
+            Attention(
+                layer_idx=int(module.layer_idx),  # type: ignore[arg-type]
+                queries=query,
+                keys=key,
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+                sliding_window=window,
+                softcap=softcap,
+            )
+        )
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)(module, query, key, value, mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    if before in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[before]
+    try:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise ValueError(f"model must let its attention be chosen by name, got {type(model).__name__}")
+        yield
+    finally:
+        if model.config._attn_implementation == name:
+            model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS[name]
+        if name in ALL_MASK_ATTENTION_FUNCTIONS:
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]

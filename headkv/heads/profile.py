@@ -1,0 +1,202 @@
+"""A head profile: one score a head, measured once on a model and kept in a small versioned JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate")
+
+_FORMAT = "headkv-head-profile"
+_FIELDS = ("format", "version", "model", "kind", "heads", "parameters", "scores")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """Scores of all heads of one model; a higher score means that the head needs the far past more.
+
+    Attributes:
+        model: the model's public id, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
+        kind: what was measured, one of `KINDS`: "echo" and "induction" (RazorAttention), "retrieval" and
+            "retrieval-reasoning" (HeadKV), "gate" (DuoAttention).
+        heads: "query" (one score a query head) or "kv" (one a KV head).
+        scores: [layers, heads], float32, finite, on the CPU.
+        parameters: how it was measured; plain JSON values.
+
+    Raises:
+        ValueError: a field is not as described above.
+        TypeError: `scores` is not a tensor of floats.
+    """
+
+    version: ClassVar[int] = 1
+
+    model: str
+    kind: str
+    heads: str
+    scores: Tensor
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model must be the model's id, a non-empty string, got {self.model!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.heads not in ("query", "kv"):
+            raise ValueError(f'heads must be "query" or "kv", got {self.heads!r}')
+        if not isinstance(self.scores, Tensor) or not self.scores.is_floating_point():
+            got = self.scores.dtype if isinstance(self.scores, Tensor) else type(self.scores).__name__
+            raise TypeError(f"scores must be a floating-point tensor [layers, heads], got {got}")
+        if self.scores.ndim != 2 or self.scores.numel() == 0:
+            raise ValueError(
+                f"scores must be [layers, heads], not empty, got shape {list(self.scores.shape)}"
+            )
+        if not bool(self.scores.isfinite().all()):
+            layer, head = (~self.scores.isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"scores must be finite, got {self.scores[layer, head].item()} at layer {layer}, head {head}"
+            )
+        object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32).contiguous())
+        object.__setattr__(self, "parameters", dict(self.parameters))
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers."""
+        return self.scores.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """The number of heads of a layer, query or KV heads as `heads` says."""
+        return self.scores.shape[1]
+
+    def kv_scores(self, num_kv_heads: int, reduce: str = "max") -> Tensor:
+        """Return one score a KV head, [layers, num_kv_heads], float32.
+
+        The query heads of a group, which share a KV head, are reduced to one score. A profile of KV heads is
+        returned as it is.
+
+        Args:
+            num_kv_heads: of the model.
+            reduce: "max" (RazorAttention), "sum" or "mean".
+
+        Raises:
+            ValueError: `num_kv_heads` does not fit the profile, or `reduce` is unknown.
+        """
+        if reduce not in ("max", "sum", "mean"):
+            raise ValueError(f'reduce must be "max", "sum" or "mean", got {reduce!r}')
+        if (
+            num_kv_heads < 1
+            or self.num_heads % num_kv_heads
+            or (self.heads == "kv") * self.num_heads > num_kv_heads
+        ):
+            allowed = str(self.num_heads) if self.heads == "kv" else f"a divisor of {self.num_heads}"
+            raise ValueError(f"num_kv_heads must be {allowed} for this profile, got {num_kv_heads}")
+        grouped = self.scores.unflatten(1, (num_kv_heads, -1))  # [layers, H, G]
+        return grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
+
+    def check_model(self, model: Any) -> None:
+        """Check that this profile was made for `model`, a transformers model or its configuration.
+
+        Raises:
+            ValueError: the number of layers or heads differs, or both have a name and the names differ (only
+                their last part counts, in any case). `renamed` is the way to use it all the same.
+        """
+        config = getattr(model, "config", model)
+        name = str(getattr(config, "_name_or_path", "") or "")
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        wanted = config.num_attention_heads
+        if self.heads == "kv":
+            wanted = getattr(config, "num_key_value_heads", None) or wanted
+        if (config.num_hidden_layers, wanted) != (self.num_layers, self.num_heads):
+            raise ValueError(
+                f"profile must fit the model, {config.num_hidden_layers} layers of {wanted} {self.heads} "
+                f"heads, got one of {self.model} with {self.num_layers} layers of {self.num_heads}"
+            )
+        if name and _last_part(name) != _last_part(self.model):
+            raise ValueError(
+                f"profile must be one of the model {name!r}, got one of {self.model!r}; if their heads are "
+                f"the same (a copy, a fine-tuned version), pass profile.renamed({name!r})"
+            )
+
+    def renamed(self, model: str) -> HeadProfile:
+        """Return this profile as one of `model`: a copy, or a fine-tuned version, of the measured model."""
+        return dataclasses.replace(
+            self, model=model, parameters={**self.parameters, "measured_on": self.model}
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as JSON, one line a layer; `load` gives back the same scores to the bit."""
+        rows = (json.dumps([float(f"{score:.9g}") for score in row]) for row in self.scores.tolist())
+        head = {
+            "format": _FORMAT,
+            "version": self.version,
+            "model": self.model,
+            "kind": self.kind,
+            "heads": self.heads,
+            "parameters": self.parameters,
+        }
+        text = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False)[:-2]
+        text += ',\n  "scores": [\n    ' + ",\n    ".join(rows) + "\n  ]\n}\n"
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(target)  # never half a file
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadProfile:
+        """Read a profile that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no whole, valid profile of this version; the message says what is wrong.
+        """
+        where = os.fspath(path)
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON and UTF-8 errors both
+            raise ValueError(f"{where} is not a whole JSON file: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError(f'{where} is not a head profile: its "format" must be "{_FORMAT}"')
+        if data.get("version") != cls.version:
+            raise ValueError(f"{where}: version must be {cls.version}, got {data.get('version')!r}")
+        if missing := [name for name in _FIELDS if name not in data]:
+            raise ValueError(f"{where}: {', '.join(missing)} missing")
+        if not isinstance(data["parameters"], dict):
+            raise ValueError(f"{where}: parameters must be an object, got {data['parameters']!r}")
+        try:
+            scores = torch.tensor(data["scores"], dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: scores must be rows of equal length of numbers: {error}") from error
+        try:
+            return cls(data["model"], data["kind"], data["heads"], scores, data["parameters"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    @classmethod
+    def builtin(cls, name: str) -> HeadProfile:
+        """Load a profile that is shipped with headkv, e.g. "smollm2-induction".
+
+        Raises:
+            ValueError: there is none of this name; the message lists those that there are.
+        """
+        folder = resources.files("headkv.heads") / "data"
+        names = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))
+        if name not in names:
+            raise ValueError(f"name must be one of {', '.join(names)}, got {name!r}")
+        with resources.as_file(folder / f"{name}.json") as path:
+            return cls.load(path)
+
+
+def _last_part(name: str) -> str:
+    return Path(name.replace("\\", "/")).name.lower()
