@@ -1,0 +1,39 @@
+"""Attention weights of some queries, and their reduction over a group, for scorers that look at them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "max", "sum")
+
+
+def attention_weights(
+    queries: Tensor, keys: Tensor, first: int, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """Causal attention weights in float32 whatever the input's dtype: rounding would make ties.
+
+    Args:
+        queries: `[H, G, w, D]`, of the positions `first .. first + w - 1`.
+        keys: `[H, n, D]`, of the positions `0 .. n - 1`.
+        first: position of the first query.
+        scale: what logits are multiplied with.
+        sliding_window: a query sees this many keys, itself included; None for all.
+
+    Returns:
+        `[H, G, w, n]` float32; each row sums to 1.
+    """
+    heads, group, w, dim = queries.shape
+    n = keys.shape[1]
+    logits = (queries.float() * scale).reshape(heads, group * w, dim) @ keys.float().transpose(1, 2)
+    logits = logits.view(heads, group, w, n)
+    age = torch.arange(first, first + w, device=keys.device)[:, None] - torch.arange(n, device=keys.device)
+    hidden = age < 0 if sliding_window is None else (age < 0) | (age >= sliding_window)
+    return logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+
+
+def reduce_group(weights: Tensor, reduce: str) -> Tensor:
+    """`[H, G, ...]` to `[H, ...]`: one value a KV head from the query heads that share it."""
+    if reduce == "max":
+        return weights.amax(1)
+    return weights.mean(1) if reduce == "mean" else weights.sum(1)
