@@ -1,8 +1,8 @@
 """Pictures that a reader can move: anywidgets over plain arrays, alive in JupyterLab and in a built page.
 
 Each class takes arrays or numbers, never a model. The front end computes everything in the page, so a widget
-whose state is embedded in a page works without a kernel and without the network. anywidget and numpy are needed
-only once a widget is asked for.
+whose state is embedded in a page works without a kernel and without the network. anywidget is needed only once
+a widget is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
         import anywidget  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"headkv.widgets.{name} needs anywidget and numpy: pip install 'anywidget>=0.9' numpy"
+            f"headkv.widgets.{name} needs anywidget: pip install 'headkv[widgets]'"
         ) from error
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 

@@ -10,7 +10,7 @@ import anywidget
 
 def read(name: str) -> str:
     """Text of one file of the front end."""
-    return files("headkv.widgets").joinpath("static", name).read_text(encoding="utf-8")
+    return files("headkv.widgets").joinpath("static").joinpath(name).read_text(encoding="utf-8")
 
 
 def bundle(*names: str) -> str:

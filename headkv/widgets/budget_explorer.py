@@ -60,7 +60,7 @@ class BudgetExplorer(Picture):
     _shape = t.List(t.Int()).tag(sync=True)
     _exponent = t.Int().tag(sync=True)
     tokens = t.List(t.Unicode()).tag(sync=True)
-    facts = t.List().tag(sync=True)
+    facts: t.List[Any] = t.List().tag(sync=True)
     window = t.Int().tag(sync=True)
     bytes_per_entry = t.Int().tag(sync=True)
     head_names = t.List(t.Unicode()).tag(sync=True)
@@ -72,7 +72,7 @@ class BudgetExplorer(Picture):
     kernel_size = t.Int().tag(sync=True)
     allocator = t.Enum(ALLOCATORS).tag(sync=True)
     selected = t.List(t.Int()).tag(sync=True)
-    budgets = t.List().tag(sync=True)
+    budgets: t.List[Any] = t.List().tag(sync=True)
     kept = t.Bytes().tag(sync=True)
 
     def __init__(
@@ -145,17 +145,17 @@ class BudgetExplorer(Picture):
         layers, heads, m = self._shape
         n = m + self.window
         who = "Ada-KV" if self.allocator == "adaptive" else "uniform budgets"
-        pooled = "no pooling" if self.pooling == "none" else f"{self.pooling} pooling over {self.kernel_size} entries"
+        pooled = "no pooling" if self.pooling == "none" else f"{self.pooling} pooling over {self.kernel_size}"
         full = layers * heads * n * self.bytes_per_entry
         return (
-            f"BudgetExplorer: {layers} {'layer' if layers == 1 else 'layers'} of {heads} KV heads over {n:,} entries, "
-            f"budget {self.budget:.0%} by {who} (safeguard {self.safeguard:.0%}, {pooled}, recent window "
-            f"{self.window}); the full cache is {full:,} bytes."
+            f"BudgetExplorer: {layers} {'layer' if layers == 1 else 'layers'} of {heads} KV heads over {n:,} "
+            f"entries, budget {self.budget:.0%} by {who} (safeguard {self.safeguard:.0%}, {pooled}, "
+            f"recent window {self.window}); the full cache is {full:,} bytes."
         )
 
 
 def _pack(raw: np.ndarray) -> tuple[np.ndarray, int]:
-    """Half floats of raw * 2**exponent, the largest near 2**15: twelve decades below it stay distinct from 0."""
+    """Half floats of raw * 2**exponent, the largest near 2**15: eleven decades below stay distinct from 0."""
     top = float(raw.max())
     exponent = 14 - int(np.frexp(top)[1]) if top > 0 else 0
     return np.ldexp(raw, exponent).astype("<f2") + np.float16(0), exponent

@@ -38,9 +38,10 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     allowed = f"an int of at least {low}" if high is None else f"an int in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    value = int(value)
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {allowed}, got {value}")
-    return int(value)
+    return value
 
 
 def share(name: str, value: Any, *, zero: bool = True) -> float:
@@ -48,18 +49,18 @@ def share(name: str, value: Any, *, zero: bool = True) -> float:
     allowed = f"a share in {'[' if zero else '('}0, 1]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if not (0 <= value <= 1) or (value == 0 and not zero):
+    if not (0 <= float(value) <= 1) or (value == 0 and not zero):
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return float(value)
 
 
 def budget_share(value: Any, n: int) -> float:
     """A budget, entries a head on average (int) or a share of the prompt (float), as a share of n entries."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise ValueError(f"budget must be a positive int or a share in (0, 1], got {value!r}")
     if isinstance(value, Integral):
         return min(int(value), n) / n
-    if value > 1:
+    if float(value) > 1:
         raise ValueError(f"budget must be a positive int or a share in (0, 1], got {value!r}")
     return float(value)
 

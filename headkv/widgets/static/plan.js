@@ -52,28 +52,53 @@ function capacityOf(share, n) {
   return Math.min(n, Math.max(1, roundHalfEven(share * n)));
 }
 
-/** Whole numbers that sum to `total`: floors, then one more to the largest remainders (ties: lower index). */
-function largestRemainder(targets, total) {
-  const out = targets.map(Math.floor);
-  const order = targets.map((_, i) => i).sort((a, b) => targets[b] - out[b] - (targets[a] - out[a]) || a - b);
-  let left = total - out.reduce((sum, x) => sum + x, 0);
-  for (let i = 0; left > 0; i = (i + 1) % order.length, left--) out[order[i]]++;
-  return out;
+/** Whole numbers that sum to `total`, none above its cap: whole parts, then one each by largest fraction (ties: first). */
+function largestRemainder(targets, total, cap) {
+  const whole = targets.map((x) => Math.min(Math.floor(x + 1e-9), cap));
+  const fraction = targets.map((x, i) => x - whole[i]);
+  for (;;) {
+    const left = total - whole.reduce((sum, x) => sum + x, 0);
+    if (left === 0) return whole;
+    const step = Math.sign(left);
+    targets.map((_, i) => i)
+      .sort((i, j) => step * (fraction[j] - fraction[i]) || i - j)
+      .filter((i) => (step > 0 ? whole[i] < cap : whole[i] > 0))
+      .slice(0, Math.abs(left))
+      .forEach((i) => (whole[i] += step));
+  }
 }
 
-/** How many of the best `slots` entries of a layer fall in each head: [H] counts. */
-function countWinners(ranked, slots) {
-  const counts = new Array(ranked.heads.length).fill(0);
-  for (let i = 0; i < slots; i++) counts[Math.floor(ranked.order[i] / ranked.m)]++;
-  return counts;
+/** How many of the best `k` entries of a layer fall in each head; scores equal to the k-th share in proportion. */
+function countWinners({ order, pooled, heads, m }, k) {
+  if (k === 0) return heads.map(() => 0);
+  const threshold = pooled[order[k - 1]];
+  const above = heads.map(() => 0);
+  const level = heads.map(() => 0);
+  for (let rank = 0; rank < order.length && pooled[order[rank]] >= threshold; rank++) {
+    (pooled[order[rank]] > threshold ? above : level)[Math.floor(order[rank] / m)]++;
+  }
+  const sum = (counts) => counts.reduce((x, y) => x + y, 0);
+  const rest = k - sum(above);
+  return above.map((count, i) => count + (rest * level[i]) / sum(level));
 }
 
 /** Budgets [H], window excluded: sum exactly H * slots. */
 function allocate(ranked, slots, allocator, safeguard) {
   const heads = ranked.heads.length;
   if (allocator === "uniform") return new Array(heads).fill(slots);
-  const targets = countWinners(ranked, heads * slots).map((c) => (1 - safeguard) * c + safeguard * slots);
-  return largestRemainder(targets, heads * slots);
+  const even = Math.fround(Math.fround(safeguard) * slots); // float32, as torch multiplies a scalar and whole numbers
+  const targets = countWinners(ranked, heads * slots).map((count) => (1 - safeguard) * count + even);
+  return largestRemainder(targets, heads * slots, ranked.m);
+}
+
+/** No head may end with nothing: larger ones give. */
+function atLeastOne(budgets, m) {
+  if (!budgets.includes(0)) return budgets;
+  const sum = (list) => list.reduce((x, y) => x + y, 0);
+  const total = Math.max(sum(budgets), budgets.length) - budgets.length;
+  const spare = budgets.map((b) => Math.max(b, 1) - 1);
+  const targets = spare.map((x) => (total ? Math.fround(x * Math.fround(total / sum(spare))) : 0));
+  return largestRemainder(targets, total, m - 1).map((x) => x + 1);
 }
 
 /** Raw scores [layers, heads, m] with pooled and ranked views of each layer, remembered per setting. */
@@ -133,7 +158,8 @@ function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, windo
   let total = 0;
   for (let layer = 0; layer < layers; layer++) {
     const ranked = scores.ranked(layer, pooling, kernel);
-    const budgets = allocate(ranked, slots, allocator, safeguard);
+    const shares = allocate(ranked, slots, allocator, safeguard);
+    const budgets = recent ? shares : atLeastOne(shares, m);
     plan.budgets.push(budgets);
     plan.lengths.push(budgets.map((b) => b + recent));
     budgets.forEach((b, h) => {

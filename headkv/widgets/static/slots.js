@@ -32,7 +32,7 @@ function slotRace({ heads, headNames, m }) {
     else if (given === total()) {
       const moved = state.budgets.some((b, head) => b !== now[head]);
       story.textContent = `All ${count(total())} slots are given. ${names(now)}.` +
-        (moved ? ` The safeguard then moves them to ${names(state.budgets)} (▼).` : "");
+        (moved ? ` With the safeguard, and equal scores shared, the budgets are ${names(state.budgets)} (▼).` : "");
     } else {
       const next = ownerOf(given);
       story.textContent = `${count(given)} of ${count(total())} slots given. The next one goes to head ` +

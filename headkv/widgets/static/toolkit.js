@@ -122,7 +122,7 @@ function announcer() {
 }
 
 /** Play, pause, one step, back to the start. `advance(steps)` moves on and answers whether there is more. */
-function player({ advance, reset, rate, noun, extras = [] }) {
+function player({ advance, reset, rate = () => 1, every = 60, noun }) {
   let timer = 0;
   const playing = () => timer !== 0;
   const show = () => {
@@ -137,16 +137,19 @@ function player({ advance, reset, rate, noun, extras = [] }) {
   const tick = () => {
     if (!play.isConnected || !advance(rate())) pause();
   };
+  const start = () => {
+    timer ||= setInterval(tick, every);
+    show();
+  };
   const play = button("", () => {
     if (playing()) return pause();
     if (!advance(0)) reset(); // at the end: from the start again
-    timer = setInterval(tick, 60);
-    show();
+    start();
   }, { "data-control": "play" });
   const step = button("Step", () => (pause(), advance(1)), { "data-control": "step", "aria-label": `Step: ${noun}` });
   const restart = button("↺ Restart", () => (pause(), reset()), { "data-control": "restart" });
   show();
-  return { el: h("div.player", {}, play, step, restart, ...extras), pause };
+  return { el: h("div.player", {}, play, step, restart), start, pause };
 }
 
 /** Keep a model's traits and a view in step: handlers are dropped when the view goes. */

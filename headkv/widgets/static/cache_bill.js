@@ -1,0 +1,97 @@
+// CacheBill: what a KV cache costs. Bytes a token by hand, the bill as the context grows, against the weights.
+
+const NAMES = [["layers", "Layers"], ["kv_heads", "KV heads"], ["head_dim", "Head dim"]];
+const BYTES = { float32: 4, bfloat16: 2, float16: 2, int8: 1 };
+
+function render({ model, el }) {
+  const get = (name) => model.get(name);
+  const presets = get("presets");
+  const put = (changes) => {
+    for (const [name, value] of Object.entries(changes)) model.set(name, value);
+    model.save_changes();
+  };
+  const asLog = (x) => Math.round(Math.log2(x) * 16) / 16;
+  const fields = NAMES.map(([name, label]) => {
+    const id = freshId(name);
+    const input = h("input.number", { id, type: "number", min: 1, max: 100000, step: 1, "data-control": name,
+      onchange: () => {
+        const value = Math.round(Number(input.value));
+        if (value >= 1) put({ [name]: value });
+        else draw(); // not a size: back to the last one
+      } });
+    return { name, input, el: h("div.control", {}, h("label", { for: id }, label), input) };
+  });
+  const preset = picker({ label: "Model", name: "preset", value: "", options: [["", "your own"],
+    ...presets.map((p, i) => [String(i), p.name])], onchange: (i) => i !== "" && put(withoutName(presets[i])) });
+  const dtype = choice({ label: "Stored as", name: "dtype", value: get("dtype"),
+    options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, `${size} bytes a number`]),
+    onchange: (x) => put({ dtype: x }) });
+  const context = slider({ label: "Context", name: "context", min: 7, max: 20, step: 1 / 16, value: asLog(get("context")),
+    format: () => `${count(get("context"))} tokens`, oninput: (x) => put({ context: Math.round(2 ** x) }) });
+  const share = slider({ label: "Share kept", name: "share", min: 0.01, max: 1, step: 0.01, value: get("share"),
+    format: (x) => percent(x), oninput: (x) => put({ share: x }) });
+  const formula = h("p.formula");
+  const bill = billBar({});
+  const weightBar = h("div.weight-fill");
+  const weightText = h("p.bill-note");
+  const scaled = h("div.scaled", {}, bill.el, h("div.weights", {}, weightText, h("div.weight-bar", {}, weightBar)));
+  const story = h("p.story");
+  const status = announcer();
+  const title = get("title");
+  const root = h("section", { class: "hk hk-cache-bill", "aria-label": title || "What a KV cache costs" },
+    ...(title ? [h("p.title", {}, title)] : []),
+    h("div.bill-top", {}, preset.el),
+    h("div.controls.sizes", {}, ...fields.map((f) => f.el), dtype.el),
+    h("div.controls.two", {}, context.el, share.el), formula, scaled, story, status.el);
+  el.append(root);
+
+  function draw() {
+    const [layers, heads, dim] = NAMES.map(([name]) => get(name));
+    const size = BYTES[get("dtype")];
+    const token = 2 * layers * heads * dim * size;
+    const full = token * get("context");
+    const kept = full * get("share");
+    const weights = get("weight_bytes");
+    fields.forEach(({ name, input }) => (input.value = get(name)));
+    dtype.set(get("dtype"));
+    context.set(asLog(get("context")));
+    share.set(get("share"));
+    const match = presets.findIndex((p) => Object.entries(withoutName(p)).every(([key, value]) => get(key) === value));
+    preset.set(match < 0 ? "" : String(match));
+
+    formula.replaceChildren(...termParts(["2", "key and value"], [layers, "layers"], [heads, "KV heads"],
+      [dim, "numbers"], [size, "bytes"]), h("span.term", {}, h("b", {}, `= ${count(token)}`), h("small", {}, "bytes a token")));
+    const widest = Math.max(full, weights);
+    const words = `${bytesText(kept)} of ${bytesText(full)} for ${count(get("context"))} tokens`;
+    bill.el.querySelector(".hk-bill-bar").style.width = `${Math.max(0.4, (100 * full) / widest)}%`;
+    bill.update({ kept, full, share: get("share"), words });
+    weightBar.parentElement.hidden = !weights;
+    weightText.textContent = weights ? `Weights: ${bytesText(weights)}, drawn to the same scale` : "";
+    weightBar.style.width = `${(100 * weights) / widest}%`;
+    const meet = weights / token / get("share");
+    const kind = get("share") < 1 ? `a cache kept to ${percent(get("share"))}` : "the cache";
+    const compared = !weights ? "" : ` Here it is ${(kept / weights).toPrecision(2)} times the weights; ${kind} ` +
+      `weighs as much as they do at about ${count(Number(meet.toPrecision(4)))} tokens.`;
+    story.textContent = `Each decode step reads all ${bytesText(kept)} of it to make one token.${compared}`;
+    status.say(`${count(token)} bytes a token. ${words}. ${story.textContent}`);
+    Object.assign(root.dataset, { bytesPerToken: token, fullBytes: full, keptBytes: Math.round(kept) });
+  }
+
+  tooltip(root, (target) => target.closest?.("[data-tip]")?.dataset.tip);
+  const off = follow(model, ["layers", "kv_heads", "head_dim", "dtype", "context", "share", "weight_bytes"], draw);
+  draw();
+  return () => {
+    off();
+    status.stop();
+  };
+}
+
+const withoutName = ({ name, ...sizes }) => sizes;
+
+/** 2 x layers x heads x ..., each number with its word under it. */
+function termParts(...terms) {
+  return terms.map(([number, word], i) =>
+    h("span.term", {}, h("b", {}, (i ? "× " : "") + count(Number(number))), h("small", {}, word)));
+}
+
+export default { render };
