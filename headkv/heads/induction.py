@@ -1,7 +1,7 @@
 """Echo and induction scores: which heads find the earlier occurrence of a token that repeats.
 
-RazorAttention, section 3.1. The text is a block of random tokens, repeated. A head echoes if it attends to the
-earlier occurrences of the current token, and inducts if it attends to the tokens that came after them.
+RazorAttention, section 3.1. The text is a block of random tokens, repeated. A head echoes if it attends to
+the earlier occurrences of the current token, and inducts if it attends to the tokens that came after them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def profile_repeats(
 
     Args:
         model: a transformers decoder.
-        tokenizer: its tokenizer, so that special tokens are not drawn. Without one, any token may be.
+        tokenizer: its tokenizer, so that special tokens are not drawn and the text starts as the model's texts
+            do. Without one, any token may be drawn, and the text starts with the block.
         num_tokens: length of the random block, drawn without replacement.
         repeats: how often the block stands in the text, at least 2.
         seeds: one text each; the scores are means.
@@ -48,7 +49,10 @@ def profile_repeats(
         ValueError: a number is out of range; the message says which.
     """
     vocabulary = ordinary_tokens(model, tokenizer)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or num_tokens * repeats
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", num_tokens * repeats + 1)
+    limit -= len(start)
     if not 2 <= num_tokens <= len(vocabulary):
         raise ValueError(f"num_tokens must be between 2 and {len(vocabulary)}, got {num_tokens}")
     if not 2 <= repeats <= limit // num_tokens:
@@ -61,18 +65,18 @@ def profile_repeats(
     totals: dict[int, Tensor] = {}
 
     def watch(attention: Attention) -> None:
-        shares = repeat_shares(attention, num_tokens)
+        shares = repeat_shares(attention, num_tokens, len(start))
         totals[attention.layer_idx] = totals.get(attention.layer_idx, torch.zeros_like(shares)) + shares
 
     with observe(model, watch), torch.inference_mode():
         for seed in track(seeds, "Echo and induction", progress):
             order = torch.randperm(len(vocabulary), generator=torch.Generator().manual_seed(seed))
-            text = vocabulary[order[:num_tokens]].repeat(repeats)
+            text = torch.cat([start, vocabulary[order[:num_tokens]].repeat(repeats)])
             # The inner model: the scores need no logits over the vocabulary.
             model.base_model(input_ids=text[None].to(model.device), use_cache=False)
     scores = torch.stack([totals[layer] for layer in sorted(totals)]).cpu() / len(seeds)  # [layers, 2, HQ]
     parameters: dict[str, Any] = {"num_tokens": num_tokens, "repeats": repeats, "seeds": list(seeds)}
-    name = str(model.config._name_or_path or type(model).__name__)
+    name = model.config._name_or_path or type(model).__name__
     echo, induction = (
         HeadProfile(name, kind, "query", scores[:, index], parameters)
         for index, kind in enumerate(("echo", "induction"))
@@ -80,15 +84,17 @@ def profile_repeats(
     return echo, induction
 
 
-def repeat_shares(attention: Attention, period: int) -> Tensor:
+def repeat_shares(attention: Attention, period: int, start: int = 0) -> Tensor:
     """Return the attention's share on earlier occurrences and on the tokens after them: [2, HQ], float32.
 
-    The mean over all queries i >= period, of the sum of p[i, j] over j < i with j = i mod period (echo), and of
-    p[i, j + 1] (induction). Only a block of rows of one KV head is ever held, never an n x n matrix.
+    The mean over all queries i that have an earlier occurrence, of the sum of p[i, j] over the earlier
+    occurrences j (echo), and of p[i, j + 1] (induction). Only a block of rows of one KV head is ever held,
+    never an n x n matrix.
 
     Args:
         attention: of one layer, a whole text at once, one sequence.
         period: after how many tokens the text repeats.
+        start: how many tokens come before the first block.
     """
     total = attention.keys.shape[2]
     group = attention.queries.shape[1] // attention.keys.shape[1]
@@ -96,25 +102,24 @@ def repeat_shares(attention: Attention, period: int) -> Tensor:
     shares = []
     for head in range(attention.keys.shape[1]):
         sums = torch.zeros(2, group, device=attention.keys.device)
-        for first in range(period, total, step):
+        for first in range(start + period, total, step):
             rows = slice(first, min(first + step, total))
             logits = attention.logits(head, rows)  # [G, R, n]
             normaliser = logits.logsumexp(-1)  # [G, R]
-            at = torch.arange(rows.start, rows.stop, device=logits.device)
+            at = torch.arange(first, rows.stop, device=logits.device)
             for back in range(period, rows.stop, period):
                 for index in range(2):
-                    # An earlier occurrence must lie in the text; the columns of rows that have none are masked.
-                    column = (at - back + index).clamp_min(0)
+                    column = (at - back + index).clamp_min(0)  # rows of the blocks before have none: * False
                     found = logits.gather(-1, column.expand(group, -1)[..., None])[..., 0]  # [G, R]
-                    share = (found - normaliser).exp() * (at >= back)
+                    share = (found - normaliser).exp() * (at - back >= start)
                     sums[index] += share.sum(-1)
-        shares.append(sums / (total - period))
+        shares.append(sums / (total - start - period))
     return torch.cat(shares, dim=1)
 
 
 def ordinary_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """Return the ids of the tokens that are no special or added tokens, ascending, int64."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = int(model.config.get_text_config().vocab_size)
     if tokenizer is None:
         return torch.arange(size)
     ordinary = torch.ones(size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Watch a model's attention from outside: its queries and keys after RoPE, layer by layer, nothing patched."""
+"""Watch a model's attention: its queries and keys after RoPE, layer by layer, with nothing patched."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Watcher(Protocol):
 def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """Call `watcher` with every layer's attention while the model runs as ever.
 
-    The attention is computed by the implementation that the model had, which is back on exit, also after an error.
+    The attention is computed by the implementation that the model had, which is back on exit, also after an
+    error.
 
     Raises:
         ValueError: the model's attention can not be exchanged by name.
@@ -91,7 +92,7 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
                 softcap=softcap,
             )
         )
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)(module, query, key, value, mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[name] = attend
