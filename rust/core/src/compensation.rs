@@ -1,0 +1,61 @@
+//! The one entry that stands for everything outside a compensating row's window (RazorAttention, arXiv 2407.15891,
+//! section 3.2): mean key, mean value, and ln N on its logit.
+
+use crate::element::Element;
+use crate::layer::{Layer, Span, Visible};
+
+/// Entries summed before their sum is added to the total, which keeps the rounding error small.
+const BLOCK: usize = 256;
+
+pub(crate) struct Mean {
+    pub key: Vec<f32>,
+    pub value: Vec<f32>,
+    pub log_count: f32,
+}
+
+/// The compensation entry of a row for each step; `visible` `[T]` is what the steps see. Empty for a row that does not
+/// compensate.
+pub(crate) fn means<T: Element>(layer: &Layer<T>, row: usize, visible: &[Visible]) -> Vec<Option<Mean>> {
+    let (Some(dropped), Some(sums)) = (layer.compensates(row), layer.sums) else {
+        return Vec::new();
+    };
+    let dim = layer.head_dim;
+    let (keys, values, _) = layer.row(row);
+    let mut key = sums.key[row * dim..][..dim].to_vec();
+    let mut value = sums.value[row * dim..][..dim].to_vec();
+
+    // What a row hides grows with the step's position: each entry is added once, in that order.
+    let hidden = |step: usize| match visible[step] {
+        seen if layer.recent[row] > 0 => Span::new(seen.sinks.end, seen.tail.begin),
+        _ => Span::default(),
+    };
+    let mut steps: Vec<usize> = (0..visible.len()).collect();
+    steps.sort_by_key(|&step| (hidden(step).len(), step));
+    let mut means: Vec<Option<Mean>> = visible.iter().map(|_| None).collect();
+    let mut added = 0;
+    for step in steps {
+        let span = hidden(step);
+        let fresh = Span::new(span.begin + added, span.end);
+        add_entries(keys, fresh, &mut key);
+        add_entries(values, fresh, &mut value);
+        added = span.len();
+        let count = dropped as f64 + added as f64;
+        if count > 0.0 {
+            let mean = |sum: &[f32]| sum.iter().map(|x| x / count as f32).collect();
+            means[step] = Some(Mean { key: mean(&key), value: mean(&value), log_count: count.ln() as f32 });
+        }
+    }
+    means
+}
+
+fn add_entries<T: Element>(entries: &[T], span: Span, total: &mut [f32]) {
+    let dim = total.len();
+    let mut part = vec![0.0f32; dim];
+    for block in entries[span.begin * dim..span.end * dim].chunks(BLOCK * dim) {
+        part.fill(0.0);
+        for entry in block.chunks_exact(dim) {
+            part.iter_mut().zip(entry).for_each(|(sum, x)| *sum += x.to_f32());
+        }
+        total.iter_mut().zip(&part).for_each(|(sum, x)| *sum += x);
+    }
+}

@@ -1,0 +1,86 @@
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+use super::Simd;
+
+pub(crate) struct Avx2;
+
+// SAFETY of every block: the caller promises the CPU features and the pointers (see `Simd`).
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx2 {
+    type Vector = __m256;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m256 {
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(source: *const f32) -> __m256 {
+        unsafe { _mm256_loadu_ps(source) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const bf16) -> __m256 {
+        unsafe {
+            let half = _mm_loadu_si128(source.cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(source: *const f16) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store(target: *mut f32, x: __m256) {
+        unsafe { _mm256_storeu_ps(target, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: __m256, bound: __m256, value: __m256) -> __m256 {
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(x, bound), value) }
+    }
+    #[inline(always)]
+    unsafe fn shift_exponent(x: __m256, biased: __m256) -> __m256 {
+        unsafe {
+            let shift = _mm256_slli_epi32::<23>(_mm256_castps_si256(biased));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shift))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums(x: [__m256; 4]) -> [f32; 4] {
+        unsafe { sums256(x) }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+pub(super) unsafe fn sums256(x: [__m256; 4]) -> [f32; 4] {
+    unsafe {
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+        let four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
+        std::mem::transmute::<__m128, [f32; 4]>(four)
+    }
+}

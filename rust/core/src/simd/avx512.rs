@@ -1,0 +1,87 @@
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+use super::Simd;
+use super::avx2::sums256;
+
+pub(crate) struct Avx512;
+
+// SAFETY of every block: the caller promises the CPU features and the pointers (see `Simd`).
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx512 {
+    type Vector = __m512;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(source: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(source) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const bf16) -> __m512 {
+        unsafe {
+            let half = _mm256_loadu_si256(source.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(source: *const f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(source.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store(target: *mut f32, x: __m512) {
+        unsafe { _mm512_storeu_ps(target, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: __m512, bound: __m512, value: __m512) -> __m512 {
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, bound), value) }
+    }
+    #[inline(always)]
+    unsafe fn shift_exponent(x: __m512, biased: __m512) -> __m512 {
+        unsafe {
+            let shift = _mm512_slli_epi32::<23>(_mm512_castps_si512(biased));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), shift))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums(x: [__m512; 4]) -> [f32; 4] {
+        unsafe { sums256([fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3])]) }
+    }
+}
+
+/// The lower half plus the upper half.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn fold(x: __m512) -> __m256 {
+    unsafe {
+        let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x)));
+        _mm256_add_ps(_mm512_castps512_ps256(x), upper)
+    }
+}

@@ -1,0 +1,112 @@
+//! The handful of vector operations that the kernel is written in, once for every instruction set.
+
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+pub(crate) mod portable;
+
+/// The widest vector of any instruction set, in `f32` lanes. Rows of scratch are padded to it.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// Vectors of `f32`. `LANES` is a multiple of 4 that divides [`MAX_LANES`].
+///
+/// # Safety
+/// Every function needs a CPU with the features of the instruction set; loads and stores need pointers
+/// that are valid for `LANES` elements (of any alignment).
+#[allow(clippy::missing_safety_doc)]
+pub trait Simd {
+    type Vector: Copy;
+    const LANES: usize;
+
+    unsafe fn splat(x: f32) -> Self::Vector;
+    unsafe fn load(source: *const f32) -> Self::Vector;
+    unsafe fn load_bf16(source: *const bf16) -> Self::Vector;
+    unsafe fn load_f16(source: *const f16) -> Self::Vector;
+    unsafe fn store(target: *mut f32, x: Self::Vector);
+    unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn sub(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn mul(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn div(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b + c`
+    unsafe fn fma(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// `b` where `a` or `b` is not a number.
+    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `x` where `x >= bound` or `x` is not a number, 0 elsewhere, applied to `value`.
+    unsafe fn zero_below(x: Self::Vector, bound: Self::Vector, value: Self::Vector) -> Self::Vector;
+    /// `x * 2^n`, where the low bits of `biased` hold the small integer n.
+    unsafe fn shift_exponent(x: Self::Vector, biased: Self::Vector) -> Self::Vector;
+    /// The four horizontal sums.
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4];
+}
+
+/// An instruction set, chosen at run time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    Avx512,
+    Avx2,
+    Neon,
+    Portable,
+}
+
+impl Isa {
+    pub const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
+
+    /// The best one that this CPU has.
+    pub fn detect() -> Isa {
+        Isa::ALL.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+    }
+
+    pub fn is_available(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => is_x86_feature_detected!("avx512f") && Isa::Avx2.is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
+            Isa::Portable => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Avx512 => "avx512",
+            Isa::Avx2 => "avx2",
+            Isa::Neon => "neon",
+            Isa::Portable => "portable",
+        }
+    }
+
+    pub(crate) fn require(self) -> Result<()> {
+        if self.is_available() {
+            return Ok(());
+        }
+        Err(Error::new(format!("isa must be one that this CPU has, got {}", self.name())))
+    }
+}
+
+/// Asks for the cache line at `address`; harmless whatever the address is.
+#[inline(always)]
+pub(crate) fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, and SSE is part of x86_64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}

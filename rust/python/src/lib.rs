@@ -1,0 +1,326 @@
+//! `headkv._rust`: takes numpy views of torch's memory, checks them, and calls headkv-core without the interpreter lock.
+//!
+//! float32 pools come as float32 arrays, bfloat16 and float16 ones as uint16 arrays of their bits.
+
+mod arrays;
+
+use headkv_core::{
+    Element, Entries, Error, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows, Sums, bf16, f16,
+};
+use numpy::prelude::*;
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::arrays::{Input, Output, apart, copied, input, output};
+
+/// The arrays of a ragged layer: any object with these attributes.
+#[derive(FromPyObject)]
+struct LayerArrays<'py> {
+    keys: Bound<'py, PyAny>,
+    values: Bound<'py, PyAny>,
+    positions: Bound<'py, PyAny>,
+    start: Bound<'py, PyAny>,
+    length: Bound<'py, PyAny>,
+    capacity: Bound<'py, PyAny>,
+    sinks: Bound<'py, PyAny>,
+    recent: Bound<'py, PyAny>,
+    key_sum: Option<Bound<'py, PyAny>>,
+    value_sum: Option<Bound<'py, PyAny>>,
+    count: Option<Bound<'py, PyAny>>,
+}
+
+/// The storage of a layer, read or written: any object with these attributes.
+#[derive(FromPyObject)]
+struct PoolArrays<'py> {
+    keys: Bound<'py, PyAny>,
+    values: Bound<'py, PyAny>,
+    positions: Bound<'py, PyAny>,
+}
+
+/// Copies of the numbers of each row, so that what was checked is what is used, whatever other threads do meanwhile.
+struct RowNumbers {
+    start: Vec<i64>,
+    length: Vec<i64>,
+    capacity: Vec<i64>,
+}
+
+impl RowNumbers {
+    fn new(start: &Bound<PyAny>, length: &Bound<PyAny>, capacity: &Bound<PyAny>) -> PyResult<Self> {
+        Ok(Self {
+            start: copied("start", start)?,
+            length: copied("length", length)?,
+            capacity: copied("capacity", capacity)?,
+        })
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows { start: &self.start, length: &self.length, capacity: &self.capacity }
+    }
+}
+
+/// Attention of queries over a ragged layer, written to `out`.
+#[pyfunction]
+#[pyo3(signature = (q, query_positions, layer, dtype, out, *, scale, sliding_window=None, softcap=None, threads=1, isa=None))]
+#[allow(clippy::too_many_arguments)]
+fn attend<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyAny>,
+    query_positions: &Bound<'py, PyAny>,
+    layer: LayerArrays<'py>,
+    dtype: &str,
+    out: &Bound<'py, PyAny>,
+    scale: f32,
+    sliding_window: Option<i64>,
+    softcap: Option<f32>,
+    threads: usize,
+    isa: Option<&str>,
+) -> PyResult<()> {
+    let isa = named_isa(isa)?;
+    let call =
+        Attend { options: Options { scale, sliding_window, softcap, threads, isa }, q, query_positions, out };
+    match dtype {
+        "float32" => call.run::<f32, f32>(py, &layer, |pool| pool),
+        "bfloat16" => call.run::<u16, bf16>(py, &layer, as_bf16),
+        "float16" => call.run::<u16, f16>(py, &layer, as_f16),
+        other => Err(wrong_dtype(other)),
+    }
+}
+
+struct Attend<'a, 'py> {
+    options: Options,
+    q: &'a Bound<'py, PyAny>,
+    query_positions: &'a Bound<'py, PyAny>,
+    out: &'a Bound<'py, PyAny>,
+}
+
+impl Attend<'_, '_> {
+    /// `Stored` is what numpy holds, `T` what it means.
+    fn run<Stored: numpy::Element, T: Element>(
+        &self,
+        py: Python<'_>,
+        arrays: &LayerArrays<'_>,
+        meant: fn(&[Stored]) -> &[T],
+    ) -> PyResult<()> {
+        let q: Input<f32> = input("q", self.q, 4)?;
+        let query_positions: Vec<i64> = copied("query_positions", self.query_positions)?;
+        let keys: Input<Stored> = input("keys", &arrays.keys, 2)?;
+        let values: Input<Stored> = input("values", &arrays.values, 2)?;
+        let positions: Input<i32> = input("positions", &arrays.positions, 1)?;
+        let rows = RowNumbers::new(&arrays.start, &arrays.length, &arrays.capacity)?;
+        let sinks: Vec<i64> = copied("sinks", &arrays.sinks)?;
+        let recent: Vec<i64> = copied("recent", &arrays.recent)?;
+        let sums: Option<(Input<f32>, Input<f32>, Vec<i64>)> =
+            match (&arrays.key_sum, &arrays.value_sum, &arrays.count) {
+                (Some(key), Some(value), Some(count)) => {
+                    Some((input("key_sum", key, 2)?, input("value_sum", value, 2)?, copied("count", count)?))
+                }
+                (None, None, None) => None,
+                _ => {
+                    return Err(PyValueError::new_err("key_sum, value_sum and count must be given together"));
+                }
+            };
+        let mut out: Output<f32> = output("out", self.out, 4)?;
+        let shape = q.shape();
+        if out.shape() != shape {
+            return Err(PyValueError::new_err(format!(
+                "out must have the shape of q {shape:?}, got {:?}",
+                out.shape()
+            )));
+        }
+        for (name, width) in [("keys", keys.shape()[1]), ("values", values.shape()[1])] {
+            if width != shape[3] {
+                return Err(PyValueError::new_err(format!(
+                    "{name} must have the width of q {}, got {width}",
+                    shape[3]
+                )));
+            }
+        }
+        apart("out", &out, &[&q, &keys, &values, &positions])?;
+
+        let queries = Queries {
+            batch: shape[0],
+            heads: shape[1],
+            steps: shape[2],
+            data: q.as_slice()?,
+            positions: &query_positions,
+        };
+        let layer = Layer {
+            head_dim: shape[3],
+            keys: meant(keys.as_slice()?),
+            values: meant(values.as_slice()?),
+            positions: positions.as_slice()?,
+            rows: rows.rows(),
+            sinks: &sinks,
+            recent: &recent,
+            sums: match &sums {
+                Some((key, value, count)) => {
+                    Some(Sums { key: key.as_slice()?, value: value.as_slice()?, count })
+                }
+                None => None,
+            },
+        };
+        let (options, out) = (self.options, out.as_slice_mut()?);
+        py.detach(|| headkv_core::attend(&layer, &queries, &options, out)).map_err(value_error)
+    }
+}
+
+/// Writes new tokens behind the rows of a layer, in place.
+#[pyfunction]
+#[pyo3(signature = (pools, start, length, capacity, keys, values, valid, first_position, threads))]
+#[allow(clippy::too_many_arguments)]
+fn append<'py>(
+    py: Python<'py>,
+    pools: PoolArrays<'py>,
+    start: &Bound<'py, PyAny>,
+    length: &Bound<'py, PyAny>,
+    capacity: &Bound<'py, PyAny>,
+    keys: &Bound<'py, PyAny>,
+    values: &Bound<'py, PyAny>,
+    valid: Option<&Bound<'py, PyAny>>,
+    first_position: i64,
+    threads: usize,
+) -> PyResult<()> {
+    let rows = RowNumbers::new(start, length, capacity)?;
+    let valid: Option<Vec<bool>> = valid.map(|valid| copied("valid", valid)).transpose()?;
+    let call = Append { rows, keys, values, valid, first_position, threads };
+    if is_float32(&pools.keys) { call.run::<f32>(py, &pools) } else { call.run::<u16>(py, &pools) }
+}
+
+struct Append<'a, 'py> {
+    rows: RowNumbers,
+    keys: &'a Bound<'py, PyAny>,
+    values: &'a Bound<'py, PyAny>,
+    valid: Option<Vec<bool>>,
+    first_position: i64,
+    threads: usize,
+}
+
+impl Append<'_, '_> {
+    fn run<T: numpy::Element + Copy + Send + Sync>(
+        &self,
+        py: Python<'_>,
+        arrays: &PoolArrays<'_>,
+    ) -> PyResult<()> {
+        let new_keys: Input<T> = input("new keys", self.keys, 4)?;
+        let new_values: Input<T> = input("new values", self.values, 4)?;
+        let mut keys: Output<T> = output("keys", &arrays.keys, 2)?;
+        let mut values: Output<T> = output("values", &arrays.values, 2)?;
+        let mut positions: Output<i32> = output("positions", &arrays.positions, 1)?;
+        let shape = new_keys.shape();
+        if new_values.shape() != shape || values.shape() != keys.shape() || keys.shape()[1] != shape[3] {
+            return Err(PyValueError::new_err(format!(
+                "new keys, new values, keys and values must agree, got shapes {shape:?}, {:?}, {:?} and {:?}",
+                new_values.shape(),
+                keys.shape(),
+                values.shape()
+            )));
+        }
+        apart("keys", &keys, &[&new_keys, &new_values, &values, &positions])?;
+        apart("values", &values, &[&new_keys, &new_values, &positions])?;
+        apart("positions", &positions, &[&new_keys, &new_values])?;
+        let entries = Entries {
+            batch: shape[0],
+            steps: shape[2],
+            keys: new_keys.as_slice()?,
+            values: new_values.as_slice()?,
+            valid: self.valid.as_deref(),
+            first_position: self.first_position,
+        };
+        let mut pools = Pools {
+            head_dim: shape[3],
+            keys: keys.as_slice_mut()?,
+            values: values.as_slice_mut()?,
+            positions: positions.as_slice_mut()?,
+        };
+        let (rows, threads) = (self.rows.rows(), self.threads);
+        py.detach(|| headkv_core::append(&mut pools, &rows, &entries, threads)).map_err(value_error)
+    }
+}
+
+/// Copies slot `source[i]` of `pools` to slot `i` of `target`.
+#[pyfunction]
+fn gather<'py>(
+    py: Python<'py>,
+    pools: PoolArrays<'py>,
+    source: &Bound<'py, PyAny>,
+    target: PoolArrays<'py>,
+    threads: usize,
+) -> PyResult<()> {
+    if is_float32(&pools.keys) {
+        run_gather::<f32>(py, &pools, source, &target, threads)
+    } else {
+        run_gather::<u16>(py, &pools, source, &target, threads)
+    }
+}
+
+fn run_gather<T: numpy::Element + Copy + Send + Sync>(
+    py: Python<'_>,
+    pools: &PoolArrays<'_>,
+    source: &Bound<'_, PyAny>,
+    target: &PoolArrays<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let keys: Input<T> = input("keys", &pools.keys, 2)?;
+    let values: Input<T> = input("values", &pools.values, 2)?;
+    let positions: Input<i32> = input("positions", &pools.positions, 1)?;
+    let source: Vec<i64> = copied("source", source)?;
+    let mut new_keys: Output<T> = output("new keys", &target.keys, 2)?;
+    let mut new_values: Output<T> = output("new values", &target.values, 2)?;
+    let mut new_positions: Output<i32> = output("new positions", &target.positions, 1)?;
+    let widths = [keys.shape()[1], values.shape()[1], new_keys.shape()[1], new_values.shape()[1]];
+    if widths.iter().any(|&width| width != widths[0]) {
+        return Err(PyValueError::new_err(format!("keys and values must have one width, got {widths:?}")));
+    }
+    let inputs: [&dyn arrays::Extent; 3] = [&keys, &values, &positions];
+    apart("new keys", &new_keys, &[inputs.as_slice(), &[&new_values, &new_positions]].concat())?;
+    apart("new values", &new_values, &[inputs.as_slice(), &[&new_positions]].concat())?;
+    apart("new positions", &new_positions, &inputs)?;
+    let from = (keys.as_slice()?, values.as_slice()?, positions.as_slice()?);
+    let mut to = Pools {
+        head_dim: widths[0],
+        keys: new_keys.as_slice_mut()?,
+        values: new_values.as_slice_mut()?,
+        positions: new_positions.as_slice_mut()?,
+    };
+    py.detach(|| headkv_core::gather(from, &source, &mut to, threads)).map_err(value_error)
+}
+
+/// Names of the instruction sets that this CPU has, best first.
+#[pyfunction]
+fn instruction_sets() -> Vec<&'static str> {
+    Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect()
+}
+
+fn named_isa(name: Option<&str>) -> PyResult<Isa> {
+    let Some(name) = name else { return Ok(Isa::detect()) };
+    let found = Isa::ALL.into_iter().find(|isa| isa.name() == name && isa.is_available());
+    found.ok_or_else(|| {
+        PyValueError::new_err(format!("isa must be one of {}, got {name:?}", instruction_sets().join(", ")))
+    })
+}
+
+fn is_float32(array: &Bound<PyAny>) -> bool {
+    array.cast::<numpy::PyArrayDyn<f32>>().is_ok()
+}
+
+fn as_bf16(bits: &[u16]) -> &[bf16] {
+    bits.reinterpret_cast()
+}
+
+fn as_f16(bits: &[u16]) -> &[f16] {
+    bits.reinterpret_cast()
+}
+
+fn wrong_dtype(found: &str) -> PyErr {
+    PyTypeError::new_err(format!("dtype must be float32, bfloat16 or float16, got {found:?}"))
+}
+
+fn value_error(error: Error) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+#[pymodule]
+mod _rust {
+    #[pymodule_export]
+    use super::{append, attend, gather, instruction_sets};
+}
