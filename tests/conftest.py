@@ -1,0 +1,111 @@
+"""What tests share: a skip with its reason where a device is missing, and a browser that forgives nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDGETS_READY = """() => {
+  const views = document.querySelectorAll('script[type="application/vnd.jupyter.widget-view+json"]');
+  return [...views].every(view => ['ready', 'failed'].includes(view.nextElementSibling?.dataset.state));
+}"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason shown, where there is no CUDA device or no Triton."""
+    reason = _why_no_gpu() if any("gpu" in item.keywords for item in items) else None
+    for item in items:
+        if reason and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str | None:
+    from importlib.util import find_spec
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device; torch sees none"
+    return None if find_spec("triton") else "needs Triton: pip install triton"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium (Playwright's Browser), shared by the session; skipped where none is installed."""
+    import browser as tool
+    from playwright.sync_api import sync_playwright
+
+    path = tool.find_chromium()
+    if path is None:
+        pytest.skip(tool.HINT)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="session")
+def serve_folder() -> Callable[[Path], AbstractContextManager[str]]:
+    """`with serve_folder(folder) as address:` serves the folder on localhost, on a free port."""
+    from serve import make_server
+
+    @contextmanager
+    def serve(folder: Path) -> Iterator[str]:
+        with make_server(folder) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+            server.shutdown()
+
+    return serve
+
+
+@pytest.fixture
+def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
+    """`with page_checker(address, "cost.html") as page:` opens a page, widgets ready, and hands it over.
+
+    On leaving, the test fails for any request that left the local server, any answer of 400 or more, any
+    console error and any uncaught exception, all from the first byte on. `theme` is "light" or "dark".
+    """
+
+    @contextmanager
+    def check(
+        address: str, path: str = "index.html", *, width: int = 1280, theme: str = "light"
+    ) -> Iterator[Any]:
+        faults: list[str] = []
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        context.route("**/*", lambda route: _only_local(route, address, faults))
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda m: faults.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
+        page.on("response", lambda r: faults.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        page.on("requestfailed", lambda r: faults.append(f"failed: {r.url}"))
+        try:
+            page.goto(f"{address}/{path}", wait_until="networkidle")
+            page.wait_for_function(WIDGETS_READY)
+            yield page
+            page.wait_for_load_state("networkidle")
+        finally:
+            context.close()
+            assert not faults, "\n".join([f"{path} ({width} px, {theme}):", *faults])
+
+    return check
+
+
+def _only_local(route: Any, address: str, faults: list[str]) -> None:
+    if route.request.url.startswith((address, "blob:", "data:")):
+        route.continue_()
+    else:
+        faults.append(f"left the local server: {route.request.url}")
+        route.abort()

@@ -1,0 +1,160 @@
+"""The built book, in Chromium: nothing asked of the network, no console error, formulas and widgets drawn.
+
+A small book of two pages, with the real one's configuration, is always tested; the real one when it is built.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BOOK = Path(__file__).resolve().parents[1] / "book"
+BUILT = BOOK / "_build" / "html"
+PAGES = sorted(page.name for page in BUILT.glob("*.html")) if (BUILT / ".built").exists() else []
+SCREENS = {"desktop light": (1280, "light"), "desktop dark": (1280, "dark"), "phone": (390, "light")}
+
+PROBE = '''---
+file_format: mystnb
+kernelspec: {name: python3, display_name: Python 3}
+---
+# Probe
+
+The share is $\\frac{2}{5}$, and the sum
+
+$$ \\sum_{i=1}^n \\alpha_i v_i $$
+
+```{code-cell} python
+import anywidget, traitlets
+
+class Probe(anywidget.AnyWidget):
+    _esm = """
+    export default () => ({
+      initialize({ model }) { model.set("twice", 2 * model.get("n")); },
+      render({ model, el }) {
+        const slider = document.createElement("input");
+        Object.assign(slider, { type: "range", max: 9, value: model.get("n") });
+        const output = document.createElement("output");
+        const bytes = new Uint8Array(model.get("raw").buffer).join();
+        const draw = () => {
+          output.textContent = `n ${model.get("n")} twice ${model.get("twice")} bytes ${bytes}`;
+        };
+        slider.addEventListener("input", () => {
+          model.set("n", slider.valueAsNumber);
+          model.save_changes();
+        });
+        model.on("change:n", (_, n) => { model.set({ twice: 2 * n }); draw(); });
+        draw();
+        el.append(slider, output);
+      },
+    });
+    """
+    _css = "output { color: rgb(1, 2, 3); }"
+    n = traitlets.Int(3).tag(sync=True)
+    twice = traitlets.Int(0).tag(sync=True)
+    raw = traitlets.Bytes(bytes([1, 2, 255])).tag(sync=True)
+
+probe = Probe()
+probe
+```
+
+```{code-cell} python
+probe
+```
+'''
+INDEX = "# A small book\n\nBuilt with the real one's configuration. See [the probe](probe.md).\n"
+
+
+@pytest.fixture(scope="module")
+def small_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A book of two pages, built anew with the real book's configuration and static files."""
+    folder = tmp_path_factory.mktemp("book")
+    shutil.copytree(BOOK / "_static", folder / "_static")
+    shutil.copy(BOOK / "_config.yml", folder)
+    shutil.copy(BOOK / "references.bib", folder)
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n  - file: probe\n")
+    (folder / "index.md").write_text(INDEX)
+    (folder / "probe.md").write_text(PROBE)
+    build = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", build, "build", str(folder), "--warningiserror"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def small_address(small_book: Path, serve_folder: Callable[..., Any]) -> Iterator[str]:
+    with serve_folder(small_book) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def book_address(serve_folder: Callable[..., Any]) -> Iterator[str]:
+    with serve_folder(BUILT) as address:
+        yield address
+
+
+def test_widget_is_alive_without_a_kernel(small_address: str, page_checker: Callable[..., Any]) -> None:
+    with page_checker(small_address, "probe.html") as page:
+        shown = page.locator(".widget-host output")
+        assert shown.all_text_contents() == ["n 3 twice 6 bytes 1,2,255"] * 2
+        page.locator(".widget-host input").first.press("ArrowRight")
+        assert shown.all_text_contents() == ["n 4 twice 8 bytes 1,2,255"] * 2, "two views share one model"
+        assert shown.first.evaluate("node => getComputedStyle(node).color") == "rgb(1, 2, 3)"
+
+
+def test_formulas_are_drawn_from_local_files(small_address: str, page_checker: Callable[..., Any]) -> None:
+    with page_checker(small_address, "probe.html") as page:
+        page.wait_for_selector("mjx-container")
+        assert page.locator("mjx-container").count() == 2
+        assert page.evaluate("document.fonts.ready.then(fonts => [...fonts].some(f => /MJX/.test(f.family)))")
+
+
+def test_search_works_offline(small_address: str, page_checker: Callable[..., Any]) -> None:
+    with page_checker(small_address, "search.html?q=probe") as page:
+        page.wait_for_selector("ul.search li a")
+        assert "probe.html" in page.locator("ul.search li a").first.get_attribute("href")
+
+
+def test_theme_follows_the_system_until_it_is_chosen(
+    small_address: str, page_checker: Callable[..., Any]
+) -> None:
+    seen = {}
+    with page_checker(small_address, theme="dark") as page:
+        for _ in range(3):
+            mode = page.evaluate("document.documentElement.dataset.mode")
+            seen[mode] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            page.locator("button.theme-switch-button:visible").first.click()
+    assert seen["auto"] == seen["dark"] != seen["light"]
+
+
+FAULTS = {
+    "foreign request": ("fetch('http://example.invalid/x').catch(() => 0)", "left the local server"),
+    "missing file": ("fetch('nowhere.js')", "404"),
+    "console error": ("console.error('broken')", "console: broken"),
+    "exception": ("setTimeout(() => { throw Error('thrown') })", "uncaught: thrown"),
+}
+
+
+@pytest.mark.parametrize(("script", "complaint"), FAULTS.values(), ids=FAULTS.keys())
+def test_the_checker_complains(
+    small_address: str, page_checker: Callable[..., Any], script: str, complaint: str
+) -> None:
+    with pytest.raises(AssertionError, match=complaint), page_checker(small_address) as page:
+        page.evaluate(f"() => {{ {script}; }}")
+        page.wait_for_timeout(300)
+
+
+@pytest.mark.skipif(not PAGES, reason="the book is not built: make book SERVE=0")
+@pytest.mark.parametrize(("width", "theme"), SCREENS.values(), ids=SCREENS.keys())
+@pytest.mark.parametrize("name", PAGES)
+def test_page(name: str, width: int, theme: str, book_address: str, page_checker: Callable[..., Any]) -> None:
+    with page_checker(book_address, name, width=width, theme=theme) as page:
+        assert page.locator('.widget-host:not([data-state="ready"])').count() == 0, "a widget was not drawn"
+        assert page.locator("mjx-merror").count() == 0, "a formula could not be read"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
