@@ -36,6 +36,8 @@ def prefill(
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):
         where = valid[b].nonzero()[:, 0]
+        if where.numel() == 0:
+            continue
         sequence = (q[b : b + 1, :, where], keys[b : b + 1, :, where], values[b : b + 1, :, where])
         out[b, :, where] = _causal(*sequence, where, **options)[0]
     return out

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headkv.cache import layout
+from headkv.cache import layout, rust
 from headkv.cache.layout import Pools
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def gather(pools: Pools, source: Tensor) -> Pools:
     """New pools whose slot `i` is slot `source[i]` of `pools`; see `layout.gather`."""
+    if pools.keys.device.type == "cpu" and rust.available():
+        return rust.gather(pools, source)
     return layout.gather(pools, source)
 
 
@@ -27,6 +29,14 @@ def append(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | Non
         keys, values: `[B, H, T, D]`.
         valid: `[B, T]` bool or None; only True tokens are stored.
     """
+    if layer.device.type == "cpu" and rust.available():
+        rust.append(layer, keys, values, valid)
+    else:
+        append_reference(layer, keys, values, valid)
+
+
+def append_reference(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+    """What `append` does, in plain torch: its specification."""
     tokens, head_dim = keys.shape[2:]
     positions = torch.arange(layer.seen, layer.seen + tokens, dtype=torch.int32, device=layer.device)
     end = layer.start + layer.length

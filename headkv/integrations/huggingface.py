@@ -61,6 +61,14 @@ class PaddingMask:
     only_causal: bool
     dense: Callable[[], Tensor | None]
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(
+            f"something reads `{name}` of the attention mask before attention: static caches, compiled decoding and "
+            f"models that change their masks are not supported with the attention implementation {NAME!r}"
+        )
+
 
 class RaggedCacheLayer(CacheLayerMixin):
     """One layer of a `RaggedCache`: empty until its first prompt, then a `RaggedLayer` at `.ragged`."""
@@ -103,7 +111,9 @@ class RaggedCacheLayer(CacheLayerMixin):
             out = dense.prefill(q, keys, values, valid=valid, **options)
             seen = Observation.of(q, valid, self.method.observed_queries, scale, sliding_window)
             if self.chunked_prefill:
-                self.ragged = RaggedLayer.from_dense(keys, values, valid=valid, headroom=self.headroom)
+                empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
+                self.ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
+                self.ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
                 self._observed = seen
             else:
                 kept = keep_entries(self.method, seen, keys, values, valid, self.layer_idx, self.num_layers)

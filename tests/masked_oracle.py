@@ -1,0 +1,138 @@
+"""The oracle of compression: an ordinary full cache in which a boolean mask hides exactly what each head has evicted.
+
+It shares no code with the ragged cache: everything stays stored, every step recomputes who may see what over the whole
+text, and a compensation entry is the mean over the hidden part of the full cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import DynamicLayer
+
+from headkv.methods.base import Prefill
+
+NAME = "headkv-test-oracle"
+
+
+@dataclass
+class Handle:
+    layer: OracleLayer
+
+
+class OracleLayer(DynamicLayer):
+    """All keys and values ever seen, and which prompt entries the method evicted."""
+
+    def __init__(self, method, layer_idx, num_layers, chunked):
+        super().__init__()
+        self.method, self.layer_idx, self.num_layers, self.chunked = method, layer_idx, num_layers, chunked
+        self.plan = None  # keep [B, H, n], sinks, recent, compensate [B, H]
+        self.queries = None
+
+    def update(self, keys, values, *args, **kwargs):
+        super().update(keys, values)
+        return Handle(self), Handle(self)
+
+    def make_plan(self, valid, scale, sliding_window):
+        batch, heads, n, _ = self.keys.shape
+        n = valid.shape[1]
+        keep = torch.zeros(batch, heads, n, dtype=torch.bool)
+        sinks, recent = torch.zeros(2, batch, heads, dtype=torch.int64)
+        compensate = torch.zeros(batch, heads, dtype=torch.bool)
+        for b in range(batch):
+            real = valid[b]
+            chosen = self.method.plan(
+                Prefill(
+                    queries=self.queries[b][:, real],
+                    keys=self.keys[b, :, :n][:, real],
+                    values=self.values[b, :, :n][:, real],
+                    layer_idx=self.layer_idx,
+                    num_layers=self.num_layers,
+                    scale=scale,
+                    sliding_window=sliding_window,
+                )
+            )
+            keep[b, :, real] = chosen.mask
+            if chosen.recent is not None:
+                sinks[b], recent[b] = chosen.sinks, chosen.recent
+            if chosen.compensate is not None and sliding_window is None:
+                compensate[b] = chosen.compensate
+        self.plan = [keep, sinks, recent, compensate]
+
+    def crop(self, tokens_to_remove):
+        super().crop(tokens_to_remove)
+        total = self.keys.shape[2]
+        self.queries = self.queries[:, :, :total]
+        self.plan[0] = self.plan[0][:, :, :total]
+
+    def reorder_cache(self, index):
+        super().reorder_cache(index)
+        self.queries = self.queries[index]
+        if self.plan is not None:
+            self.plan = [part[index] for part in self.plan]
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+    layer = key.layer
+    keys, values = layer.keys, layer.values
+    batch, heads, total, dim = keys.shape
+    tokens, group = query.shape[2], query.shape[1] // heads
+    scale = dim**-0.5 if scaling is None else scaling
+    valid = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask[:, :total].bool()
+    if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
+        layer.make_plan(valid[:, : total - 1], scale, sliding_window)
+    first = layer.plan is None
+    layer.queries = query if layer.queries is None else torch.cat([layer.queries, query], 2)
+
+    where = torch.arange(total)
+    now = torch.arange(total - tokens, total)
+    eligible = valid[:, None, None, :] & (where <= now[:, None])  # [B, 1, T, N]
+    eligible = eligible.expand(batch, heads, tokens, total)
+    visible = eligible
+    compensate = torch.zeros(batch, heads, dtype=torch.bool)
+    if not first:
+        keep, sinks, recent, compensate = layer.plan
+        never_evicted = torch.ones(batch, heads, total - keep.shape[2], dtype=torch.bool)
+        visible = visible & torch.cat([keep, never_evicted], 2)[:, :, None]
+        rank = visible.cumsum(3) - 1
+        newest = visible.sum(3, keepdim=True) - 1
+        inside = (rank < sinks[:, :, None, None]) | (rank > newest - recent[:, :, None, None])
+        visible = visible & (inside | (recent == 0)[:, :, None, None])
+    if sliding_window is not None:
+        visible = visible & (now[:, None] - where < sliding_window)
+
+    def logits_of(some_keys):
+        logits = query.unflatten(1, (heads, group)) @ some_keys.transpose(-1, -2)[:, :, None] * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    logits = logits_of(keys).masked_fill(~visible[:, :, None], float("-inf"))  # [B, H, G, T, N]
+    hidden = (eligible & ~visible).float()
+    number = hidden.sum(3)  # [B, H, T]
+    mean_key = torch.einsum("bhtn,bhnd->bhtd", hidden, keys) / number[..., None]
+    mean_value = torch.einsum("bhtn,bhnd->bhtd", hidden, values) / number[..., None]
+    extra = torch.einsum("bhgtd,bhtd->bhgt", query.unflatten(1, (heads, group)), mean_key) * scale
+    if softcap is not None:
+        extra = softcap * torch.tanh(extra / softcap)
+    takes_part = (compensate[:, :, None] & (number > 0))[:, :, None]
+    extra = torch.where(takes_part, extra + number[:, :, None].log(), float("-inf"))
+    weights = torch.cat([logits, extra[..., None]], -1).softmax(-1).nan_to_num()  # pad queries see nothing
+    out = weights[..., :-1] @ values[:, :, None]
+    out = out + torch.where(takes_part[..., None], weights[..., -1:] * mean_value[:, :, None], 0)
+    if first and not layer.chunked:
+        layer.make_plan(valid, scale, sliding_window)
+    return out.flatten(1, 2).transpose(1, 2), None
+
+
+def mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
+    return attention_mask
+
+
+def oracle_cache(model, method, chunked_prefill=False):
+    """A full cache for `model` that hides what `method` evicts; sets the oracle's attention on the model."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    model.set_attn_implementation(NAME)
+    n = model.config.num_hidden_layers
+    return Cache(layers=[OracleLayer(method, i, n, chunked_prefill) for i in range(n)])
