@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "headkv"
 
-# A part of the package may import itself, the helpers `headkv._*`, and these. Imports for type checkers are not read.
+# A part of the package may import itself, the helpers `headkv._*`, and these (for type checkers: anything).
 TENSORS = {"cache", "attention", "scorers", "allocators", "heads", "methods"}
 ARROWS = {
     "cache": set(),

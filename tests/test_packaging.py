@@ -1,4 +1,4 @@
-"""What is shipped: the wheel's contents, a wheel that works away from here, and a folder that is no package."""
+"""What is shipped: the wheel's contents, a wheel that works away from here, and what `kernels/` is not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = {".json", ".js", ".css", ".pyi", ".typed", ".txt"}
 
 
 def test_kernels_folder_is_no_package() -> None:
-    """The name `kernels` is another distribution's: transformers looks for it, and would find a package here."""
+    """The name `kernels` is another distribution's, for which transformers looks."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

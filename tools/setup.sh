@@ -32,7 +32,11 @@ find_python() {
 check_rust() {
     PATH=$PATH:$HOME/.cargo/bin
     cargo --version >/dev/null 2>&1 ||
-        stop "no Rust toolchain was found (cargo); install one with rustup (https://rustup.rs), or your system's cargo package, and run make again."
+        stop "no Rust toolchain was found (cargo); install one with rustup (https://rustup.rs) and run make again."
+    needed=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
+    found=$(rustc --version 2>/dev/null | cut -d ' ' -f 2)
+    [ "$(printf '%s\n' "$needed" "$found" | sort -V | head -n 1)" = "$needed" ] ||
+        stop "Rust $found is too old, headkv needs $needed or later; with rustup: rustup update stable"
     command -v cc >/dev/null 2>&1 || stop "no C linker was found (cc), which Rust needs; on Debian: apt-get install gcc libc6-dev"
 }
 
