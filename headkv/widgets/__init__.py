@@ -1,8 +1,7 @@
 """Pictures that a reader can move: anywidgets over plain arrays, alive in JupyterLab and in a built page.
 
-Each class takes arrays or numbers, never a model. The front end computes everything in the page, so a widget
-whose state is embedded in a page works without a kernel and without the network. anywidget is needed only once
-a widget is asked for.
+Each class takes arrays or numbers, never a model. The front end computes everything in the page: with its
+state embedded, a widget works without kernel and network. anywidget is needed only when a widget is asked for.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ def __getattr__(name: str) -> Any:
     try:
         import anywidget  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"headkv.widgets.{name} needs anywidget: pip install 'headkv[widgets]'"
-        ) from error
+        raise ImportError(f"headkv.widgets.{name} needs anywidget: pip install 'headkv[widgets]'") from error
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

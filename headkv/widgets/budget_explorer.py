@@ -101,8 +101,6 @@ class BudgetExplorer(Picture):
         if heads * m >= 2**21:
             raise ValueError(f"scores must hold fewer than {2**21} values a layer, got {heads} x {m}")
         n = m + checks.whole("window", window, 0)
-        if checks.whole("kernel_size", kernel_size, 1, 31) % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, in [1, 31], got {kernel_size}")
         packed, exponent = _pack(raw)
         super().__init__(
             _scores=packed.tobytes(),
@@ -113,7 +111,7 @@ class BudgetExplorer(Picture):
             budget=checks.budget_share(budget, n),
             safeguard=checks.share("safeguard", safeguard),
             pooling=checks.one_of("pooling", pooling, POOLINGS),
-            kernel_size=int(kernel_size),
+            kernel_size=_kernel(kernel_size),
             window=int(window),
             bytes_per_entry=checks.whole("bytes_per_entry", bytes_per_entry, 1),
             allocator=checks.one_of("allocator", allocator, ALLOCATORS),
@@ -122,6 +120,13 @@ class BudgetExplorer(Picture):
             selected=checks.pair("selected", selected, (layers, heads)),
             title=title or "",
         )
+
+    @t.validate("budget", "safeguard", "kernel_size", "selected")
+    def _as_described(self, proposal: Any) -> Any:
+        name, value = proposal["trait"].name, proposal["value"]
+        if name == "selected":
+            return checks.pair(name, value, (self._shape[0], self._shape[1]))
+        return _kernel(value) if name == "kernel_size" else checks.share(name, value, zero=name != "budget")
 
     @property
     def scores(self) -> np.ndarray:
@@ -152,6 +157,12 @@ class BudgetExplorer(Picture):
             f"entries, budget {self.budget:.0%} by {who} (safeguard {self.safeguard:.0%}, {pooled}, "
             f"recent window {self.window}); the full cache is {full:,} bytes."
         )
+
+
+def _kernel(size: Any) -> int:
+    if checks.whole("kernel_size", size, 1, 31) % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, in [1, 31], got {size}")
+    return int(size)
 
 
 def _pack(raw: np.ndarray) -> tuple[np.ndarray, int]:

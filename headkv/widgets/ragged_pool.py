@@ -78,4 +78,8 @@ class RaggedPool(Picture):
 def _window(row: int, pair: tuple[int, int]) -> list[int]:
     if len(pair) != 2:
         raise ValueError(f"windows[{row}] must be (sinks, recent), got {pair!r}")
-    return [checks.whole(f"windows[{row}] {name}", x, 0) for name, x in zip(("sinks", "recent"), pair, strict=True)]
+    sinks, recent = pair
+    return [
+        checks.whole(f"windows[{row}] sinks", sinks, 0),
+        checks.whole(f"windows[{row}] recent", recent, 0),
+    ]

@@ -68,7 +68,7 @@ function choice({ label, options, value, onchange, name }) {
     h("input", { type: "radio", name: group, value: key, id: `${group}-${key}`, "data-control": name,
       onchange: () => onchange(key) }));
   const segments = options.map(([key, text, hint], i) =>
-    h("span.segment", {}, inputs[i], h("label", { for: `${group}-${key}`, title: hint ?? null }, text)));
+    h("span.segment", { title: hint ?? null }, inputs[i], h("label", { for: `${group}-${key}` }, text)));
   const set = (key) => inputs.forEach((input) => (input.checked = input.value === key));
   set(value);
   return {

@@ -1,0 +1,172 @@
+"""The widgets: arguments, text alternative, and (test_widgets_browser.py) what a page does with them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
+
+from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool  # noqa: E402
+
+SCORES = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
+EXPLORER = {"window": 2}
+ALL = [BudgetExplorer(SCORES), HeadGrid([[0.1, 0.9]]), CacheBill(), RaggedPool()]
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "error", "says"),
+    [
+        pytest.param([[0.1, np.nan]], {}, ValueError, "scores must be finite, got nan", id="nan"),
+        pytest.param([[0.1, np.inf]], {}, ValueError, "scores must be finite, got inf", id="infinite"),
+        pytest.param([[0.1, -0.2]], {}, ValueError, "scores must be at least 0", id="negative"),
+        pytest.param(
+            [0.1, 0.2], {}, ValueError, "scores must have 2 or 3 dimensions, got shape (2,)", id="ndim"
+        ),
+        pytest.param(np.zeros((2, 0, 3)), {}, ValueError, "scores must not be empty", id="empty"),
+        pytest.param([["a", "b"]], {}, TypeError, "scores must be an array of numbers", id="words"),
+        pytest.param(SCORES, {"tokens": ["a"]}, ValueError, "tokens must hold 8 strings, got 1", id="tokens"),
+        pytest.param(
+            SCORES, {"tokens": "abcdefgh"}, TypeError, "tokens must be a sequence", id="tokens-string"
+        ),
+        pytest.param(
+            SCORES, {"budget": 0}, ValueError, "budget must be a positive int or a share", id="budget-0"
+        ),
+        pytest.param(SCORES, {"budget": 1.5}, ValueError, "share in (0, 1], got 1.5", id="budget-over"),
+        pytest.param(SCORES, {"budget": np.nan}, ValueError, "budget must be", id="budget-nan"),
+        pytest.param(
+            SCORES, {"safeguard": -0.1}, ValueError, "safeguard must be a share in [0, 1]", id="safeguard"
+        ),
+        pytest.param(SCORES, {"kernel_size": 4}, ValueError, "kernel_size must be odd", id="even-kernel"),
+        pytest.param(SCORES, {"kernel_size": 33}, ValueError, "an int in [1, 31], got 33", id="wide-kernel"),
+        pytest.param(
+            SCORES, {"pooling": "mean"}, ValueError, "'max', 'avg', 'none', got 'mean'", id="pooling"
+        ),
+        pytest.param(SCORES, {"allocator": "pyramid"}, ValueError, "'uniform', 'adaptive'", id="allocator"),
+        pytest.param(
+            SCORES, {"facts": [(7, 9)]}, ValueError, "facts[0] end must be an int in [8, 8]", id="fact"
+        ),
+        pytest.param(
+            SCORES, {"selected": (1, 0)}, ValueError, "selected[0] must be an int in [0, 0]", id="select"
+        ),
+        pytest.param(SCORES, {"head_names": ["A"]}, ValueError, "head_names must hold 2 strings", id="names"),
+        pytest.param(
+            SCORES, {"answers": [{"budget": 0.2}]}, ValueError, "budget, right and asked", id="answers"
+        ),
+        pytest.param(SCORES, {"window": -1}, ValueError, "window must be an int of at least 0", id="window"),
+    ],
+)
+def test_budget_explorer_refuses(scores, options, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        BudgetExplorer(scores, **{**EXPLORER, **options})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        pytest.param(
+            lambda: HeadGrid([1.0, 2.0]), ValueError, "values must have 2 dimensions", id="grid-ndim"
+        ),
+        pytest.param(lambda: HeadGrid([[np.nan]]), ValueError, "values must be finite", id="grid-nan"),
+        pytest.param(
+            lambda: HeadGrid([list("abcdefg")]), ValueError, "at most 6 different kinds", id="grid-kinds"
+        ),
+        pytest.param(
+            lambda: CacheBill(layers=0), ValueError, "layers must be an int of at least 1", id="layers"
+        ),
+        pytest.param(lambda: CacheBill(dtype="fp4"), ValueError, "dtype must be one of", id="dtype"),
+        pytest.param(lambda: CacheBill(share=0.0), ValueError, "share must be a share in (0, 1]", id="share"),
+        pytest.param(lambda: CacheBill(context=1.5), TypeError, "context must be an int", id="context"),
+        pytest.param(lambda: RaggedPool([]), ValueError, "lengths must hold 1 to 16 rows", id="no-rows"),
+        pytest.param(
+            lambda: RaggedPool([0]), ValueError, "lengths[0] must be an int in [1, 256]", id="empty-row"
+        ),
+        pytest.param(
+            lambda: RaggedPool([1], windows=[]), ValueError, "windows must hold 1 pairs", id="windows"
+        ),
+    ],
+)
+def test_other_widgets_refuse(make, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        make()
+
+
+@pytest.mark.parametrize("widget", ALL, ids=lambda w: type(w).__name__)
+def test_text_stands_in_for_the_picture(widget):
+    data, _ = widget._repr_mimebundle_()
+    assert data["text/plain"] == repr(widget) == widget.describe()
+    assert re.match(rf"{type(widget).__name__}: .*\d.*\.$", data["text/plain"])
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+@pytest.mark.parametrize("widget", ALL, ids=lambda w: type(w).__name__)
+def test_front_end_is_self_contained(widget):
+    assert widget._esm.count("export default { render }") == 1
+    assert not re.search(r"^\s*import\b|\bimport\(|\bfetch\(", widget._esm, re.MULTILINE)
+    addresses = re.findall(r"https?://[^\s\"')]+", widget._esm + widget._css)
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4], ids=str)
+def test_scores_travel_as_half_floats_of_any_size(scale):
+    rng = np.random.default_rng(0)
+    scores = rng.random((2, 3, 50)) ** 6 * scale
+    travelled = BudgetExplorer(scores).scores
+    assert travelled.shape == scores.shape and travelled.dtype == np.float32
+    np.testing.assert_allclose(travelled, scores, rtol=2**-11, atol=scale * 2**-38)
+
+
+def test_all_zero_scores_and_tensors_are_taken():
+    torch = pytest.importorskip("torch")
+    explorer = BudgetExplorer(torch.zeros(1, 2, 5, dtype=torch.bfloat16))
+    assert (explorer.scores == 0).all() and explorer._shape == [1, 2, 5]
+
+
+def test_a_profile_of_ninety_heads_fits_in_a_page():
+    explorer = BudgetExplorer(np.random.default_rng(0).random((30, 3, 968)))
+    assert len(explorer._scores) == 30 * 3 * 968 * 2
+    assert len(json.dumps(explorer._esm)) + len(json.dumps(explorer._css)) < 100_000
+
+
+@pytest.mark.parametrize(("budget", "share"), [(3, 0.5), (0.25, 0.25), (99, 1.0)], ids=str)
+def test_budgets_are_counts_or_shares(budget, share):
+    assert BudgetExplorer(SCORES, window=0, budget=budget).budget == share
+
+
+def test_traits_set_later_are_checked_too():
+    explorer = BudgetExplorer(SCORES)
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        explorer.kernel_size = 2
+    with pytest.raises(ValueError, match=re.escape("selected[1] must be an int in [0, 1], got 2")):
+        explorer.selected = [0, 2]
+    with pytest.raises(RuntimeError, match="show the widget first"):
+        explorer.kept_mask()
+
+
+@pytest.mark.parametrize(
+    ("bill", "bytes_a_token", "full"),
+    [
+        pytest.param(CacheBill(context=1000), 46_080, "46,080,000 bytes", id="SmolLM2"),
+        pytest.param(
+            CacheBill(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", context=131_072),
+            131_072,
+            "17,179,869,184 bytes",
+            id="Llama-3.1-8B",
+        ),
+    ],
+)
+def test_cache_bill_by_hand(bill, bytes_a_token, full):
+    assert bill.bytes_per_token == bytes_a_token
+    assert full in bill.describe()
+
+
+def test_anywidget_loads_only_when_a_widget_is_asked_for():
+    code = (
+        "import sys, headkv; headkv.widgets; assert 'anywidget' not in sys.modules; headkv.widgets.HeadGrid"
+    )
+    subprocess.run([sys.executable, "-c", code + "; assert 'anywidget' in sys.modules"], check=True)

@@ -1,0 +1,434 @@
+"""The widgets in a real browser, hosted by the plain contract `render({model, el})` and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+INSTALL = "python -m playwright install chromium, or the system's package (Debian: apt-get install chromium)"
+pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+
+from headkv.allocators import AdaptiveAllocator, UniformAllocator  # noqa: E402
+from headkv.cache import RaggedLayer  # noqa: E402
+from headkv.methods.base import Prefill, plan_by_scores  # noqa: E402
+from headkv.scorers import SnapKVScorer  # noqa: E402
+from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool  # noqa: E402
+
+HOST = """
+const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+const state = JSON.parse(document.getElementById("state").textContent,
+  (_, value) => value?.bytes === undefined ? value : bytes(value.bytes));
+const handlers = {};
+const same = (a, b) => a === b || (!(a instanceof DataView) && JSON.stringify(a) === JSON.stringify(b));
+window.model = {
+  saves: 0,
+  get: (name) => state[name],
+  set(name, value) {
+    if (same(state[name], value)) return;
+    state[name] = value;
+    [...(handlers[`change:${name}`] ?? [])].forEach((handler) => handler());
+  },
+  save_changes() { this.saves += 1; },
+  on(event, handler) { (handlers[event] ??= []).push(handler); },
+  off(event, handler) { handlers[event] = (handlers[event] ?? []).filter((other) => other !== handler); },
+  watched: () => Object.values(handlers).flat().length,
+};
+const source = new Blob([document.getElementById("module").textContent], { type: "text/javascript" });
+const module = await import(URL.createObjectURL(source));
+window.stop = await module.default.render({ model, el: document.getElementById("widget") });
+window.ready = true;
+"""
+
+
+def page_of(widget: Any, theme: str) -> str:
+    """A page that hosts one widget."""
+    state = {
+        name: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+        for name, value in widget.get_state().items()
+        if name not in ("_esm", "_css", "layout")
+    }
+    inline = json.dumps(state).replace("</", "<\\/")
+    return f"""<!doctype html><html lang="en" data-theme="{theme}"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{type(widget).__name__}</title>
+<link rel="icon" href="data:,">
+<style>body {{ margin: 8px }}</style><style>{widget._css}</style><div id="widget"></div>
+<script type="application/json" id="state">{inline}</script>
+<script type="text/plain" id="module">{widget._esm}</script><script type="module">{HOST}</script></html>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        system = next((path for name in names if (path := shutil.which(name))), None)
+        for executable in (None, system):
+            try:
+                found = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+            except sync_api.Error:
+                continue
+            yield found
+            found.close()
+            return
+        pytest.skip(f"no browser: {INSTALL}")
+
+
+@dataclass
+class Shown:
+    """A hosted widget: the page, and what its model says."""
+
+    page: Any
+
+    def get(self, name: str) -> Any:
+        return self.page.evaluate("(name) => model.get(name)", name)
+
+    def set(self, **values: Any) -> None:
+        self.page.evaluate("(all) => Object.entries(all).forEach(([k, v]) => model.set(k, v))", values)
+
+    def state(self) -> dict[str, Any]:
+        return json.loads(self.page.locator("script.hk-state").text_content())
+
+    def kept(self, heads: tuple[int, int], n: int) -> np.ndarray:
+        """All masks `[layers, heads, n]`, once the page has sent those of the present setting."""
+        self.page.wait_for_timeout(160)
+        data = self.page.evaluate("Array.from(new Uint8Array(model.get('kept').buffer))")
+        packed = np.array(data, dtype=np.uint8).reshape(*heads, -1)
+        return np.unpackbits(packed, axis=-1, count=n).astype(bool)
+
+
+@contextmanager
+def shown(browser: Any, widget: Any, *, width: int = 1000, theme: str = "light") -> Iterator[Shown]:
+    """Host `widget`; fails on any console error and on any request that leaves the page."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, reduced_motion="no-preference")
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+
+    def answer(route: Any) -> None:
+        if route.request.url == "http://widget.invalid/":
+            return route.fulfill(body=page_of(widget, theme), content_type="text/html")
+        wrong.append(f"asked for {route.request.url}")
+        return route.abort()
+
+    page.route("http*://**", answer)
+    page.goto("http://widget.invalid/")
+    page.wait_for_function("window.ready === true")
+    yield Shown(page)
+    page.close()
+    assert wrong == []
+
+
+def skewed(layers: int, heads: int, m: int, *, seed: int = 0, ties: bool = False) -> np.ndarray:
+    """Made-up attention: heads of different sharpness, a heavy sink, two facts that one head looks at."""
+    rng = np.random.default_rng(seed)
+    sharp = rng.uniform(0.4, 3, (layers, heads, 1))
+    scores = np.exp(rng.normal(size=(layers, heads, m)) * sharp)
+    scores[:, :, :3] *= 30
+    scores[-1, 0, m // 3 : m // 3 + 8] *= 60
+    scores /= scores.sum(-1, keepdims=True)
+    return np.round(scores, 3) if ties else scores
+
+
+@dataclass(frozen=True)
+class Given:
+    """A scorer with scores at hand, pooled as SnapKV's."""
+
+    scores: torch.Tensor
+    pooling: str
+    kernel_size: int
+    window: int
+    observed_queries: int = 0
+
+    def score(self, prefill: Prefill) -> torch.Tensor:
+        if self.pooling == "none":
+            return self.scores
+        return SnapKVScorer(self.window or 1, self.kernel_size, self.pooling).pool(self.scores)
+
+
+def kept_by_package(explorer: BudgetExplorer, **setting: Any) -> np.ndarray:
+    """The masks `[layers, heads, n]` that headkv's own scorer, allocator and selection give."""
+    layers, heads, m = explorer._shape
+    n = m + explorer.window
+    allocator = (
+        AdaptiveAllocator(setting["safeguard"]) if setting["allocator"] == "adaptive" else UniformAllocator()
+    )
+    masks = []
+    for layer in range(layers):
+        empty = torch.zeros(heads, n, 4)
+        prefill = Prefill(empty[:, :0], empty, empty, layer, layers, 1.0)
+        scores = torch.from_numpy(np.array(explorer.scores[layer]))
+        scorer = Given(scores, setting["pooling"], setting["kernel_size"], explorer.window)
+        masks.append(plan_by_scores(prefill, scorer, allocator, setting["budget"]).mask.numpy())
+    return np.stack(masks)
+
+
+SETTINGS = [
+    dict(budget=b, safeguard=s, pooling=p, kernel_size=k, allocator=a)
+    for b, s, p, k, a in [
+        (0.2, 0.2, "max", 7, "adaptive"),
+        (0.2, 0.0, "max", 21, "adaptive"),
+        (0.5, 0.35, "avg", 5, "adaptive"),
+        (0.37, 0.2, "avg", 31, "uniform"),
+        (0.08, 0.5, "none", 7, "adaptive"),
+        (0.9, 1.0, "max", 3, "adaptive"),
+        (0.61, 0.05, "none", 1, "uniform"),
+        (0.02, 0.2, "max", 7, "adaptive"),
+        (1.0, 0.2, "max", 7, "adaptive"),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "ties"),
+    [
+        pytest.param((12, 3, 230), 16, False, id="skewed"),
+        pytest.param((12, 3, 230), 16, True, id="ties"),
+        pytest.param((4, 8, 101), 32, True, id="8-heads-ties"),
+        pytest.param((3, 2, 40), 0, False, id="no-window"),
+    ],
+)
+def test_the_page_keeps_what_the_package_keeps(browser, shape, window, ties):
+    explorer = BudgetExplorer(skewed(*shape, ties=ties), window=window)
+    n = shape[2] + window
+    with shown(browser, explorer) as page:
+        for setting in SETTINGS:
+            page.set(**setting)
+            kept = page.kept(shape[:2], n)
+            expected = kept_by_package(explorer, **setting)
+            np.testing.assert_array_equal(page.get("budgets"), expected.sum(-1), err_msg=str(setting))
+            np.testing.assert_array_equal(kept, expected, err_msg=str(setting))
+            assert page.state()["kept"] == np.flatnonzero(expected[0, 0]).tolist()
+
+
+def test_by_hand_two_heads_three_slots_each(browser):
+    scores = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
+    explorer = BudgetExplorer(scores, budget=3, window=0, pooling="none", head_names=["A", "B"])
+    with shown(browser, explorer) as page:
+        assert page.state()["budgets"] == [[2, 4]]
+        story = page.page.locator(".hk-story").text_content()
+        assert "80.0% of the attention" in story and "uniform budgets would hold 77.5%" in story, (
+            story
+        )  # of 2: 1.60, 1.55
+        page.page.get_by_role("radio", name="Uniform").check()
+        assert page.state()["budgets"] == [[3, 3]]
+
+
+def explorer_with_text() -> BudgetExplorer:
+    tokens = [f" w{i}" for i in range(119)] + ["\n"]
+    answers = [{"budget": 0.1, "right": 1, "asked": 3}, {"budget": 0.3, "right": 3, "asked": 3}]
+    facts = [(36, 40, "a city"), (70, 72)]
+    return BudgetExplorer(
+        skewed(6, 3, 110), tokens=tokens, facts=facts, window=10, answers=answers, title="Try it"
+    )
+
+
+def test_the_budget_slider_moves_all_three_pictures(browser):
+    with shown(browser, explorer_with_text()) as page:
+        cell = page.page.locator('[data-layer="2"][data-head="1"]')
+        before = (cell.get_attribute("aria-label"), page.page.locator(".hk-bill-line").text_content())
+        share = page.page.locator(".hk-bill-fill").evaluate("(e) => e.style.width")
+        evicted = page.page.locator(".hk-strip .hk-evicted").count()
+        slider = page.page.get_by_label("Budget", exact=True)
+        slider.focus()
+        for _ in range(15):
+            slider.press("ArrowRight")
+        assert page.get("budget") == 0.35
+        assert before != (cell.get_attribute("aria-label"), page.page.locator(".hk-bill-line").text_content())
+        assert page.page.locator(".hk-bill-fill").evaluate("(e) => e.style.width") != share
+        assert page.page.locator(".hk-strip .hk-evicted").count() < evicted
+        assert page.page.locator(".hk-strip .hk-evicted").count() == 120 - len(page.state()["kept"])
+        assert sum(map(sum, page.state()["budgets"])) == 6 * 3 * 42
+        assert "at 30% the model answers 3 of 3 right" in page.page.locator(".hk-bill-note").text_content()
+        assert page.page.evaluate("model.saves") > 0
+
+
+def test_a_chosen_cell_is_chosen_everywhere(browser):
+    with shown(browser, explorer_with_text()) as page:
+        page.page.locator('[data-layer="4"][data-head="1"]').click()
+        assert page.get("selected") == [4, 1]
+        page.page.keyboard.press("ArrowDown")
+        page.page.keyboard.press("ArrowRight")
+        page.page.keyboard.press("ArrowRight")  # no fourth head: stays
+        assert page.get("selected") == [5, 2]
+        assert page.page.get_by_label("Layer", exact=True).input_value() == "5"
+        assert page.page.locator(".hk-track-row.hk-chosen").get_attribute("data-track") == "2"
+        focusable = page.page.locator('[role=gridcell][tabindex="0"]')
+        assert focusable.count() == 1 and focusable.get_attribute("aria-selected") == "true"
+        page.page.get_by_label("Layer", exact=True).select_option("1")
+        assert page.get("selected") == [1, 2]
+        page.set(selected=[3, 0])  # as from Python
+        assert page.state()["selected"] == [3, 0]
+        assert page.page.locator('[data-layer="3"][data-head="0"]').get_attribute("aria-selected") == "true"
+
+
+def test_slots_go_one_by_one_and_can_be_paused(browser):
+    with shown(browser, explorer_with_text()) as page:
+        page.page.locator("summary").click()
+        slots = page.page.get_by_label("Slots given")
+        total = 3 * (24 - 10)
+        assert slots.input_value() == str(total)
+        page.page.get_by_role("button", name="Restart").click()
+        page.page.get_by_role("button", name="Step").click()
+        assert slots.input_value() == "1"
+        page.page.get_by_role("button", name="Play").click()
+        page.page.wait_for_function("document.querySelector('[data-control=slots]').value > 3")
+        page.page.get_by_role("button", name="Pause").click()
+        paused = slots.input_value()
+        page.page.wait_for_timeout(200)
+        assert slots.input_value() == paused != str(total)
+        assert f"{paused} of {total} slots given" in page.page.locator(".hk-race-story").text_content()
+
+
+def test_head_grid_syncs_its_selection(browser):
+    grid = HeadGrid([[0.1, 0.2], [0.9, 0.3], [0.0, 0.4]], label="Induction score")
+    with shown(browser, grid) as page:
+        page.page.locator('[data-layer="1"][data-head="0"]').click()
+        assert page.get("selected") == [1, 0]
+        assert page.page.locator(".hk-chosen-line").text_content() == "Layer 1, head 0: 0.90, number 1 of 6"
+        page.page.locator("[data-rank]").nth(1).click(force=True)
+        assert page.get("selected") == [2, 1]
+
+
+def test_kinds_are_told_apart_by_signs(browser):
+    with shown(browser, HeadGrid([["full", "streaming"], ["streaming", "streaming"]])) as page:
+        assert page.page.locator("[role=gridcell]").all_text_contents() == ["■", "□", "□", "□"]
+        assert "streaming: 3 of 4 heads, 75%" in page.page.locator(".hk-kinds").text_content()
+
+
+def test_cache_bill_follows_its_controls(browser):
+    with shown(browser, CacheBill(context=1000)) as page:
+        root = page.page.locator(".hk-cache-bill")
+        assert root.get_attribute("data-bytes-per-token") == "46080"
+        page.page.get_by_label("Model").select_option("Llama-3.1-8B")
+        page.set(context=131072)
+        assert root.get_attribute("data-bytes-per-token") == "131072"
+        assert "17.2 GB" in page.page.locator(".hk-bill-line").text_content()
+        assert "at about 122,500 tokens" in page.page.locator(".hk-story").text_content()
+        page.page.get_by_label("KV heads").fill("32")
+        page.page.get_by_label("KV heads").press("Enter")
+        assert root.get_attribute("data-bytes-per-token") == str(4 * 131072)
+        page.page.get_by_label("Layers").fill("0")
+        page.page.get_by_label("Layers").press("Enter")
+        assert page.get("layers") == 32 and page.page.get_by_label("Layers").input_value() == "32"
+
+
+def settled(page: Shown) -> dict[str, Any]:
+    page.page.wait_for_function("!model.get('state').busy")
+    return page.get("state")
+
+
+def test_ragged_pool_moves_as_the_cache_does(browser):
+    zeros = [torch.zeros(length, 4) for length in (3, 1, 4)]
+    layer = RaggedLayer.from_rows([[(x, x) for x in zeros]], headroom=2)
+    with shown(browser, RaggedPool([3, 1, 4], headroom=2, bytes_per_entry=100)) as page:
+        assert page.get("state")["capacities"] == layer.capacity.tolist() == [5, 3, 6]
+        for _ in range(2):
+            page.page.get_by_role("button", name="Append one token").click()
+            state = settled(page)
+            layer.append(torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4))
+            assert state["lengths"] == layer.length.tolist()
+            assert state["capacities"] == layer.capacity.tolist()
+        assert state["moved"] == 6 * 100  # three rows, twice, in place
+        assert state["copied"] == (11 + 14) * 100  # all of it, twice
+
+        page.page.get_by_role("button", name="row 0, position 2").click()
+        page.page.get_by_role("button", name="row 2, position 5").click()
+        page.page.get_by_role("button", name="Evict marked").click()
+        state = settled(page)
+        keep = torch.ones(1, 3, 6, dtype=torch.bool)
+        keep[0, 0, 1] = keep[0, 2, 5] = False
+        layer.evict(keep, headroom=2)
+        assert state["lengths"] == layer.length.tolist() == [4, 3, 5]
+        assert state["capacities"] == layer.capacity.tolist()
+        assert state["moved"] == (6 + 12) * 100
+
+
+def test_ragged_pool_rewrites_only_when_full_and_trims_windows(browser):
+    pool = RaggedPool([3, 1, 4], headroom=1, windows=[(0, 0), (0, 0), (1, 2)], bytes_per_entry=1)
+    with shown(browser, pool) as page:
+        page.page.get_by_role("button", name="Trim windows").click()
+        assert settled(page)["lengths"] == [3, 1, 3]
+        assert page.get("state")["moved"] == 2  # the recent two move down behind the sink
+        page.page.get_by_role("button", name="Append one token").click()
+        settled(page)
+        page.page.get_by_role("button", name="Append one token").click()
+        state = settled(page)
+        assert state["lengths"] == [5, 3, 4]  # the windowed row was trimmed on the way
+        assert state["moved"] == 2 + 3 + (4 + 2 + 3) + 3
+        page.page.get_by_role("button", name="Restart").click()
+        assert page.get("state")["lengths"] == [3, 1, 4] and page.get("state")["moved"] == 0
+
+
+def test_no_row_is_left_empty(browser):
+    with shown(browser, RaggedPool([1, 2])) as page:
+        page.page.get_by_role("button", name="row 0, position 1").click()
+        assert page.page.get_by_role("button", name="Evict marked").is_disabled()
+        assert "no row is ever left empty" in page.page.locator(".hk-story").text_content()
+
+
+MAKERS = {
+    "BudgetExplorer": explorer_with_text,
+    "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
+    "CacheBill": CacheBill,
+    "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
+}
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgb = (color) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const linear = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const ground = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const color = rgb(getComputedStyle(at).backgroundColor);
+      if (color[3] === 255) return color;
+    }
+    return [255, 255, 255, 255];
+  };
+  const weak = [];
+  for (const node of document.querySelectorAll(".hk *")) {
+    const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    if (!text || node.closest("script, option, [hidden], .hk-hidden")) continue;
+    const [a, b] = [light(rgb(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) weak.push(`${node.className} "${node.textContent.slice(0, 20)}" ${ratio.toFixed(2)}`);
+  }
+  return weak;
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_fits_a_phone_and_can_be_read(browser, make, theme):
+    with shown(browser, make(), width=360, theme=theme) as page:
+        if page.page.locator("summary").count():
+            page.page.locator("summary").click()
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.page.evaluate(CONTRAST) == []
+        dark = page.page.locator(".hk").evaluate("(e) => getComputedStyle(e).colorScheme")
+        assert dark == theme
+        unnamed = (
+            "[...document.querySelectorAll('.hk button, .hk input, .hk select')].filter((e) => "
+            "!e.textContent.trim() && !e.ariaLabel && !e.labels?.length).length"
+        )
+        assert page.page.evaluate(unnamed) == 0
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_closed_view_leaves_nothing_running(browser, make):
+    with shown(browser, make()) as page:
+        page.page.evaluate("window.stop()")
+        assert page.page.evaluate("model.watched()") == 0
