@@ -81,7 +81,9 @@ def keep(tensor: Tensor | None, shape: tuple[int, int, int], device: torch.devic
 
 def valid(tensor: Tensor | None, keys: Tensor) -> Tensor | None:
     """`valid` `[B, n]` bool for keys `[B, H, n, D]`, or None."""
-    return None if tensor is None else mask("valid", tensor, (keys.shape[0], keys.shape[2]), keys.device)
+    if tensor is None:
+        return None
+    return mask("valid", tensor, (keys.shape[0], keys.shape[2]), keys.device).contiguous()
 
 
 def window_tensors(
