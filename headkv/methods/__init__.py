@@ -2,18 +2,28 @@
 
 from headkv.methods.ada_kv import AdaKV
 from headkv.methods.base import Keep, Method, Prefill, budget_capacity, plan_by_scores, select
+from headkv.methods.duo_attention import DuoAttention
 from headkv.methods.full_cache import FullCache
+from headkv.methods.head_kv import HeadKV
 from headkv.methods.pyramid_kv import PyramidKV
+from headkv.methods.random_heads import RandomHeads
+from headkv.methods.razor_attention import RazorAttention
 from headkv.methods.snap_kv import SnapKV
+from headkv.methods.streaming_llm import StreamingLLM
 
 __all__ = [
     "AdaKV",
+    "DuoAttention",
     "FullCache",
+    "HeadKV",
     "Keep",
     "Method",
     "Prefill",
     "PyramidKV",
+    "RandomHeads",
+    "RazorAttention",
     "SnapKV",
+    "StreamingLLM",
     "budget_capacity",
     "plan_by_scores",
     "select",

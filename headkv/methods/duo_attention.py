@@ -1,0 +1,82 @@
+"""DuoAttention: retrieval heads keep all, streaming heads sinks and a window; learned gates say which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from headkv import _checks
+from headkv.methods.base import Keep, Prefill
+from headkv.methods.windows import head_scores, split_share, stored_share, top_heads, windowed
+
+if TYPE_CHECKING:
+    from headkv.heads import HeadProfile
+
+
+@dataclass(frozen=True, eq=False)
+class DuoAttention:
+    """DuoAttention, arXiv 2410.10819: the heads with the highest gates keep all, the others stream.
+
+    A share of heads decides, not a threshold: most gates of grouped-query models are near 1. Equal gates go
+    to the earlier layer and head; published code adds noise from the global random state to the caller's
+    own array. Prompts are seen by every head in full, as in a published one-shot prefill; the window slides
+    from then on.
+
+    Attributes:
+        profile: gates, or any scores where higher means that a head needs the far past more.
+        sparsity: share of the model's KV heads that stream, in [0, 1]; layers may have none or all of their
+            heads.
+        sinks: first entries that a streaming head sees.
+        recent: last entries that a streaming head sees, at least 1. Published gates were trained with 128
+            and 256.
+        reduce: query heads of a group to one, for profiles of query heads: "max", "sum" or "mean".
+    """
+
+    profile: HeadProfile
+    sparsity: float = 0.5
+    sinks: int = 64
+    recent: int = 256
+    reduce: str = "max"
+
+    def __post_init__(self) -> None:
+        _checks.has("profile", self.profile, "scores", "kv_scores")
+        _checks.between("sparsity", self.sparsity, 0, 1)
+        _checks.whole("sinks", self.sinks)
+        _checks.whole("recent", self.recent, 1)
+        _checks.one_of("reduce", self.reduce, ("max", "sum", "mean"))
+
+    @classmethod
+    def for_share(
+        cls, profile: HeadProfile, share: float, length: int, *, sinks: int = 64, recent: int = 256
+    ) -> DuoAttention:
+        """The sparsity with which about `share` of a prompt of `length` tokens is stored.
+
+        Where sinks and window would take more than half of the share they are made smaller.
+        """
+        full, sinks, recent = split_share(share, length, sinks, recent)
+        return cls(profile, sparsity=1 - full, sinks=sinks, recent=recent)
+
+    @property
+    def observed_queries(self) -> int:
+        """None are needed."""
+        return 0
+
+    @property
+    def profiles(self) -> tuple[HeadProfile, ...]:
+        """The profiles, to be checked against a model."""
+        return (self.profile,)
+
+    def retrieval_heads(self, scores: Tensor) -> Tensor:
+        """The heads that keep all, `[L, H]` bool, for gates `[L, H]`."""
+        return top_heads(scores, round((1 - self.sparsity) * scores.numel()))
+
+    def stored_share(self, length: int) -> float:
+        """Share stored of a prompt of `length` tokens, up to the rounding to whole heads."""
+        return stored_share(1 - self.sparsity, self.sinks + self.recent, length)
+
+    def plan(self, prefill: Prefill) -> Keep:
+        """Keep all entries of this layer's retrieval heads, and the sinks and the window of the others."""
+        retrieval = self.retrieval_heads(head_scores("profile", self.profile, prefill, self.reduce))
+        return windowed(prefill, retrieval[prefill.layer_idx], self.sinks, self.recent)

@@ -1,0 +1,132 @@
+"""RazorAttention: echo and induction heads keep all; the others let one entry stand for what they drop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from headkv import _checks
+from headkv.methods.base import Keep, Prefill
+from headkv.methods.windows import head_scores, stored_share, top_heads, windowed
+
+if TYPE_CHECKING:
+    from headkv.heads import HeadProfile
+
+
+@dataclass(frozen=True, eq=False)
+class RazorAttention:
+    """RazorAttention, arXiv 2407.15891, Algorithm 1.
+
+    The union of the model's top echo heads and top induction heads keeps all; a KV head scores what the
+    best of its query heads does. Every other head keeps `sinks` and the last `max(min_recent, window_share
+    * n)` entries, and one compensation entry: the mean key and value of what it dropped, weighing as much
+    as their number. It takes in what leaves the window while decoding.
+
+    Attributes:
+        echo: profile of kind "echo".
+        induction: profile of kind "induction".
+        echo_share: share of the model's KV heads, in [0, 1]; at least one head unless 0.
+        induction_share: the same for induction.
+        sinks: first entries that stay.
+        min_recent: the window on short prompts, at least 1. With the paper's 4000 nothing is saved below
+            4000 tokens.
+        window_share: the window on long prompts, as a share of the prompt.
+        compensation: False leaves the compensation entry out, to see what it does.
+    """
+
+    echo: HeadProfile
+    induction: HeadProfile
+    echo_share: float = 0.01
+    induction_share: float = 0.14
+    sinks: int = 4
+    min_recent: int = 4000
+    window_share: float = 1 / 5
+    compensation: bool = True
+
+    def __post_init__(self) -> None:
+        for kind in ("echo", "induction"):
+            profile = getattr(self, kind)
+            _checks.has(kind, profile, "kind", "scores", "kv_scores")
+            if profile.kind != kind:
+                raise ValueError(f"{kind} must be a profile of kind {kind!r}, got {profile.kind!r}")
+        _checks.between("echo_share", self.echo_share, 0, 1)
+        _checks.between("induction_share", self.induction_share, 0, 1)
+        _checks.whole("sinks", self.sinks)
+        _checks.whole("min_recent", self.min_recent, 1)
+        _checks.between("window_share", self.window_share, 0, 1)
+
+    @classmethod
+    def for_share(
+        cls,
+        echo: HeadProfile,
+        induction: HeadProfile,
+        share: float,
+        length: int,
+        *,
+        num_kv_heads: int,
+        sinks: int = 4,
+    ) -> RazorAttention:
+        """The window with which about `share` of a prompt is stored; the heads are the paper's choice.
+
+        Raises:
+            ValueError: the retrieval heads alone exceed the share.
+        """
+        _checks.between("share", share, 0, 1)
+        _checks.whole("length", length, 1)
+        full = cls(echo, induction).retrieval_share(num_kv_heads)
+        window = round((share - full) / (1 - full) * length) if full < 1 else 0
+        if window < sinks + 2:
+            least = stored_share(full, sinks + 2, length)
+            raise ValueError(
+                f"share must be at least {least:.3f} for these profiles and {length} tokens, got {share}"
+            )
+        recent = window - sinks - 1
+        return cls(echo, induction, sinks=sinks, min_recent=recent, window_share=min(1.0, recent / length))
+
+    @property
+    def observed_queries(self) -> int:
+        """None are needed."""
+        return 0
+
+    @property
+    def profiles(self) -> tuple[HeadProfile, ...]:
+        """The profiles, to be checked against a model."""
+        return (self.echo, self.induction)
+
+    def recent(self, length: int) -> int:
+        """The window of a prompt of `length` tokens."""
+        return max(self.min_recent, round(self.window_share * length))
+
+    def retrieval_heads(self, echo: Tensor, induction: Tensor) -> Tensor:
+        """The heads that keep all, `[L, H]` bool, for echo and induction scores `[L, H]`."""
+        return top_heads(echo, _quota(self.echo_share, echo.numel())) | top_heads(
+            induction, _quota(self.induction_share, induction.numel())
+        )
+
+    def retrieval_share(self, num_kv_heads: int) -> float:
+        """Share of the KV heads that keep all."""
+        scores = (self.echo.kv_scores(num_kv_heads, "max"), self.induction.kv_scores(num_kv_heads, "max"))
+        return float(self.retrieval_heads(*scores).double().mean())
+
+    def stored_share(self, length: int, num_kv_heads: int) -> float:
+        """Share stored of a prompt of `length` tokens, the compensation entry counted as one."""
+        window = self.sinks + self.recent(length) + self.compensation
+        return stored_share(self.retrieval_share(num_kv_heads), window, length)
+
+    def plan(self, prefill: Prefill) -> Keep:
+        """Keep all entries of this layer's retrieval heads; sinks, window and one mean entry of the others.
+
+        In a layer with a sliding window nothing stands in for what the model itself does not see any more.
+        """
+        echo = head_scores("echo", self.echo, prefill)
+        induction = head_scores("induction", self.induction, prefill)
+        retrieval = self.retrieval_heads(echo, induction)[prefill.layer_idx]
+        compensate = self.compensation and prefill.sliding_window is None
+        return windowed(prefill, retrieval, self.sinks, self.recent(prefill.length), compensate=compensate)
+
+
+def _quota(share: float, heads: int) -> int:
+    """Heads in a share, at least one unless it is 0: 1% of 30 heads would round to none."""
+    return max(1, round(share * heads)) if share else 0

@@ -1,0 +1,43 @@
+"""StreamingLLM: every head keeps the first and the last entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headkv import _checks
+from headkv.methods.base import Keep, Prefill, budget_capacity, check_budget
+from headkv.methods.windows import windowed
+
+
+@dataclass(frozen=True)
+class StreamingLLM:
+    """StreamingLLM, arXiv 2309.17453: all heads keep sinks and a recent window, which slides while decoding.
+
+    Positions stay those of the text: entries are not numbered anew when the window moves.
+
+    Attributes:
+        budget: entries a KV head (int), or the share of the prompt (float in (0, 1]); sinks and window
+            together.
+        sinks: first entries that stay; fewer where the budget leaves no room for one recent entry.
+    """
+
+    budget: int | float
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        _checks.whole("sinks", self.sinks)
+
+    @property
+    def observed_queries(self) -> int:
+        """None are needed."""
+        return 0
+
+    def plan(self, prefill: Prefill) -> Keep:
+        """Keep the first `sinks` entries and the last of the budget."""
+        capacity = budget_capacity(self.budget, prefill.length)
+        sinks = min(self.sinks, capacity - 1)
+        none = torch.zeros(prefill.num_kv_heads, dtype=torch.bool)
+        return windowed(prefill, none, sinks, capacity - sinks)
