@@ -1,7 +1,7 @@
 """Pictures that a reader can move: anywidgets over plain arrays, alive in JupyterLab and in a built page.
 
 Each class takes arrays or numbers, never a model. The front end computes everything in the page: with its
-state embedded, a widget works without kernel and network. anywidget is needed only when a widget is asked for.
+state embedded, a widget needs neither kernel nor network. anywidget is imported when a widget is asked for.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ class HeadGrid(Picture):
 
     Args:
         values: `[layers, heads]`: numbers (scores, budgets), or words (kinds, at most six different ones).
+        kinds: the words in the order in which they get their signs; default: as they first appear.
         label: what is measured, shown above the grid.
         head_names: one name a head.
         selected: the chosen (layer, head).
@@ -26,7 +27,7 @@ class HeadGrid(Picture):
 
     Attributes:
         selected: `[layer, head]`, kept in step with the page.
-        kinds: the different words, in order of first appearance; empty for numbers.
+        kinds: the different words; empty for numbers.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -50,20 +51,21 @@ class HeadGrid(Picture):
         self,
         values: Any,
         *,
+        kinds: Sequence[str] | None = None,
         label: str | None = None,
         head_names: Sequence[str] | None = None,
         selected: tuple[int, int] = (0, 0),
         title: str | None = None,
     ) -> None:
-        kinds, numbers = _kinds(values)
+        words, numbers = _kinds(values, kinds)
         shape = (numbers.shape[0], numbers.shape[1])
         rounded: list[list[Any]] = [[float(f"{x:.6g}") for x in row] for row in numbers]
-        if kinds or np.array_equal(numbers, np.rint(numbers)):
+        if words or np.array_equal(numbers, np.rint(numbers)):
             rounded = numbers.astype(int).tolist()
         super().__init__(
             _shape=list(shape),
             values=rounded,
-            kinds=kinds,
+            kinds=words,
             label=label or "",
             head_names=checks.strings("head_names", head_names, shape[1]),
             selected=checks.pair("selected", selected, shape),
@@ -82,7 +84,7 @@ class HeadGrid(Picture):
         return f"HeadGrid: {layers} {'layer' if layers == 1 else 'layers'} of {heads} heads; {said}."
 
 
-def _kinds(values: Any) -> tuple[list[str], np.ndarray]:
+def _kinds(values: Any, order: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
     """Words become their numbers and a list of the words; numbers stay."""
     if hasattr(values, "detach"):
         return [], checks.array("values", values, ndim=(2,))
@@ -91,7 +93,10 @@ def _kinds(values: Any) -> tuple[list[str], np.ndarray]:
         return [], checks.array("values", values, ndim=(2,))
     if words.ndim != 2 or 0 in words.shape:
         raise ValueError(f"values must have 2 dimensions and not be empty, got shape {words.shape}")
-    kinds = list(dict.fromkeys(words.ravel().tolist()))
+    found = dict.fromkeys(words.ravel().tolist())
+    kinds = list(found if order is None else order)
+    if missing := [kind for kind in found if kind not in kinds]:
+        raise ValueError(f"kinds must name every kind in values, got {kinds} without {missing[0]!r}")
     if len(kinds) > MAX_KINDS:
         raise ValueError(f"values must hold at most {MAX_KINDS} different kinds, got {len(kinds)}")
     return kinds, np.vectorize(kinds.index)(words)
