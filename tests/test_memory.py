@@ -1,0 +1,69 @@
+"""Memory really falls: by the operating system's figure for the process, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+LAYERS, KV_HEADS, DIM, TOKENS = 8, 4, 64, 6000
+LAYER_BYTES = 2 * KV_HEADS * TOKENS * DIM * 4
+
+SCRIPT = f"""
+import json, sys
+import psutil, torch, headkv
+from headkv.models.tiny import tiny_model
+
+def figure(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+
+model = tiny_model("llama", num_hidden_layers={LAYERS}, num_attention_heads={KV_HEADS}, num_key_value_heads={KV_HEADS},
+                   head_dim={DIM}, max_position_embeddings={TOKENS} + 64)
+ids = torch.randint(3, 97, (1, {TOKENS}))
+method = {{"full": headkv.FullCache(), "tenth": headkv.AdaKV(budget=0.1)}}[sys.argv[1]]
+
+def prefill(tokens):
+    cache = headkv.RaggedCache.for_model(model, method)
+    with torch.inference_mode():
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+prefill(ids[:, :200])
+before = psutil.Process().memory_info().rss
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+cache = prefill(ids)
+after, peak = psutil.Process().memory_info().rss, figure("VmHWM")
+cropped = None
+print(json.dumps({{"held": after - before, "peak": peak - before, "nbytes": cache.nbytes}}))
+"""
+
+
+def measure(method: str) -> dict[str, int]:
+    # glibc would keep freed blocks for itself; below this threshold it gives each one back at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, method], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
+def test_prefill_peak_is_the_compressed_layers_and_one_full_layer():
+    full, tenth = measure("full"), measure("tenth")
+    slack = 0.15 * LAYER_BYTES * LAYERS  # activations of one layer, the interpreter
+
+    # what is held afterwards is what nbytes says, and nbytes is what the budget says
+    for figures in (full, tenth):
+        assert abs(figures["held"] - figures["nbytes"]) < 0.1 * LAYER_BYTES * LAYERS, figures
+    assert LAYERS * LAYER_BYTES <= full["nbytes"] < 1.1 * LAYERS * LAYER_BYTES
+    assert tenth["nbytes"] < 0.13 * LAYERS * LAYER_BYTES
+
+    # the peak: all layers full against all layers compressed and one full
+    saved = full["peak"] - tenth["peak"]
+    assert saved > (LAYERS - 1) * 0.87 * LAYER_BYTES - slack, (full, tenth)
