@@ -59,6 +59,7 @@ class OracleLayer(DynamicLayer):
                 sinks[b], recent[b] = chosen.sinks, chosen.recent
             if chosen.compensate is not None and sliding_window is None:
                 compensate[b] = chosen.compensate
+        keep |= (recent > 0)[..., None] & valid[:, None]  # windowed rows evict nothing for good: they see less
         self.plan = [keep, sinks, recent, compensate]
 
     def crop(self, tokens_to_remove):

@@ -27,11 +27,11 @@ RAZOR = headkv.RazorAttention(
 )
 METHODS = {
     "FullCache": headkv.FullCache(),
-    "SnapKV": headkv.SnapKV(budget=10, scorer=SCORER),
-    "PyramidKV": headkv.PyramidKV(budget=10, scorer=SCORER),
+    "SnapKV": headkv.SnapKV(budget=20, scorer=SCORER),
+    "PyramidKV": headkv.PyramidKV(budget=20, scorer=SCORER),
     "AdaKV": headkv.AdaKV(budget=0.5, scorer=SCORER),
     "AdaKV pyramid": headkv.AdaKV(budget=0.5, scorer=SCORER, pyramid=True),
-    "HeadKV": headkv.HeadKV(budget=10, profile=profile("retrieval", "query"), scorer=SCORER),
+    "HeadKV": headkv.HeadKV(budget=20, profile=profile("retrieval", "query"), scorer=SCORER),
     "DuoAttention": headkv.DuoAttention(profile=profile("gate"), sparsity=0.5, sinks=1, recent=5),
     "RazorAttention": RAZOR,
     "StreamingLLM": headkv.StreamingLLM(budget=7, sinks=2),
@@ -39,7 +39,7 @@ METHODS = {
 }
 
 
-def prompts(batch: int = 3, n: int = 22) -> dict[str, torch.Tensor]:
+def prompts(batch: int = 3, n: int = 60) -> dict[str, torch.Tensor]:
     """Random prompts of n, n - 6, n - 13 tokens, padded on the left; the first repeats itself, for prompt lookup."""
     ids = torch.randint(3, 97, (batch, n), generator=torch.Generator().manual_seed(7))
     ids[0, n // 2 :] = ids[0, : n - n // 2]
@@ -71,7 +71,7 @@ WAYS = {
     "prompt lookup": (1, {"prompt_lookup_num_tokens": 3}),
     "assistant": (1, {"assistant_model": None}),
     "streamer": (1, {"streamer": None}),
-    "chunked prefill": (3, {"prefill_chunk_size": 6}),
+    "chunked prefill": (3, {"prefill_chunk_size": 9}),
 }
 
 
@@ -136,7 +136,7 @@ def test_compressed_equals_masked_full_cache(method, way):
     model, chosen = tiny_model("llama"), METHODS[method]
     oracle = oracle_cache(model, chosen, chunks(way))
     tokens, logits, _ = generate(model, way, oracle)
-    with headkv.compress(model, chosen, chunked_prefill=chunks(way), headroom=3) as session:
+    with headkv.compress(model, chosen, chunked_prefill=chunks(way), headroom=3, rollback=9) as session:
         got_tokens, got_logits, _ = generate(model, way)
     assert torch.equal(got_tokens, tokens)
     torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
@@ -149,7 +149,7 @@ def test_compressed_equals_masked_full_cache(method, way):
 def test_compressed_families(family, method):
     model, chosen = tiny_model(family), METHODS[method]
     tokens, logits, _ = generate(model, "greedy", oracle_cache(model, chosen))
-    with headkv.compress(model, chosen, headroom=3):
+    with headkv.compress(model, chosen, headroom=3, rollback=0):
         got_tokens, got_logits, _ = generate(model, "greedy")
     assert torch.equal(got_tokens, tokens)
     torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
@@ -201,7 +201,7 @@ def test_one_context_many_questions():
             answers.append((q, model(questions[q : q + 1], past_key_values=cache).logits))
     for q, logits in answers[3:]:
         assert torch.equal(logits, dict(answers[:3])[q])
-    assert cache.seen == 26
+    assert cache.seen == 64
 
 
 def test_a_batch_equals_its_sequences_alone():
@@ -213,7 +213,7 @@ def test_a_batch_equals_its_sequences_alone():
         together = session.cache
         for b in range(3):
             real = inputs["attention_mask"][b].bool()
-            model(inputs["input_ids"][b : b + 1, real], position_ids=torch.arange(22)[None, real])
+            model(inputs["input_ids"][b : b + 1, real], position_ids=torch.arange(60)[None, real])
             assert torch.equal(together.lengths()[:, b], session.cache.lengths()[:, 0])
             offset = int((~real).sum())
             for got, want in zip(together.layers, session.cache.layers, strict=True):
@@ -244,7 +244,7 @@ def test_nothing_of_transformers_is_patched():
     headkv.RaggedCache.for_model(model, METHODS["AdaKV"])  # leaves the model's attention at "headkv"
     got = model.generate(**prompts(), max_new_tokens=6, do_sample=False)
     assert torch.equal(got, want)
-    assert torch.equal(model(**prompts(), use_cache=False).logits[:, -1].argmax(1), want[:, 22])
+    assert torch.equal(model(**prompts(), use_cache=False).logits[:, -1].argmax(1), want[:, 60])
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward
 
 
@@ -259,7 +259,7 @@ def test_two_caches_on_one_model_do_not_mix():
     model(ids, past_key_values=(first := headkv.RaggedCache.for_model(model, METHODS["AdaKV"])))
     model(ids.flip(1)[:, :9], past_key_values=second)
     assert torch.equal(model(ids[:, :1], past_key_values=first).logits, alone)
-    assert (first.seen, second.seen) == (23, 9)
+    assert (first.seen, second.seen) == (61, 9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -291,7 +291,7 @@ def test_padding_is_not_stored():
     model = tiny_model("llama")
     with headkv.compress(model, headkv.FullCache()) as session:
         model(**prompts())
-    assert session.cache.lengths()[0].tolist() == [[22, 22], [16, 16], [9, 9]]
+    assert session.cache.lengths()[0].tolist() == [[60, 60], [54, 54], [47, 47]]
 
 
 def call(method=headkv.FullCache(), inputs=None, **arguments):
@@ -319,7 +319,7 @@ def wrong_profile():
 
 
 BAD = {
-    "a 4-D mask": (lambda: call(inputs={"input_ids": prompts()["input_ids"], "attention_mask": torch.ones(3, 1, 22, 22)}), ValueError, "attention_mask must be 2-D"),
+    "a 4-D mask": (lambda: call(inputs={"input_ids": prompts()["input_ids"], "attention_mask": torch.ones(3, 1, 60, 60)}), ValueError, "attention_mask must be 2-D"),
     "an all-padding row": (lambda: call(inputs={"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.tensor([[1] * 4, [0] * 4])}), ValueError, "all padding"),
     "output_attentions": (lambda: call(output_attentions=True), ValueError, "output_attentions=True is not supported"),
     "no model": (lambda: headkv.compress("llama", headkv.FullCache()).__enter__(), TypeError, "model must be a transformers model, got str"),
@@ -386,4 +386,4 @@ def test_crop_into_the_compressed_prompt_is_refused():
     cache.crop(-4)  # the observation window is always kept
     with pytest.raises(ValueError, match="evicted entries"):
         cache.crop(-18)
-    assert cache.seen == 18
+    assert cache.seen == 56

@@ -76,11 +76,17 @@ class RaggedCacheLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, method: Method, layer_idx: int, num_layers: int, backend: Backend, headroom: int, chunked_prefill: bool
+        self,
+        method: Method,
+        layer_idx: int,
+        num_layers: int,
+        backend: Backend,
+        storage: dict[str, int],
+        chunked_prefill: bool,
     ):
         super().__init__()
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
-        self.backend, self.headroom, self.chunked_prefill = backend, headroom, chunked_prefill
+        self.backend, self.storage, self.chunked_prefill = backend, storage, chunked_prefill
         self.ragged: RaggedLayer | None = None
         self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
 
@@ -116,10 +122,7 @@ class RaggedCacheLayer(CacheLayerMixin):
                 self.ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
                 self._observed = seen
             else:
-                kept = keep_entries(self.method, seen, keys, values, valid, self.layer_idx, self.num_layers)
-                self.ragged = RaggedLayer.from_dense(
-                    keys, values, valid=valid, headroom=self.headroom, rollback=ROLLBACK, **kept
-                )
+                self._store(keys, values, valid, seen)
             self.is_initialized = True
             return out
         tokens = q.shape[2]
@@ -145,11 +148,16 @@ class RaggedCacheLayer(CacheLayerMixin):
                 row = layer.row(b, h)
                 keys[b, h, row.positions], values[b, h, row.positions] = row.keys, row.values
                 valid[b, row.positions] = True
-        kept = keep_entries(self.method, self._observed, keys, values, valid, self.layer_idx, self.num_layers)
-        self.ragged = RaggedLayer.from_dense(
-            keys, values, valid=valid, headroom=self.headroom, rollback=ROLLBACK, **kept
-        )
+        self._store(keys, values, valid, self._observed)
         self._observed = None
+
+    def _store(self, keys: Tensor, values: Tensor, valid: Tensor | None, observed: Observation) -> None:
+        """Store of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
+        where = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+        kept = keep_entries(
+            self.method, observed, keys, values, valid, rollback=self.storage["rollback"], **where
+        )
+        self.ragged = RaggedLayer.from_dense(keys, values, valid=valid, **self.storage, **kept)
 
     # -- what transformers asks of a cache layer ----------------------------------------------------------------------
 
@@ -257,6 +265,7 @@ class RaggedCache(Cache):
         *,
         backend: Backend = "auto",
         headroom: int = MIN_HEADROOM,
+        rollback: int = ROLLBACK,
         chunked_prefill: bool = False,
     ) -> RaggedCache:
         """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
@@ -269,6 +278,8 @@ class RaggedCache(Cache):
             method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
             backend: of attention after the prefill; see `headkv.ragged_decode`.
             headroom: free slots behind each row after the prefill; it grows by itself when they are used up.
+            rollback: how many tokens windowed rows can take back (`crop`, assisted generation); they store as many
+                entries more than they attend to.
             chunked_prefill: the prompt comes in several forward calls (`prefill_chunk_size`): wait with compression
                 until the first call with a single token, or until `finalize_prefill()`.
 
@@ -280,12 +291,12 @@ class RaggedCache(Cache):
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if not callable(getattr(method, "plan", None)):
             raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
-        if check_model := getattr(method, "check_model", None):
-            check_model(config)
-        count("headroom", headroom)
+        for profile in getattr(method, "profiles", ()):
+            profile.check_model(model)
+        storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
         num_layers = config.num_hidden_layers
         layers = [
-            RaggedCacheLayer(method, i, num_layers, backend, headroom, chunked_prefill) for i in range(num_layers)
+            RaggedCacheLayer(method, i, num_layers, backend, storage, chunked_prefill) for i in range(num_layers)
         ]
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)

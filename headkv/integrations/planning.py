@@ -80,8 +80,10 @@ def keep_entries(
     keys: Tensor,
     values: Tensor,
     valid: Tensor | None,
+    *,
     layer_idx: int,
     num_layers: int,
+    rollback: int = ROLLBACK,
 ) -> dict[str, Any]:
     """Ask `method` what each row of a batch keeps of `keys`, `values` `[B, H, n, D]`.
 
@@ -117,9 +119,9 @@ def keep_entries(
         if chosen.compensate is not None and window is None:  # a sliding layer forgets by itself
             compensate[b] = chosen.compensate
     age = torch.arange(n - 1, -1, -1, device=keys.device)
-    keep |= (recent[..., None] > 0) & (age < recent[..., None] + ROLLBACK)
+    keep |= (recent[..., None] > 0) & (age < recent[..., None] + rollback)
     if window is not None:
-        in_reach = keep & (age < window - 1 + ROLLBACK)
+        in_reach = keep & ((age < window - 1 + rollback) | (keep.cumsum(2) <= sinks[..., None]))
         newest = age == (0 if valid is None else valid.flip(1).int().argmax(1)[:, None, None])
         keep = torch.where(in_reach.any(2, keepdim=True), in_reach, newest)
         recent = torch.where(recent > 0, recent.clamp(max=window), window)
