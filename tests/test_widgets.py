@@ -165,6 +165,24 @@ def test_cache_bill_by_hand(bill, bytes_a_token, full):
     assert full in bill.describe()
 
 
+def test_what_a_page_sends_back_is_taken():
+    explorer = BudgetExplorer(SCORES, window=2)
+    sent = np.packbits(np.eye(2, 8, dtype=bool), axis=-1).tobytes()
+    explorer.set_state({"kept": memoryview(sent), "budgets": [[1, 1]], "selected": [0, 1]})
+    assert explorer.kept == sent and explorer.selected == [0, 1]
+    assert np.argwhere(explorer.kept_mask()[0]).tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("order", "kinds"),
+    [(None, ["streaming", "full"]), (["full", "streaming"], ["full", "streaming"])],
+    ids=str,
+)
+def test_kinds_keep_their_order(order, kinds):
+    grid = HeadGrid([["streaming", "full"]], kinds=order)
+    assert grid.kinds == kinds and grid.values == [[kinds.index("streaming"), kinds.index("full")]]
+
+
 def test_anywidget_loads_only_when_a_widget_is_asked_for():
     code = (
         "import sys, headkv; headkv.widgets; assert 'anywidget' not in sys.modules; headkv.widgets.HeadGrid"

@@ -428,6 +428,18 @@ def test_fits_a_phone_and_can_be_read(browser, make, theme):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_plain_keys_stay_in_the_widget(browser, make):
+    """A notebook in command mode takes the arrows that reach it, and prevents what they do."""
+    with shown(browser, make()) as page:
+        page.page.evaluate("() => { window.heard = []; document.body.onkeydown = (e) => heard.push(e.key); }")
+        control = page.page.locator(".hk :is(input, button, [role=gridcell][tabindex='0'])").first
+        control.focus()
+        for key in ("ArrowRight", "ArrowDown", "Home", "Control+s", "Escape"):
+            control.press(key)
+        assert page.page.evaluate("heard.filter((key) => key !== 'Control')") == ["s", "Escape"]
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 def test_a_closed_view_leaves_nothing_running(browser, make):
     with shown(browser, make()) as page:
         page.page.evaluate("window.stop()")

@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import anywidget
+import traitlets as t
 
 
 def read(name: str) -> str:
@@ -16,6 +17,14 @@ def read(name: str) -> str:
 def bundle(*names: str) -> str:
     """One self-contained ES module: the files one after the other, the last of which exports `render`."""
     return "\n".join(read(name) for name in names)
+
+
+class Buffer(t.Bytes):
+    """Bytes that travel as a binary buffer: what comes back from a page is a memoryview."""
+
+    def validate(self, obj: Any, value: Any) -> bytes:
+        """Bytes of `value`."""
+        return bytes(value)
 
 
 class Picture(anywidget.AnyWidget):

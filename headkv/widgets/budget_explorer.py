@@ -9,7 +9,7 @@ import numpy as np
 import traitlets as t
 
 from headkv.widgets import checks
-from headkv.widgets.base import Picture, bundle
+from headkv.widgets.base import Buffer, Picture, bundle
 
 POOLINGS = ("max", "avg", "none")
 ALLOCATORS = ("uniform", "adaptive")
@@ -56,7 +56,7 @@ class BudgetExplorer(Picture):
 
     _esm = bundle("toolkit.js", "plan.js", "grid.js", "strip.js", "bill.js", "slots.js", "budget_explorer.js")
 
-    _scores = t.Bytes().tag(sync=True)
+    _scores = Buffer().tag(sync=True)
     _shape = t.List(t.Int()).tag(sync=True)
     _exponent = t.Int().tag(sync=True)
     tokens = t.List(t.Unicode()).tag(sync=True)
@@ -73,7 +73,7 @@ class BudgetExplorer(Picture):
     allocator = t.Enum(ALLOCATORS).tag(sync=True)
     selected = t.List(t.Int()).tag(sync=True)
     budgets: t.List[Any] = t.List().tag(sync=True)
-    kept = t.Bytes().tag(sync=True)
+    kept = Buffer().tag(sync=True)
 
     def __init__(
         self,

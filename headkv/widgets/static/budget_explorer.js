@@ -65,7 +65,7 @@ function render({ model, el }) {
   const raceBox = h("details.more", { ontoggle: () => (raceBox.open ? drawRace() : race.stop()) },
     h("summary", {}, "Watch the slots of this layer go, one by one"), race.el);
   const title = get("title");
-  const root = h("section.hk.explorer", { "aria-label": title || "Budget explorer" },
+  const root = widgetRoot("explorer", title || "Budget explorer",
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.controls", {}, budget.el, allocator.el, safeguard.el, pooling.el, kernel.el),
     story,
@@ -75,7 +75,6 @@ function render({ model, el }) {
         h("div.strip-head", {}, layerPick.el, headPick.el, headLine),
         lines.el, ...(strip ? [strip.el, stripKey(facts)] : []))),
     bill.el, raceBox, status.el, data);
-  root.classList.replace("hk-hk", "hk");
   el.append(root);
 
   function drawRace() {

@@ -38,7 +38,7 @@ function render({ model, el }) {
   const story = h("p.story");
   const status = announcer();
   const title = get("title");
-  const root = h("section", { class: "hk hk-cache-bill", "aria-label": title || "What a KV cache costs" },
+  const root = widgetRoot("cache-bill", title || "What a KV cache costs",
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.bill-top", {}, preset.el),
     h("div.controls.sizes", {}, ...fields.map((f) => f.el), dtype.el),

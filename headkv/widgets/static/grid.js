@@ -59,7 +59,6 @@ function headGrid({ layers, heads, label, headNames, paint, onselect, cornerText
     }[event.key];
     if (!to) return;
     event.preventDefault();
-    event.stopPropagation(); // notebooks move between cells on arrow keys
     if (!cells[to[0]]?.[to[1]]) return;
     select(...to).focus();
     onselect(...to);

@@ -39,7 +39,7 @@ function render({ model, el }) {
   const status = announcer();
   const side = kinds.length ? kindCounts(kinds, flat) : rankedBars(order, flat, low, high, (i) => grid.pick(i));
   const title = get("title");
-  const root = h("section", { class: "hk hk-head-grid", "aria-label": title || measure },
+  const root = widgetRoot("head-grid", title || measure,
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.stage", {}, h("div.stage-grid", {}, h("p.caption", {}, measure), grid.el),
       h("div.stage-side", {}, chosen, side.el)), status.el);

@@ -161,7 +161,7 @@ function render({ model, el }) {
   const sync = throttle(() => model.save_changes(), 150);
 
   const title = get("title");
-  const root = h("section", { class: "hk hk-ragged-pool", "aria-label": title || "A ragged pool" },
+  const root = widgetRoot("ragged-pool", title || "A ragged pool",
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.pool-buttons", {}, ...steps, h("span.gap"), controls.el), story,
     oldNote, oldBox, newNote, slotsBox,

@@ -22,6 +22,15 @@ function furnish(node, classes, attributes, children) {
   return node;
 }
 
+/** The root of a widget: a named region. Plain keys stay in it, as a notebook would take the arrows of a slider. */
+function widgetRoot(kind, label, ...children) {
+  const onkeydown = (event) => {
+    if (!event.ctrlKey && !event.metaKey && !event.altKey && event.key !== "Escape") event.stopPropagation();
+  };
+  return h("section", { class: `hk hk-${kind}`, "aria-label": label, "data-lm-suppress-shortcuts": "true", onkeydown },
+    ...children);
+}
+
 let idsGiven = 0;
 const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
 
