@@ -35,7 +35,7 @@ def profile_repeats(
 
     Args:
         model: a transformers decoder.
-        tokenizer: its tokenizer, so that special tokens are not drawn and the text starts as the model's texts
+        tokenizer: its tokenizer, so that no special token is drawn and the text starts as the model's texts
             do. Without one, any token may be drawn, and the text starts with the block.
         num_tokens: length of the random block, drawn without replacement.
         repeats: how often the block stands in the text, at least 2.
