@@ -65,6 +65,5 @@ def water_fill(targets: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
         share = torch.where(level < most, weights, 0.0)
         if spill <= 1e-9 or not bool((level < most).any()):
             return level
-        if float(share.sum()) == 0:
-            share = (level < most).double()
-        level = level + spill * share / share.sum()
+        share = share / share.max() if bool((share > 0).any()) else (level < most).double()
+        level = level + spill * (share / share.sum())
