@@ -139,7 +139,7 @@ def test_safeguard_is_a_blend_not_a_protected_set() -> None:
 
 
 def test_window_does_not_eat_the_safeguard() -> None:
-    """A head with no score at all keeps its window and a fifth of the rest, not a fifth with the window in it."""
+    """A head with no score at all keeps its window, and a fifth of an equal share besides."""
     p = prefill(100, heads=2, group=1)
     keys = p.keys.clone()
     queries = torch.zeros_like(p.queries)

@@ -27,9 +27,17 @@ def attention_weights(
     n = keys.shape[1]
     logits = (queries.float() * scale).reshape(heads, group * w, dim) @ keys.float().transpose(1, 2)
     logits = logits.view(heads, group, w, n)
-    age = torch.arange(first, first + w, device=keys.device)[:, None] - torch.arange(n, device=keys.device)
-    hidden = age < 0 if sliding_window is None else (age < 0) | (age >= sliding_window)
-    return logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+    query, key = (
+        torch.arange(first, first + w, device=keys.device)[:, None],
+        torch.arange(n, device=keys.device),
+    )
+    logits[..., first:].masked_fill_(
+        key[first:] > query, -torch.inf
+    )  # no key before the first query is hidden
+    if sliding_window is not None:
+        old = max(0, first + w - sliding_window)
+        logits[..., :old].masked_fill_(query - key[:old] >= sliding_window, -torch.inf)
+    return logits.softmax(-1)
 
 
 def reduce_group(weights: Tensor, reduce: str) -> Tensor:
