@@ -1,0 +1,113 @@
+"""Append: new entries go behind each row, in place, and the lengths grow in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headkv_kernels.rows import Rows, guard, padded
+
+
+def ragged_append(
+    rows: Rows,
+    capacity: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    seen: int | Tensor,
+    valid: Tensor | None = None,
+) -> None:
+    """Store T new tokens behind every row and add them to `rows.length`, both in place.
+
+    Args:
+        rows: with room for the new tokens. Whatever the lengths say, nothing is written beyond a row's
+            capacity, and its length then counts what was stored.
+        capacity: `[rows]` int64, slots that each row owns.
+        keys, values: `[B, H, T, D]` in the dtype of the pools; any strides, but 1 along D.
+        seen: position of the first new token: an int, or `[1]` int64 on the device, read anew at every
+            replay of a CUDA graph.
+        valid: `[B, T]` bool, False where the new text is padding, which is counted but not stored.
+
+    Raises:
+        ValueError, TypeError: before anything is launched.
+    """
+    device, dtype, dim = rows.keys.device, rows.keys.dtype, rows.dim
+    if (
+        keys.ndim != 4
+        or 0 in keys.shape
+        or keys.shape[0] * keys.shape[1] != rows.number
+        or keys.shape[3] != dim
+    ):
+        raise ValueError(
+            f"keys must have shape [B, H, T >= 1, {dim}], B * H = {rows.number}, got {list(keys.shape)}"
+        )
+    for name, new in (("keys", keys), ("values", values)):
+        if new.dtype != dtype or new.device != device:
+            raise TypeError(
+                f"{name} must be {dtype} on {device} like the pools, got {new.dtype} on {new.device}"
+            )
+        if new.shape != keys.shape or new.stride(-1) != 1:
+            got = f"{list(new.shape)} with strides {list(new.stride())}"
+            raise ValueError(f"{name} must have shape {list(keys.shape)} and stride 1 along D, got {got}")
+    if capacity.dtype != torch.int64 or capacity.shape != rows.length.shape or capacity.device != device:
+        raise ValueError(
+            f"capacity must be int64 [{rows.number}] on {device}, got {capacity.dtype} {list(capacity.shape)}"
+        )
+    batch, heads, tokens = keys.shape[:3]
+    if valid is not None and (
+        valid.dtype != torch.bool or valid.shape != (batch, tokens) or valid.device != device
+    ):
+        raise ValueError(
+            f"valid must be bool [{batch}, {tokens}] on {device}, got {valid.dtype} {list(valid.shape)}"
+        )
+    if not isinstance(seen, Tensor):
+        seen = torch.full((1,), seen, device=device)
+    elif seen.dtype != torch.int64 or seen.numel() != 1 or seen.device != device:
+        raise ValueError(f"seen must be an int or int64 [1] on {device}, got {seen.dtype} {list(seen.shape)}")
+    with guard(keys):
+        append_rows[(rows.number,)](
+            *(keys, *keys.stride()[:3], values, *values.stride()[:3]),
+            *(None if valid is None else valid.contiguous(), seen, heads, tokens),
+            *(rows.keys, rows.values, rows.positions, rows.start, rows.length, capacity.contiguous()),
+            D=dim,
+            D_PAD=padded(dim),
+            BLOCK=min(32, padded(tokens, 1)),
+            VALID=valid is not None,
+        )
+
+
+@triton.jit
+def append_rows(
+    new_keys, k_batch, k_head, k_token, new_values, v_batch, v_head, v_token, valid, seen, heads, tokens,
+    keys, values, positions, start, length, capacity,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, VALID: tl.constexpr,
+):  # fmt: skip
+    """One row: its new tokens, a block at a time."""
+    row = tl.program_id(0)
+    batch, head = (row // heads).to(tl.int64), row % heads
+    n, d = tl.arange(0, BLOCK), tl.arange(0, D_PAD)
+    base, entries, room, now = (
+        tl.load(start + row),
+        tl.load(length + row),
+        tl.load(capacity + row),
+        tl.load(seen),
+    )
+    for i in range(0, tokens, BLOCK):
+        token = (i + n).to(tl.int64)
+        stored = token < tokens
+        if VALID:
+            stored = stored & (tl.load(valid + batch * tokens + token, mask=stored, other=0) != 0)
+        entry = entries + tl.cumsum(stored.to(tl.int32), 0) - 1
+        stored = stored & (entry < room)
+        slot = base + entry
+        both = stored[:, None] & (d < D)[None, :]
+        target = slot[:, None] * D + d[None, :]
+        from_keys = new_keys + batch * k_batch + head * k_head + token[:, None] * k_token + d[None, :]
+        from_values = new_values + batch * v_batch + head * v_head + token[:, None] * v_token + d[None, :]
+        tl.store(keys + target, tl.load(from_keys, mask=both), mask=both)
+        tl.store(values + target, tl.load(from_values, mask=both), mask=both)
+        tl.store(positions + slot, (now + token).to(tl.int32), mask=stored)
+        entries += tl.sum(stored.to(tl.int32))
+    tl.store(length + row, entries)

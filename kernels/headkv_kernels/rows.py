@@ -1,0 +1,152 @@
+"""The ragged rows that the kernels read, and what the launchers check before they launch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MAX_DIM = 256
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Ragged rows in flat pools; row `b * H + h` is sequence `b`, KV head `h`. All tensors are contiguous.
+
+    Attributes:
+        keys, values: `[slots, D]` float32, bfloat16 or float16.
+        positions: `[slots]` int32, where in the text each entry came from; increasing along a row.
+        start, length: `[rows]` int64; the entries of row `r` are the `length[r]` slots from `start[r]` on.
+        sinks, recent: `[rows]` int64; `recent > 0`: only the first `sinks` and the last `recent` entries are
+            visible.
+        key_sum, value_sum, count: `[rows, D]` float32 twice and `[rows]` int64, or None: sums over `count`
+            entries that are no longer stored. They and the hidden entries take part as one compensation
+            entry; `count` -1: they do not.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    start: Tensor
+    length: Tensor
+    sinks: Tensor
+    recent: Tensor
+    key_sum: Tensor | None = None
+    value_sum: Tensor | None = None
+    count: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.keys.ndim != 2 or not 1 <= self.keys.shape[1] <= MAX_DIM:
+            raise ValueError(
+                f"keys must have shape [slots, D] with D from 1 to {MAX_DIM}, got {list(self.keys.shape)}"
+            )
+        if self.keys.dtype not in DTYPES:
+            raise TypeError(f"keys must be float32, bfloat16 or float16, got {self.keys.dtype}")
+        on_device("keys", self.keys)
+        slots, rows, dim = self.keys.shape[0], self.start.numel(), self.keys.shape[1]
+        whole, wide = torch.int64, torch.float32
+        self._expect("values", (slots, dim), self.keys.dtype)
+        self._expect("positions", (slots,), torch.int32)
+        for name in ("start", "length", "sinks", "recent"):
+            self._expect(name, (rows,), whole)
+        if self.count is not None:
+            self._expect("count", (rows,), whole)
+            self._expect("key_sum", (rows, dim), wide)
+            self._expect("value_sum", (rows, dim), wide)
+        if not self.keys.is_contiguous():
+            raise ValueError(f"keys must be contiguous, got strides {list(self.keys.stride())}")
+
+    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        tensor = getattr(self, name)
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != self.keys.device:
+            raise ValueError(f"{name} must be on {self.keys.device} like keys, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+
+    @property
+    def number(self) -> int:
+        """How many rows there are."""
+        return self.start.numel()
+
+    @property
+    def dim(self) -> int:
+        """D, the size of one key."""
+        return self.keys.shape[1]
+
+    def operand(self, q: Tensor) -> tl.dtype:
+        """The dtype in which queries meet keys: their own, or float32 if it differs."""
+        # The interpreter multiplies bfloat16 as the integers of its bits.
+        alike = q.dtype == self.keys.dtype and not (INTERPRETED and q.dtype == torch.bfloat16)
+        return DTYPES[q.dtype] if alike else tl.float32
+
+
+def check_queries(
+    q: Tensor, rows: Rows, ndim: int, scale: float, window: int | None, softcap: float | None
+) -> int:
+    """The group size G of queries `[B, HQ, (T,) D]` over these rows, once all fits."""
+    if q.ndim != ndim or 0 in q.shape or q.shape[-1] != rows.dim:
+        tokens = "" if ndim == 3 else "T, "
+        raise ValueError(
+            f"q must have shape [B, HQ, {tokens}{rows.dim}], none of them 0, got {list(q.shape)}"
+        )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be float32, bfloat16 or float16, got {q.dtype}")
+    if q.device != rows.keys.device:
+        raise ValueError(f"q must be on {rows.keys.device} like keys, got {q.device}")
+    if q.stride(-1) != 1:
+        raise ValueError(f"q must have stride 1 along D, got strides {list(q.stride())}")
+    if rows.number == 0 or rows.number % q.shape[0] or q.shape[0] * q.shape[1] % rows.number:
+        raise ValueError(
+            f"q must have B dividing {rows.number} rows and HQ a multiple of H, got {list(q.shape)}"
+        )
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if window is not None and (window < 1 or rows.count is not None):
+        raise ValueError(f"sliding_window must be None (with count: always) or at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or positive, got {softcap}")
+    return q.shape[0] * q.shape[1] // rows.number
+
+
+def check_positions(query_positions: Tensor, shape: tuple[int, ...], rows: Rows) -> None:
+    """Query positions of that shape, whole numbers, on the device of the rows."""
+    if query_positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"query_positions must be int32 or int64, got {query_positions.dtype}")
+    if tuple(query_positions.shape) != shape:
+        raise ValueError(f"query_positions must have shape {list(shape)}, got {list(query_positions.shape)}")
+    if query_positions.device != rows.keys.device:
+        raise ValueError(
+            f"query_positions must be on {rows.keys.device} like keys, got {query_positions.device}"
+        )
+
+
+def on_device(name: str, tensor: Tensor) -> None:
+    """A tensor that the kernels can reach."""
+    if tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"):
+        return
+    raise ValueError(
+        f"{name} must be on a CUDA device, got {tensor.device} "
+        "(a CPU works only in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported)"
+    )
+
+
+def guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the device of `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The next power of two, at least `least`: what a block of `size` needs."""
+    return max(least, triton.next_power_of_2(size))
