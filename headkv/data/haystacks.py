@@ -26,8 +26,8 @@ _INTRODUCTION = (
 class Haystack:
     """A document with hidden facts, as text and as tokens, and a question for each fact.
 
-    The context (chat header, introduction, document) is the same for all questions: it can be compressed once,
-    and every question asked on its own (question-agnostic). `prompt` puts one question right behind it
+    The context (chat header, introduction, document) is the same for all questions: it can be compressed
+    once, and every question asked on its own (question-agnostic). `prompt` puts one question right behind it
     (question-aware).
 
     Attributes:
@@ -69,7 +69,7 @@ def haystack(
     Args:
         tokenizer: a fast tokenizer; its chat template is used if it has one.
         num_tokens: length of the context at most, chat header included. The document ends with a whole
-            sentence, so that the context may be a sentence shorter. After some 4,000 tokens the prose repeats.
+            sentence, so the context may be a sentence shorter. After some 4,000 tokens the prose repeats.
         facts: what to hide.
         depths: for each fact, where: 0 is the beginning, 1 the end. None: evenly, e.g. 1/6, 3/6 and 5/6.
         seed: at which paragraph the prose begins.
