@@ -1,0 +1,208 @@
+"""Methods side by side on one document: what each stores, how fast it decodes, and whether it still answers."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import headkv
+from headkv.heads import HeadProfile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headkv.data import Fact, Haystack
+    from headkv.methods.base import Method
+
+FULL_SDPA = "full cache (transformers)"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one document.
+
+    Attributes:
+        name: of the method.
+        stored_share: stored entries over tokens, right after the prefill, without head room.
+        nbytes: by our count, head room and bookkeeping included; the full cache's are its tensors'.
+        resident_bytes: what the process's resident size grew by while the cache was made (None where unknown).
+        prefill_seconds: of the context, compression included.
+        decode_ms: median of a decode step.
+        answers: what the model wrote, for each question, when the question was part of the compressed prompt.
+        right: how many of these answers are right.
+        right_unseen: the same where the context was compressed before the question was known.
+        asked: how many questions.
+        lengths: stored entries `[layers][KV heads]`.
+    """
+
+    name: str
+    stored_share: float
+    nbytes: int
+    resident_bytes: int | None
+    prefill_seconds: float
+    decode_ms: float
+    answers: tuple[str, ...]
+    right: int
+    right_unseen: int
+    asked: int
+    lengths: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the derived tokens per second."""
+        return {**asdict(self), "decode_tokens_per_second": 1000 / self.decode_ms}
+
+
+def smollm2_methods(share: float, length: int) -> dict[str, Method]:
+    """Every method of headkv, sized so that SmolLM2 stores about `share` of a prompt of `length` tokens."""
+    profile = HeadProfile.builtin
+    echo, induction = profile("smollm2-echo"), profile("smollm2-induction")
+    # One token a digit: a wide kernel keeps the whole of a fact, see the chapter "Scoring entries".
+    scorer = headkv.SnapKVScorer(kernel_size=21)
+    methods: dict[str, Method] = {
+        "AdaKV": headkv.AdaKV(share, scorer),
+        "HeadKV": headkv.HeadKV(share, profile("smollm2-retrieval"), scorer=scorer),
+        "DuoAttention": headkv.DuoAttention.for_share(induction, share, length),
+        "RazorAttention": headkv.RazorAttention.for_share(echo, induction, share, length, num_kv_heads=3),
+        "SnapKV": headkv.SnapKV(share, scorer),
+        "PyramidKV": headkv.PyramidKV(share, scorer=scorer),
+        "StreamingLLM": headkv.StreamingLLM(share),
+        "RandomHeads": headkv.RandomHeads.for_share(share, length),
+    }
+    return methods
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Haystack,
+    methods: dict[str, Method],
+    *,
+    max_new_tokens: int = 12,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> Iterator[Result]:
+    """Run every method, and transformers' own full cache first, on one context and all its questions.
+
+    Each question is asked in both ways that a user meets: as the end of the prompt that is compressed
+    (question-aware), and after the context was compressed without it (question-agnostic), every question from the same
+    snapshot. Greedy decoding.
+
+    Args:
+        model, tokenizer: of one decoder.
+        haystack: context, questions and answers.
+        methods: by name.
+        max_new_tokens: of each answer.
+        on_step: called with a method's name before it runs.
+
+    Yields:
+        One `Result` a method, as soon as it is there.
+    """
+    former = model.config._attn_implementation
+    on_step("warm-up")
+    _answer(model, haystack.context_ids[:, :256], _cache(model, None), 2, None)
+    on_step(FULL_SDPA)
+    yield _run(model, tokenizer, haystack, FULL_SDPA, None, max_new_tokens)
+    try:
+        for name, method in methods.items():
+            on_step(name)
+            yield _run(model, tokenizer, haystack, name, method, max_new_tokens)
+    finally:
+        model.set_attn_implementation(former)
+
+
+@torch.inference_mode()
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Haystack,
+    name: str,
+    method: Method | None,
+    max_new_tokens: int,
+) -> Result:
+    context = haystack.context_ids
+    n = context.shape[1]
+    gc.collect()
+    cache = _cache(model, method)
+    before = _resident_bytes()
+    begin = time.perf_counter()
+    model(context, past_key_values=cache, logits_to_keep=1)
+    prefill_seconds = time.perf_counter() - begin
+    gc.collect()
+    after = _resident_bytes()
+    if method is None:
+        lengths = torch.full((len(cache.layers), cache.layers[0].keys.shape[1]), n)
+        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    else:
+        lengths, nbytes = cache.lengths()[:, 0], cache.nbytes
+    saved = None if method is None else cache.snapshot()
+    unseen, answers, steps = [], [], []
+    for index, question in enumerate(haystack.question_ids):
+        if method is not None:
+            cache.restore(saved)
+        tokens, seconds = _answer(model, question, cache, max_new_tokens, tokenizer.eos_token_id)
+        unseen.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        steps += seconds
+        if method is None:  # a full cache forgets the question, and answers the same in both ways
+            cache.crop(n - cache.get_seq_length())
+            answers.append(unseen[-1])
+            continue
+        aware = _answer(model, haystack.prompt(index), _cache(model, method), max_new_tokens, tokenizer.eos_token_id)
+        answers.append(tokenizer.decode(aware[0], skip_special_tokens=True))
+    return Result(
+        name=name,
+        stored_share=float(lengths.float().mean()) / n,
+        nbytes=nbytes,
+        resident_bytes=None if before is None or after is None else after - before,
+        prefill_seconds=prefill_seconds,
+        decode_ms=1000 * median(steps),
+        answers=tuple(answer.strip() for answer in answers),
+        right=_count_right(facts, answers),
+        right_unseen=_count_right(facts, unseen),
+        asked=len(facts),
+        lengths=tuple(map(tuple, lengths.tolist())),
+    )
+
+
+def _cache(model: PreTrainedModel, method: Method | None) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config) if method is None else headkv.RaggedCache.for_model(model, method)
+
+
+def _count_right(facts: Sequence[Fact], answers: Sequence[str]) -> int:
+    return sum(fact.is_answered_by(answer) for fact, answer in zip(facts, answers, strict=True))
+
+
+def _answer(
+    model: PreTrainedModel, question: Tensor, cache: Any, max_new_tokens: int, eos: int | None
+) -> tuple[list[int], list[float]]:
+    """Greedy decoding after `question` `[1, m]`: the tokens up to `eos`, and each step's seconds."""
+    logits = model(question, past_key_values=cache, logits_to_keep=1).logits
+    tokens, seconds = [int(logits[0, -1].argmax())], []
+    for _ in range(max_new_tokens - 1):
+        begin = time.perf_counter()
+        logits = model(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits
+        seconds.append(time.perf_counter() - begin)
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens, seconds
+
+
+def _resident_bytes() -> int | None:
+    """Bytes of this process that are in memory, by the operating system; freed memory is given back to it first."""
+    import ctypes
+    import sys
+
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # a C library other than glibc
+        return None
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
