@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefills import profile
 from torch import Tensor
@@ -27,6 +27,7 @@ from headkv.allocators import (
     water_fill,
 )
 
+PATIENT = settings(deadline=None)  # time says nothing where other work shares the machine
 MODULES = [
     f"{package.__name__}.{module.name}"
     for package in (headkv.allocators, headkv.methods, headkv.scorers)
@@ -67,6 +68,7 @@ def test_ada_kv_by_hand_keeps_more_mass() -> None:
     assert mass == pytest.approx({"uniform": 0.90 + 0.65, "adaptive": 0.80 + 0.80})
 
 
+@PATIENT
 @given(scores_and_budget(), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_adaptive_totals_are_exact_and_safeguarded(case: tuple[Tensor, int], safeguard: float) -> None:
     scores, budget = case
@@ -76,6 +78,7 @@ def test_adaptive_totals_are_exact_and_safeguarded(case: tuple[Tensor, int], saf
     assert int(found.min()) >= int(safeguard * average + 1e-9)
 
 
+@PATIENT
 @given(scores_and_budget())
 def test_adaptive_takes_the_highest_scores_of_any_head(case: tuple[Tensor, int]) -> None:
     """Without a safeguard, no choice of as many entries has a larger sum."""
@@ -87,6 +90,7 @@ def test_adaptive_takes_the_highest_scores_of_any_head(case: tuple[Tensor, int])
     assert kept == pytest.approx(best)
 
 
+@PATIENT
 @given(scores_and_budget(), st.randoms(use_true_random=False))
 def test_permuting_heads_permutes_budgets(case: tuple[Tensor, int], random: Any) -> None:
     """Exactly, where no two heads are equal; of equal remainders the first head gets the odd entry."""
@@ -99,6 +103,7 @@ def test_permuting_heads_permutes_budgets(case: tuple[Tensor, int], random: Any)
         assert allocate(allocator, scores[order], budget).tolist() == plain[order].tolist()
 
 
+@PATIENT
 @given(scores_and_budget())
 def test_full_safeguard_is_the_base(case: tuple[Tensor, int]) -> None:
     scores, budget = case
@@ -108,6 +113,7 @@ def test_full_safeguard_is_the_base(case: tuple[Tensor, int]) -> None:
             assert torch.equal(allocate(AdaptiveAllocator(1, base), scores, budget, layer, 3), want)
 
 
+@PATIENT
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 40), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_equal_scores_are_uniform(heads: int, m: int, budget: int, safeguard: float) -> None:
     found = allocate(AdaptiveAllocator(safeguard), torch.full((heads, m), 0.3), budget)
@@ -148,6 +154,7 @@ def test_ada_pyramid_takes_its_layers_from_the_pyramid() -> None:
     assert totals == [28, 16, 4]
 
 
+@PATIENT
 @given(
     st.lists(st.floats(0, 1, width=32), min_size=6, max_size=6).filter(any),
     st.integers(0, 30),
@@ -168,6 +175,7 @@ def test_profile_totals_are_exact(
         assert all(low <= high + 1 for i, low in enumerate(by_score) for high in by_score[i:])
 
 
+@PATIENT
 @given(st.integers(0, 40), st.integers(1, 30))
 def test_profile_with_infinite_beta_is_uniform(budget: int, m: int) -> None:
     allocator = ProfileAllocator(profile().kv_scores(3), beta=float("inf"))
@@ -193,6 +201,7 @@ def test_fixed_clips_and_repeats() -> None:
     assert hash(same) == hash(FixedAllocator((5, 1)))
 
 
+@PATIENT
 @given(st.data())
 def test_largest_remainder(data: st.DataObject) -> None:
     """The total is exact, no cap is passed, and where no cap binds no row is off by one or more."""
@@ -222,6 +231,7 @@ def test_largest_remainder_table(targets: list[float], total: int, caps: list[in
     assert found.tolist() == want
 
 
+@PATIENT
 @given(st.data())
 def test_water_fill(data: st.DataObject) -> None:
     """Nothing is lost, no cap is passed, and no row falls below what it had, but for its cap."""
