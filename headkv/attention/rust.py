@@ -39,8 +39,15 @@ def decode(
 ) -> Tensor:
     """One new token a sequence, already appended. `q` `[B, HQ, D]` -> `[B, HQ, D]`."""
     last = torch.full((q.shape[0], 1), layer.seen - 1)
-    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return extend(q[:, :, None], layer, query_positions=last, **options)[:, :, 0]
+    out = extend(
+        q[:, :, None],
+        layer,
+        query_positions=last,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return out[:, :, 0]
 
 
 def extend(

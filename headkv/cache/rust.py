@@ -1,4 +1,4 @@
-"""The two moves of a layer's entries in Rust, bit for bit equal to `headkv.cache.layout`; and the way to Rust at all."""
+"""The two moves of a layer's entries in Rust, bit for bit equal to torch's; and how tensors get there."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def extension() -> ModuleType:
 
 
 def gather(pools: Pools, source: Tensor) -> Pools:
-    """New pools whose slot `i` holds a copy of slot `source[i]`. `source` `[new slots]` int64; see `layout.gather`."""
+    """New pools whose slot `i` is slot `source[i]` of `pools`, `source` `[new slots]`; `layout.gather`."""
     if pools.keys.shape[0] == 0:
         return Pools(*(pool.new_zeros((source.numel(), *pool.shape[1:])) for pool in pools))
     target = Pools(*(pool.new_empty((source.numel(), *pool.shape[1:])) for pool in pools))
@@ -55,7 +55,7 @@ def append(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | Non
     """Write T new tokens behind each row, in place, and lengthen the rows; see `headkv.cache.moves.append`.
 
     Args:
-        layer: has room for T more entries in every row; its `seen` is still the position of the first new token.
+        layer: has room for T more entries in every row; `seen` is still the position of the first new token.
         keys, values: `[B, H, T, D]`.
         valid: `[B, T]` bool or None; only True tokens are stored.
 
@@ -86,15 +86,16 @@ def array(name: str, tensor: Tensor) -> Any:
     Raises:
         ValueError: when the tensor is not contiguous, not on the CPU, or its memory was released.
     """
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU for the rust backend, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     held = tensor.untyped_storage().nbytes()
     if held < needed:
-        raise ValueError(f"{name} must own its memory, got a storage of {held} bytes where {needed} are needed")
-    tensor = tensor.detach()
+        raise ValueError(f"{name} must lie within its memory of {held} bytes, got {needed} bytes")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 

@@ -12,8 +12,12 @@ use crate::simd::{avx2::Avx2, avx512::Avx512};
 
 /// Queries that the inner loops treat at a time.
 pub(crate) const LANE_QUERIES: usize = 4;
-/// Entries between two softmax updates: their keys stay in the first-level cache for the other queries of a tile.
-const BLOCK: usize = 64;
+/// Entries between two softmax updates. While the keys of a block are multiplied its values are fetched, and while the
+/// values are summed the keys of the next block: memory never rests. Small enough for both to fit the first-level cache.
+const BLOCK: usize = 32;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// `D` rounded up to whole vectors of any instruction set.
 pub(crate) fn padded(head_dim: usize) -> usize {
@@ -80,7 +84,7 @@ pub(crate) fn run<T: Element>(isa: Isa, task: &Task<T>, states: &mut [State], su
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 unsafe fn run_avx512<T: Element>(task: &Task<T>, states: &mut [State], sums: &mut [f32]) {
     // SAFETY: the caller's promise.
-    unsafe { run_with::<Avx512, T, 4, 4>(task, states, sums) }
+    unsafe { run_with::<Avx512, T, 2, 4>(task, states, sums) }
 }
 
 /// # Safety
@@ -125,7 +129,10 @@ unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>
                     let sums = sums.as_mut_ptr().add(group * LANE_QUERIES * width);
                     let keys = task.keys.as_ptr().add(block.begin * dim);
                     let values = task.values.as_ptr().add(block.begin * dim);
-                    scores::<S, T, KEYS>(queries, width, keys, values, dim, block.len(), &mut weights);
+                    // The first queries of a tile bring the block into the cache for the others.
+                    let fetch = group == 0;
+                    let ahead = fetch.then_some(values);
+                    scores::<S, T, KEYS>(queries, width, keys, ahead, dim, block.len(), &mut weights);
                     if let Some(cap) = task.softcap {
                         for at in (0..block.len() * LANE_QUERIES).step_by(S::LANES) {
                             let logits = weights.as_mut_ptr().add(at);
@@ -136,35 +143,37 @@ unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>
                         mask(&mut weights, block, visible);
                     }
                     softmax::<S>(&mut weights, block.len(), state, sums, width);
-                    weighted_sum::<S, T, COLUMNS>(&weights, values, dim, block.len(), sums, width);
+                    let ahead = fetch.then_some(keys.wrapping_add(block.len() * dim));
+                    weighted_sum::<S, T, COLUMNS>(&weights, values, ahead, dim, block.len(), sums, width);
                 }
             }
         }
     }
 }
 
-/// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`; asks for the values meanwhile.
+/// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`; fetches `[n, dim]` at `ahead` meanwhile.
 ///
 /// # Safety
-/// `queries` holds `[4, width]`, keys and values `[n, dim]`; `n <= BLOCK`.
+/// `queries` holds `[4, width]`, `keys` `[n, dim]`; `n <= BLOCK`.
 #[inline(always)]
 unsafe fn scores<S: Simd, T: Element, const KEYS: usize>(
     queries: *const f32,
     width: usize,
     keys: *const T,
-    values: *const T,
+    ahead: Option<*const T>,
     dim: usize,
     n: usize,
     weights: &mut [f32; BLOCK * LANE_QUERIES],
 ) {
     let target = weights.as_mut_ptr();
-    let line = 64 / size_of::<T>();
     let mut entry = 0;
     // SAFETY: entry + KEYS <= n.
     unsafe {
         while entry + KEYS <= n {
-            for column in (0..KEYS * dim).step_by(line) {
-                prefetch(values.add(entry * dim + column));
+            if let Some(ahead) = ahead {
+                for column in (0..KEYS * dim).step_by(LINE / size_of::<T>()) {
+                    prefetch(ahead.wrapping_add(entry * dim + column));
+                }
             }
             dots::<S, T, KEYS>(queries, width, keys.add(entry * dim), dim, target.add(entry * LANE_QUERIES));
             entry += KEYS;
@@ -313,7 +322,7 @@ unsafe fn softmax<S: Simd>(
     }
 }
 
-/// Adds the weighted values of a block to the sums of four queries.
+/// Adds the weighted values of a block to the sums of four queries; fetches `[n, dim]` at `ahead` meanwhile.
 ///
 /// # Safety
 /// `values` holds `[n, dim]`, `sums` `[4, width]`, weights `[n, 4]`.
@@ -321,6 +330,7 @@ unsafe fn softmax<S: Simd>(
 unsafe fn weighted_sum<S: Simd, T: Element, const COLUMNS: usize>(
     weights: &[f32; BLOCK * LANE_QUERIES],
     values: *const T,
+    ahead: Option<*const T>,
     dim: usize,
     n: usize,
     sums: *mut f32,
@@ -331,7 +341,13 @@ unsafe fn weighted_sum<S: Simd, T: Element, const COLUMNS: usize>(
     unsafe {
         while column + COLUMNS * S::LANES <= dim {
             columns::<S, COLUMNS>(weights, n, sums.add(column), width, |entry, c| {
-                T::load::<S>(values.add(entry * dim + column + c * S::LANES))
+                let at = entry * dim + column + c * S::LANES;
+                if let Some(ahead) = ahead
+                    && (c * S::LANES * size_of::<T>()).is_multiple_of(LINE)
+                {
+                    prefetch(ahead.wrapping_add(at));
+                }
+                T::load::<S>(values.add(at))
             });
             column += COLUMNS * S::LANES;
         }
