@@ -14,6 +14,7 @@ from headkv.heads.profile import KINDS
 if TYPE_CHECKING:
     from headkv.evaluation.compare import Result
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for arguments that can not be served."""
     options = parser().parse_args(arguments)
@@ -39,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--share", type=float, default=0.2, help="share of the cache to keep (default: 0.2)")
     show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. AdaKV SnapKV")
     show.add_argument("--new-tokens", type=int, default=12, help="tokens of each answer (default: 12)")
-    show.add_argument("--picture", type=Path, default=Path("headkv-demo.png"), help="(default: headkv-demo.png)")
+    show.add_argument(
+        "--picture", type=Path, default=Path("headkv-demo.png"), help="(default: headkv-demo.png)"
+    )
     show.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     show.set_defaults(run=demo)
 
@@ -79,7 +82,9 @@ def demo(options: argparse.Namespace) -> None:
     chosen = {name: m for name, m in methods.items() if not options.methods or name in options.methods}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     results = []
-    with Progress(*columns, *Progress.get_default_columns()[1:2], console=console, transient=True) as progress:
+    with Progress(
+        *columns, *Progress.get_default_columns()[1:2], console=console, transient=True
+    ) as progress:
         task = progress.add_task("prefill", total=len(chosen) + 1)
         for result in compare(
             model,
@@ -107,7 +112,9 @@ def profile(options: argparse.Namespace) -> None:
     if not options.out.parent.is_dir():
         raise ValueError(f"--out must be in a folder that exists, got {options.out}")
     result = run_profile(options.kind, options.model, options.out)
-    print(f"{options.out}: {result.kind} scores of {result.num_layers} x {result.num_heads} {result.heads} heads")
+    print(
+        f"{options.out}: {result.kind} scores of {result.num_layers} x {result.num_heads} {result.heads} heads"
+    )
 
 
 def _console() -> Any:

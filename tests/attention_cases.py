@@ -44,7 +44,9 @@ class Case:
                 if not self.gaps:
                     old = torch.arange(seen - n, seen - last)
                 positions[-1].append(torch.cat([old, torch.arange(seen - last, seen)]))
-                rows[-1].append(tuple(torch.randn(n, self.dim, generator=generator).to(self.dtype) for _ in range(2)))
+                rows[-1].append(
+                    tuple(torch.randn(n, self.dim, generator=generator).to(self.dtype) for _ in range(2))
+                )
         windowed = torch.zeros(batch * heads, dtype=torch.int64)
         windowed[list(self.windowed) or slice(None)] = 1
         windowed = windowed.view(batch, heads)
@@ -58,7 +60,10 @@ class Case:
         layer.keys[free], layer.values[free] = float("nan"), float("nan")
         if self.compensate:
             layer.count = torch.where(layer.recent > 0, torch.arange(layer.rows) * 3, -1)
-            sums = torch.randn(2, layer.rows, self.dim, generator=generator) * layer.count.clamp(min=0)[:, None] ** 0.5
+            sums = (
+                torch.randn(2, layer.rows, self.dim, generator=generator)
+                * layer.count.clamp(min=0)[:, None] ** 0.5
+            )
             layer.key_sum, layer.value_sum = sums[0].clone(), sums[1].clone()
         q = torch.randn(batch, heads * self.group, self.tokens, self.dim, generator=generator).to(self.dtype)
         layer.to(device)
@@ -104,7 +109,10 @@ def truth(case: Case, q: Tensor, layer: RaggedLayer) -> Tensor:
                     if number:
                         key = (layer.key_sum[r].cpu().double() + dense_keys[dropped].sum(0)) / number
                         value = (layer.value_sum[r].cpu().double() + dense_values[dropped].sum(0)) / number
-                        extra_keys, extra_values = torch.cat([extra_keys, key[None]]), torch.cat([extra_values, value[None]])
+                        extra_keys, extra_values = (
+                            torch.cat([extra_keys, key[None]]),
+                            torch.cat([extra_values, value[None]]),
+                        )
                         bonus = torch.cat([bonus, torch.tensor([float(number)]).double().log()])
                 if not extra_keys.shape[0]:
                     continue
@@ -143,7 +151,14 @@ CASES = [
     Case("compensation", ((90, 4, 30),), sinks=2, recent=8, compensate=True),
     Case("compensation, bf16", ((90, 4, 30),), sinks=2, recent=8, compensate=True, dtype=BF16),
     Case("compensation and softcap", ((90, 40),), sinks=2, recent=8, compensate=True, softcap=3.0),
-    Case("compensation on some rows", ((900, 40), (7, 300)), sinks=1, recent=16, windowed=(0, 3), compensate=True),
+    Case(
+        "compensation on some rows",
+        ((900, 40), (7, 300)),
+        sinks=1,
+        recent=16,
+        windowed=(0, 3),
+        compensate=True,
+    ),
     Case("extend by 2", ((9, 30),), tokens=2),
     Case("extend by 7", ((9, 300), (40, 7)), tokens=7, group=3),
     Case("extend by 130, bf16", ((130, 600),), tokens=130, dtype=BF16),

@@ -59,7 +59,9 @@ class OracleLayer(DynamicLayer):
                 sinks[b], recent[b] = chosen.sinks, chosen.recent
             if chosen.compensate is not None and sliding_window is None:
                 compensate[b] = chosen.compensate
-        keep |= (recent > 0)[..., None] & valid[:, None]  # windowed rows evict nothing for good: they see less
+        keep |= (recent > 0)[..., None] & valid[
+            :, None
+        ]  # windowed rows evict nothing for good: they see less
         self.plan = [keep, sinks, recent, compensate]
 
     def crop(self, tokens_to_remove):
@@ -75,13 +77,19 @@ class OracleLayer(DynamicLayer):
             self.plan = [part[index] for part in self.plan]
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+def attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs
+):
     layer = key.layer
     keys, values = layer.keys, layer.values
     batch, heads, total, dim = keys.shape
     tokens, group = query.shape[2], query.shape[1] // heads
     scale = dim**-0.5 if scaling is None else scaling
-    valid = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask[:, :total].bool()
+    valid = (
+        torch.ones(batch, total, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask[:, :total].bool()
+    )
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
         layer.make_plan(valid[:, : total - 1], scale, sliding_window)
     first = layer.plan is None

@@ -63,7 +63,9 @@ def test_compensation_of_one_entry_is_that_entry():
     full = RaggedLayer.from_dense(keys, values)
     keep = torch.ones(1, 1, 9, dtype=torch.bool)
     keep[0, 0, 3] = False
-    one = RaggedLayer.from_dense(keys, values, keep=keep, sinks=3, recent=5, compensate=torch.tensor([[True]]))
+    one = RaggedLayer.from_dense(
+        keys, values, keep=keep, sinks=3, recent=5, compensate=torch.tensor([[True]])
+    )
     torch.testing.assert_close(reference.decode(q, one, scale=0.25), reference.decode(q, full, scale=0.25))
 
 

@@ -17,12 +17,16 @@ HEADS, DIM = 2, 4
 class ListModel:
     """What a layer should hold, as Python lists: for each row a list of (position, key, value) and what it dropped."""
 
-    def __init__(self, rows: list[list[tuple]], seen: int, sinks: list[int], recent: list[int], folds: list[bool]):
+    def __init__(
+        self, rows: list[list[tuple]], seen: int, sinks: list[int], recent: list[int], folds: list[bool]
+    ):
         self.rows, self.seen, self.sinks, self.recent, self.folds = rows, seen, sinks, recent, folds
         self.dropped: list[list[tuple]] = [[] for _ in rows]
 
     def copy(self) -> ListModel:
-        new = ListModel([list(r) for r in self.rows], self.seen, list(self.sinks), list(self.recent), list(self.folds))
+        new = ListModel(
+            [list(r) for r in self.rows], self.seen, list(self.sinks), list(self.recent), list(self.folds)
+        )
         new.dropped = [list(d) for d in self.dropped]
         return new
 
@@ -52,7 +56,12 @@ class RaggedMachine(RuleBasedStateMachine):
         valid[:, -1] = True
         recent = data.draw(st.lists(st.sampled_from([0, 1, 3]), min_size=rows, max_size=rows))
         sinks = data.draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
-        folds = [w > 0 and f for w, f in zip(recent, data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)), strict=True)]
+        folds = [
+            w > 0 and f
+            for w, f in zip(
+                recent, data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)), strict=True
+            )
+        ]
         grid = (batch, HEADS)
         self.layer = RaggedLayer.from_dense(
             keys,
@@ -63,7 +72,11 @@ class RaggedMachine(RuleBasedStateMachine):
             compensate=torch.tensor(folds).view(grid),
             headroom=headroom,
         )
-        kept = [[(t, keys[b, h, t], values[b, h, t]) for t in range(n) if valid[b, t]] for b in range(batch) for h in range(HEADS)]
+        kept = [
+            [(t, keys[b, h, t], values[b, h, t]) for t in range(n) if valid[b, t]]
+            for b in range(batch)
+            for h in range(HEADS)
+        ]
         self.model = ListModel(kept, n, sinks, recent, folds)
         self.saved = None
 
@@ -78,7 +91,9 @@ class RaggedMachine(RuleBasedStateMachine):
         for r, row in enumerate(self.model.rows):
             b, h = divmod(r, HEADS)
             row += [
-                (self.model.seen + t, keys[b, h, t], values[b, h, t]) for t in range(n) if valid is None or valid[b, t]
+                (self.model.seen + t, keys[b, h, t], values[b, h, t])
+                for t in range(n)
+                if valid is None or valid[b, t]
             ]
         self.model.seen += n
 
@@ -86,7 +101,9 @@ class RaggedMachine(RuleBasedStateMachine):
     def evict(self, headroom, seed):
         """The layer may have trimmed its windows; evict what it stores by a random mask, and the model alike."""
         lengths = self.layer.lengths().flatten().tolist()
-        keep = torch.rand(self.batch * HEADS, max(lengths), generator=torch.Generator().manual_seed(seed)) > 0.4
+        keep = (
+            torch.rand(self.batch * HEADS, max(lengths), generator=torch.Generator().manual_seed(seed)) > 0.4
+        )
         for r, length in enumerate(lengths):
             keep[r, length - 1] = True
             stored = self.stored(r)
@@ -114,14 +131,18 @@ class RaggedMachine(RuleBasedStateMachine):
             self.layer.crop(tokens)
         except ValueError:
             for name, tensor in before.tensors.items():  # nothing half-changed
-                assert tensor is None or torch.equal(tensor.nan_to_num(), getattr(self.layer, name).nan_to_num())
+                assert tensor is None or torch.equal(
+                    tensor.nan_to_num(), getattr(self.layer, name).nan_to_num()
+                )
             assert any(model.dropped) or any(all(e[0] >= seen for e in row) for row in model.rows)
             return
         for r, row in enumerate(model.rows):
             was_full = len(row) >= model.sinks[r] + model.recent[r]
             model.rows[r] = row = [e for e in row if e[0] < seen]
             assert all(e[0] < seen for e in model.dropped[r])
-            if model.recent[r] and model.dropped[r] and was_full:  # the window is as if nothing had been trimmed
+            if (
+                model.recent[r] and model.dropped[r] and was_full
+            ):  # the window is as if nothing had been trimmed
                 window = [e[0] for e in row[-model.recent[r] :]]
                 late = [e[0] for e in model.dropped[r] if e[0] >= seen - model.recent[r]]
                 assert len(row) >= model.sinks[r] + model.recent[r] or not late, (window, late)
@@ -160,11 +181,16 @@ class RaggedMachine(RuleBasedStateMachine):
         for r in range(layer.rows):
             row, want = layer.row(*divmod(r, HEADS)), self.stored(r)
             assert row.positions.tolist() == [e[0] for e in want]
-            assert all(torch.equal(k, e[1]) and torch.equal(v, e[2]) for k, v, e in zip(row.keys, row.values, want, strict=True))
+            assert all(
+                torch.equal(k, e[1]) and torch.equal(v, e[2])
+                for k, v, e in zip(row.keys, row.values, want, strict=True)
+            )
             if self.model.folds[r]:
                 assert layer.count[r] == len(self.model.dropped[r])
                 for total, side in ((layer.key_sum[r], 1), (layer.value_sum[r], 2)):
-                    want_sum = sum((e[side].double() for e in self.model.dropped[r]), torch.zeros(DIM).double())
+                    want_sum = sum(
+                        (e[side].double() for e in self.model.dropped[r]), torch.zeros(DIM).double()
+                    )
                     torch.testing.assert_close(total.double(), want_sum, rtol=1e-4, atol=1e-4)
 
     @invariant()
@@ -182,7 +208,11 @@ class RaggedMachine(RuleBasedStateMachine):
     @invariant()
     def bytes_are_counted(self):
         if hasattr(self, "layer"):
-            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.layer.snapshot().tensors.values() if t is not None}
+            held = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in self.layer.snapshot().tensors.values()
+                if t is not None
+            }
             assert self.layer.nbytes <= sum(held.values()) + 8 * len(held)
 
 

@@ -23,7 +23,11 @@ def profile(kind: str, heads: str = "kv", seed: int = 0) -> HeadProfile:
 
 
 RAZOR = headkv.RazorAttention(
-    echo=profile("echo", "query", 1), induction=profile("induction", "query", 2), sinks=1, min_recent=5, window_share=0.0
+    echo=profile("echo", "query", 1),
+    induction=profile("induction", "query", 2),
+    sinks=1,
+    min_recent=5,
+    window_share=0.0,
 )
 METHODS = {
     "FullCache": headkv.FullCache(),
@@ -170,7 +174,9 @@ def test_second_turn(method, backend):
         if way == "headkv":
             caches.append(headkv.RaggedCache.for_model(model, chosen, backend=backend, headroom=2))
         cache = caches[-1]
-        first = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        first = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 5, dtype=torch.long), turn_mask], 1)
         out = model.generate(
             input_ids=torch.cat([first, turn], 1),
@@ -294,7 +300,7 @@ def test_padding_is_not_stored():
     assert session.cache.lengths()[0].tolist() == [[60, 60], [54, 54], [47, 47]]
 
 
-def call(method=headkv.FullCache(), inputs=None, **arguments):
+def call(method=METHODS["FullCache"], inputs=None, **arguments):
     model = tiny_model("llama")
     with headkv.compress(model, method):
         model(**(inputs or prompts()), **arguments)
@@ -310,7 +316,9 @@ def sized(name, **changes):
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
 
 
 def wrong_profile():

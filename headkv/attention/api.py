@@ -73,8 +73,12 @@ def ragged_extend(
     tokens = q.shape[2]
     if query_positions is None:
         if tokens > layer.seen:
-            raise ValueError(f"q must hold at most the {layer.seen} tokens that the layer has seen, got {tokens}")
-        query_positions = torch.arange(layer.seen - tokens, layer.seen, device=q.device).expand(q.shape[0], -1)
+            raise ValueError(
+                f"q must hold at most the {layer.seen} tokens that the layer has seen, got {tokens}"
+            )
+        query_positions = torch.arange(layer.seen - tokens, layer.seen, device=q.device).expand(
+            q.shape[0], -1
+        )
     elif query_positions.shape != (q.shape[0], tokens) or query_positions.dtype.is_floating_point:
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
         raise ValueError(f"query_positions must be int of shape [{q.shape[0]}, {tokens}], got {got}")
@@ -105,24 +109,34 @@ def _backend(name: str) -> ModuleType:
 
 
 def _ragged(layer: RaggedLayer) -> RaggedLayer:
-    inner = getattr(layer, "ragged", layer)  # a RaggedCache's layer holds a RaggedLayer once it has seen a prompt
+    inner = getattr(
+        layer, "ragged", layer
+    )  # a RaggedCache's layer holds a RaggedLayer once it has seen a prompt
     if not isinstance(inner, RaggedLayer):
-        raise TypeError(f"layer must be a RaggedLayer or a filled layer of a RaggedCache, got {type(layer).__name__}")
+        raise TypeError(
+            f"layer must be a RaggedLayer or a filled layer of a RaggedCache, got {type(layer).__name__}"
+        )
     return inner
 
 
 def _check(
     q: Tensor, layer: RaggedLayer, ndim: int, scale: float | None, window: int | None, softcap: float | None
 ) -> float:
-    if not (isinstance(q, Tensor) and q.dtype == torch.float64):  # float64 queries: the reference tells the truth
+    if not (
+        isinstance(q, Tensor) and q.dtype == torch.float64
+    ):  # float64 queries: the reference tells the truth
         storable("q", q)
     shape = "[B, HQ, D]" if ndim == 3 else "[B, HQ, T, D]"
     if q.ndim != ndim or 0 in q.shape:
         raise ValueError(f"q must have shape {shape} with no empty dimension, got {list(q.shape)}")
     if q.shape[0] != layer.batch_size or q.shape[-1] != layer.head_dim:
-        raise ValueError(f"q must have B={layer.batch_size} and D={layer.head_dim} like layer, got {list(q.shape)}")
+        raise ValueError(
+            f"q must have B={layer.batch_size} and D={layer.head_dim} like layer, got {list(q.shape)}"
+        )
     if q.shape[1] % layer.num_kv_heads:
-        raise ValueError(f"q must have a multiple of {layer.num_kv_heads} heads (KV heads of layer), got {q.shape[1]}")
+        raise ValueError(
+            f"q must have a multiple of {layer.num_kv_heads} heads (KV heads of layer), got {q.shape[1]}"
+        )
     if q.device != layer.device:
         raise ValueError(f"q must be on the layer's device {layer.device}, got {q.device}")
     if window is not None and window < 1:

@@ -1,6 +1,8 @@
-"""Attention of a prefill, over dense keys and values: what torch has, by sequence, without padding and without n x n."""
+"""Attention of a prefill over dense keys and values: what torch has, without padding and without n x n."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ def prefill(
     Returns:
         `[B, HQ, n, D]` in the dtype of `q`.
     """
-    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     if valid is None or bool(valid.all()):
         return _causal(q, keys, values, torch.arange(q.shape[2], device=q.device), **options)
     out = torch.zeros_like(q)

@@ -5,6 +5,8 @@ Every backend equals this file. It accumulates in float32 (float64 when the quer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,16 @@ from headkv.cache.ragged import RaggedLayer
 
 
 def decode(
-    q: Tensor, layer: RaggedLayer, *, scale: float, sliding_window: int | None = None, softcap: float | None = None
+    q: Tensor,
+    layer: RaggedLayer,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One new token a sequence, already appended. `q` `[B, HQ, D]` -> `[B, HQ, D]`."""
     last = torch.full((q.shape[0], 1), layer.seen - 1, device=q.device)
-    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     return extend(q[:, :, None], layer, query_positions=last, **options)[:, :, 0]
 
 

@@ -66,7 +66,9 @@ def appendable(layer: RaggedLayer, keys: Tensor, values: Tensor) -> None:
 def mask(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """A bool tensor of this shape on this device."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        raise TypeError(
+            f"{name} must be a bool tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+        )
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
@@ -87,7 +89,11 @@ def valid(tensor: Tensor | None, keys: Tensor) -> Tensor | None:
 
 
 def window_tensors(
-    sinks: int | Tensor, recent: int | Tensor, compensate: Tensor | None, shape: tuple[int, int], device: torch.device
+    sinks: int | Tensor,
+    recent: int | Tensor,
+    compensate: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
 ) -> None:
     """`sinks`, `recent` (int, or `[B, H]` whole numbers of at least 0) and `compensate` (`[B, H]` bool or None)."""
     for name, value in (("sinks", sinks), ("recent", recent)):
@@ -109,7 +115,7 @@ def rows(given: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[list[tuple[T
     if len(given) == 0 or len(given[0]) == 0:
         raise ValueError("rows must hold at least one batch entry with at least one head, got none")
     heads = len(given[0])
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for b, batch in enumerate(given):
         if len(batch) != heads:
             raise ValueError(f"rows[{b}] must have {heads} heads like rows[0], got {len(batch)}")
@@ -132,9 +138,12 @@ def rows(given: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[list[tuple[T
 
 
 def positions(
-    given: Sequence[Sequence[Tensor]], pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int, num_kv_heads: int
+    given: Sequence[Sequence[Tensor]],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    batch_size: int,
+    num_kv_heads: int,
 ) -> list[Tensor]:
-    """`positions[batch][head]` `[n]`: increasing whole numbers of at least 0, one for each entry."""
+    """`positions[batch][head]` `[n]`: increasing, at least 0, one an entry."""
     if len(given) != batch_size or any(len(batch) != num_kv_heads for batch in given):
         raise ValueError(f"positions must hold {batch_size} x {num_kv_heads} rows like rows")
     flat = [torch.as_tensor(p) for batch in given for p in batch]

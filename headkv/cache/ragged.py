@@ -43,10 +43,10 @@ class RaggedLayer:
     Attributes (all tensors on one device):
         keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools.
         positions: `[slots]` int32, where in the text each entry came from (padding counts, but is never stored).
-        start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]` on, `length[r]` are entries.
+        start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]`, `length[r]` hold entries.
         sinks, recent: `[rows]` int64. `recent > 0` makes a windowed row: attention sees its first `sinks` and its last
             `recent` entries, and what lies between is dropped when the row's head room is used up.
-        key_sum, value_sum, count: `[rows, D]` float32 twice and `[rows]` int64, or None when no row compensates:
+        key_sum, value_sum, count: `[rows, D]` float32 twice, `[rows]` int64, or None when no row compensates:
             what compensating rows have dropped so far (RazorAttention, arXiv 2407.15891, section 3.2); `count` is -1 for
             the rows that do not compensate.
         evicted_end: `[rows]` int64, one more than the last position that was ever dropped from the row (0: none).
@@ -110,7 +110,9 @@ class RaggedLayer:
         else:
             where = checks.positions(positions, pairs, batch_size, num_kv_heads)
             seen = max((int(p[-1]) + 1 for p in where if p.numel()), default=0)
-        layer = cls._bare(keys, values, torch.cat(where).to(keys.device, torch.int32), batch_size, num_kv_heads, seen)
+        layer = cls._bare(
+            keys, values, torch.cat(where).to(keys.device, torch.int32), batch_size, num_kv_heads, seen
+        )
         layer.length = length
         layer.capacity = length.clone()
         layer.start = layout.starts(length)
@@ -153,13 +155,23 @@ class RaggedLayer:
         keep = checks.keep(keep, (batch_size, num_kv_heads, n), keys.device)
         checks.window_tensors(sinks, recent, compensate, (batch_size, num_kv_heads), keys.device)
         rows = batch_size * num_kv_heads
-        everything = keys.new_ones((batch_size, num_kv_heads, n), dtype=torch.bool) if valid is None else valid[:, None]
+        everything = (
+            keys.new_ones((batch_size, num_kv_heads, n), dtype=torch.bool)
+            if valid is None
+            else valid[:, None]
+        )
         everything = everything.expand(batch_size, num_kv_heads, n).reshape(rows, n)
         wanted = everything if keep is None else everything & keep.reshape(rows, n)
         if not bool(wanted.any(1).all()):
             batch, head = divmod(int((~wanted.any(1)).nonzero()[0]), num_kv_heads)
-            why = "is all padding" if not bool(everything[batch * num_kv_heads].any()) else "would be left empty by keep"
-            raise ValueError(f"row (batch {batch}, head {head}) {why}; every row must store at least one entry")
+            why = (
+                "is all padding"
+                if not bool(everything[batch * num_kv_heads].any())
+                else "would be left empty by keep"
+            )
+            raise ValueError(
+                f"row (batch {batch}, head {head}) {why}; every row must store at least one entry"
+            )
 
         positions = torch.arange(n, dtype=torch.int32, device=keys.device).repeat(rows)
         layer = cls._bare(
@@ -175,7 +187,9 @@ class RaggedLayer:
         return layer
 
     @classmethod
-    def _bare(cls, keys: Tensor, values: Tensor, positions: Tensor, batch_size: int, heads: int, seen: int) -> RaggedLayer:
+    def _bare(
+        cls, keys: Tensor, values: Tensor, positions: Tensor, batch_size: int, heads: int, seen: int
+    ) -> RaggedLayer:
         layer = cls.__new__(cls)
         layer.keys, layer.values, layer.positions = keys, values, positions
         layer.batch_size, layer.num_kv_heads, layer.seen = batch_size, heads, seen
@@ -336,9 +350,13 @@ class RaggedLayer:
         wanted = mask.reshape(self.rows, longest) & stored
         if not bool(wanted.any(1).all()):
             batch, head = divmod(int((~wanted.any(1)).nonzero()[0]), self.num_kv_heads)
-            raise ValueError(f"keep would leave row (batch {batch}, head {head}) empty; keep at least one entry of each")
+            raise ValueError(
+                f"keep would leave row (batch {batch}, head {head}) empty; keep at least one entry of each"
+            )
         new_sinks, new_recent = 0 if sinks is None else sinks, 0 if recent is None else recent
-        checks.window_tensors(new_sinks, new_recent, compensate, (self.batch_size, self.num_kv_heads), self.device)
+        checks.window_tensors(
+            new_sinks, new_recent, compensate, (self.batch_size, self.num_kv_heads), self.device
+        )
         if sinks is not None or recent is not None:
             self.set_windows(new_sinks, new_recent)
         if self.count is None:
@@ -363,7 +381,9 @@ class RaggedLayer:
             return
         folded = self.count[rows] >= 0
         rows, slots = rows[folded], slots[folded]
-        for some_rows, some_slots in zip(rows.split(8192), slots.split(8192), strict=True):  # bounds the float32 copies
+        for some_rows, some_slots in zip(
+            rows.split(8192), slots.split(8192), strict=True
+        ):  # bounds the float32 copies
             self.key_sum.index_add_(0, some_rows, self.keys[some_slots].float())
             self.value_sum.index_add_(0, some_rows, self.values[some_slots].float())
         self.count.index_add_(0, rows, torch.ones_like(rows))
@@ -386,7 +406,12 @@ class RaggedLayer:
         positions = self.positions[slots.clamp(min=0)] if self.positions.numel() else slots
         length = self.length - (inside & (positions >= seen)).sum(1)
         full = self.sinks + self.recent  # a window that was full must stay full
-        emptied = (self.recent > 0) & (self.length >= full) & (length < full) & (self.evicted_end > seen - self.recent)
+        emptied = (
+            (self.recent > 0)
+            & (self.length >= full)
+            & (length < full)
+            & (self.evicted_end > seen - self.recent)
+        )
         intact = (length > 0) & ((self.evicted_end == 0) | ((self.evicted_end <= seen) & ~emptied))
         if not bool(intact.all()):
             batch, head = divmod(int((~intact).nonzero()[0]), self.num_kv_heads)
@@ -399,7 +424,7 @@ class RaggedLayer:
     # -- batch and copies -------------------------------------------------------------------------------------------
 
     def reorder(self, index: Tensor) -> None:
-        """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]` int64."""
+        """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]`."""
         index = checks.batch_index(index, self.batch_size).to(self.device)
         heads = torch.arange(self.num_kv_heads, device=self.device)
         rows = (index[:, None] * self.num_kv_heads + heads).reshape(-1)

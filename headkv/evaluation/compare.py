@@ -146,14 +146,16 @@ def _run(
         if method is not None:
             cache.restore(saved)
         tokens, seconds = _answer(model, question, cache, max_new_tokens, tokenizer.eos_token_id)
-        unseen.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        unseen.append(str(tokenizer.decode(tokens, skip_special_tokens=True)))
         steps += seconds
         if method is None:  # a full cache forgets the question, and answers the same in both ways
             cache.crop(n - cache.get_seq_length())
             answers.append(unseen[-1])
             continue
-        aware = _answer(model, haystack.prompt(index), _cache(model, method), max_new_tokens, tokenizer.eos_token_id)
-        answers.append(tokenizer.decode(aware[0], skip_special_tokens=True))
+        aware = _answer(
+            model, haystack.prompt(index), _cache(model, method), max_new_tokens, tokenizer.eos_token_id
+        )
+        answers.append(str(tokenizer.decode(aware[0], skip_special_tokens=True)))
     return Result(
         name=name,
         stored_share=float(lengths.float().mean()) / n,
@@ -162,9 +164,9 @@ def _run(
         prefill_seconds=prefill_seconds,
         decode_ms=1000 * median(steps),
         answers=tuple(answer.strip() for answer in answers),
-        right=_count_right(facts, answers),
-        right_unseen=_count_right(facts, unseen),
-        asked=len(facts),
+        right=_count_right(haystack.facts, answers),
+        right_unseen=_count_right(haystack.facts, unseen),
+        asked=len(haystack.facts),
         lengths=tuple(map(tuple, lengths.tolist())),
     )
 
@@ -172,7 +174,9 @@ def _run(
 def _cache(model: PreTrainedModel, method: Method | None) -> Any:
     from transformers import DynamicCache
 
-    return DynamicCache(config=model.config) if method is None else headkv.RaggedCache.for_model(model, method)
+    return (
+        DynamicCache(config=model.config) if method is None else headkv.RaggedCache.for_model(model, method)
+    )
 
 
 def _count_right(facts: Sequence[Fact], answers: Sequence[str]) -> int:

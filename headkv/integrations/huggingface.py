@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class RaggedCacheLayer(CacheLayerMixin):
 
         The first call is the prefill: dense attention, then the method chooses what stays, and only that is stored.
         """
-        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
         if self.ragged is None:
             out = dense.prefill(q, keys, values, valid=valid, **options)
             seen = Observation.of(q, valid, self.method.observed_queries, scale, sliding_window)
@@ -153,11 +153,11 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def _store(self, keys: Tensor, values: Tensor, valid: Tensor | None, observed: Observation) -> None:
         """Store of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
-        where = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+        where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
         kept = keep_entries(
             self.method, observed, keys, values, valid, rollback=self.storage["rollback"], **where
         )
-        self.ragged = RaggedLayer.from_dense(keys, values, valid=valid, **self.storage, **kept)
+        self.ragged = RaggedLayer.from_dense(keys, values, valid=valid, **{**self.storage, **kept})
 
     # -- what transformers asks of a cache layer ----------------------------------------------------------------------
 
@@ -252,10 +252,10 @@ class RaggedCache(Cache):
     Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
     """
 
-    layers: list[RaggedCacheLayer]
+    layers: list[RaggedCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, layers: list[RaggedCacheLayer]):
-        super().__init__(layers=layers)
+        super().__init__(layers=layers)  # type: ignore[arg-type]
 
     @classmethod
     def for_model(
@@ -290,13 +290,16 @@ class RaggedCache(Cache):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if not callable(getattr(method, "plan", None)):
-            raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
+            raise TypeError(
+                f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}"
+            )
         for profile in getattr(method, "profiles", ()):
             profile.check_model(model)
         storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
         num_layers = config.num_hidden_layers
         layers = [
-            RaggedCacheLayer(method, i, num_layers, backend, storage, chunked_prefill) for i in range(num_layers)
+            RaggedCacheLayer(method, i, num_layers, backend, storage, chunked_prefill)
+            for i in range(num_layers)
         ]
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
@@ -324,7 +327,9 @@ class RaggedCache(Cache):
     def snapshot(self) -> tuple[LayerSnapshot, ...]:
         """A copy of the whole cache: one compressed context answers many questions."""
         if any(layer._observed is not None for layer in self.layers):
-            raise RuntimeError("cannot take a snapshot during a chunked prefill; call finalize_prefill() first")
+            raise RuntimeError(
+                "cannot take a snapshot during a chunked prefill; call finalize_prefill() first"
+            )
         return tuple(layer.filled().snapshot() for layer in self.layers)
 
     def restore(self, snapshot: tuple[LayerSnapshot, ...]) -> None:
@@ -351,11 +356,15 @@ def supported_config(model: Any) -> PreTrainedConfig:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model {name} is an encoder-decoder; headkv supports decoders only")
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"model {name} does not call its attention through transformers' attention interface")
+        raise ValueError(
+            f"model {name} does not call its attention through transformers' attention interface"
+        )
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ValueError(f"model {name} has layers of kind {', '.join(sorted(kinds))}; allowed: full and sliding attention")
+        raise ValueError(
+            f"model {name} has layers of kind {', '.join(sorted(kinds))}; allowed: full and sliding attention"
+        )
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         raise ValueError(f"model {name} shares keys and values between layers, which headkv does not support")
     return config
@@ -377,25 +386,39 @@ def attention_forward(
     if not isinstance(key, NewTokens):
         mask = attention_mask.dense() if isinstance(attention_mask, PaddingMask) else attention_mask
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
+            module,
+            query,
+            key,
+            cast(Tensor, value),
+            mask,
+            dropout=dropout,
+            scaling=scaling,
+            softcap=softcap,
+            **kwargs,
         )
     for option in ("s_aux", "position_bias", "cache"):
         if kwargs.get(option) is not None:
-            raise ValueError(f"{option} is not supported by headkv's attention (model class {type(module).__name__})")
+            raise ValueError(
+                f"{option} is not supported by headkv's attention (model class {type(module).__name__})"
+            )
     if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions=True is not supported: a ragged cache never forms the attention matrix")
+        raise ValueError(
+            "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
+        )
     if dropout:
         raise ValueError(f"dropout must be 0 with a ragged cache, got {dropout}; call model.eval()")
     valid = None
     if isinstance(attention_mask, PaddingMask):
         if not attention_mask.only_causal:
-            raise ValueError("attention_mask must be causal: masks that join blocks of tokens are not supported")
+            raise ValueError(
+                "attention_mask must be causal: masks that join blocks of tokens are not supported"
+            )
         if attention_mask.padding is not None:
             valid = attention_mask.padding[:, -query.shape[2] :]
     elif attention_mask is not None:
         raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     out = key.layer.attend(query, key.keys, key.values, valid, **options)
     return out.transpose(1, 2).contiguous(), None
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method
 
 
-ROLLBACK = 32  # hidden entries that windowed rows still store: more than assisted generation drafts by default
+ROLLBACK = (
+    32  # hidden entries that windowed rows still store: more than assisted generation drafts by default
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,11 @@ def keep_entries(
     recent = torch.zeros_like(sinks)
     compensate = torch.zeros_like(sinks, dtype=torch.bool)
     for b in range(batch_size):
-        where = slice(None) if valid is None else valid[b].nonzero()[:, 0]
-        if valid is not None and where.numel() == 0:
-            raise ValueError(f"attention_mask must leave every sequence at least one token, but row {b} is all padding")
+        where = slice(None) if valid is None else valid[b]
+        if valid is not None and not bool(valid[b].any()):
+            raise ValueError(
+                f"attention_mask must leave every sequence at least one token, but row {b} is all padding"
+            )
         prefill = Prefill(
             queries=observed.of_sequence(b),
             keys=keys[b][:, where],
@@ -125,4 +129,9 @@ def keep_entries(
         newest = age == (0 if valid is None else valid.flip(1).int().argmax(1)[:, None, None])
         keep = torch.where(in_reach.any(2, keepdim=True), in_reach, newest)
         recent = torch.where(recent > 0, recent.clamp(max=window), window)
-    return {"keep": keep, "sinks": sinks, "recent": recent, "compensate": compensate if compensate.any() else None}
+    return {
+        "keep": keep,
+        "sinks": sinks,
+        "recent": recent,
+        "compensate": compensate if compensate.any() else None,
+    }

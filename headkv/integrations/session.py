@@ -70,10 +70,14 @@ class Session:
         self._hook.remove()
         self.model.set_attn_implementation(self._former)
 
-    def _supply_cache(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _supply_cache(
+        self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
         """Before each forward call: put a ragged cache where the call has none or an empty one of another kind."""
         if kwargs.get("output_attentions") or self.model.config.output_attentions:
-            raise ValueError("output_attentions=True is not supported: a ragged cache never forms the attention matrix")
+            raise ValueError(
+                "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
+            )
         if kwargs.get("use_cache") is False:
             return None
         given = kwargs.get("past_key_values")
@@ -81,7 +85,9 @@ class Session:
             self._cache = given
             return None
         if given is not None and given.get_seq_length() > 0:
-            raise ValueError(f"past_key_values must be empty or a RaggedCache, got a filled {type(given).__name__}")
+            raise ValueError(
+                f"past_key_values must be empty or a RaggedCache, got a filled {type(given).__name__}"
+            )
         if given is not None and getattr(given, "is_compileable", False) and len(given.layers) > 0:
             raise ValueError(f"past_key_values must not be a static cache, got {type(given).__name__}")
         ragged = self._replaced.get(given) if given is not None else None
