@@ -17,15 +17,16 @@ PACKAGE = ROOT / "headkv"
 # A part of the package may import itself, the helpers `headkv._*`, and these (for type checkers: anything).
 TENSORS = {"cache", "attention", "scorers", "allocators", "heads", "methods"}
 ARROWS = {
+    "data": set(),
     "cache": set(),
     "attention": {"cache"},
     "scorers": set(),
     "allocators": set(),
-    "heads": set(),
+    "heads": {"data"},
     "methods": {"scorers", "allocators", "heads"},
     "models": set(),
     "integrations": TENSORS - {"allocators", "heads"},
-    "evaluation": TENSORS | {"models", "integrations"},
+    "evaluation": TENSORS | {"data", "models", "integrations"},
     "widgets": set(),
 }
 
