@@ -129,7 +129,8 @@ def rows(given: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[list[tuple[T
                     raise ValueError(f"keys must have shape [n, {first.shape[-1]}], got {list(keys.shape)}")
                 if keys.dtype != first.dtype or keys.device != first.device:
                     raise ValueError(
-                        f"keys must be {first.dtype} on {first.device} like rows[0][0], got {keys.dtype} on {keys.device}"
+                        f"keys must be {first.dtype} on {first.device} like rows[0][0], "
+                        f"got {keys.dtype} on {keys.device}"
                     )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rows[{b}][{h}]: {error}") from None

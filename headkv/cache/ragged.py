@@ -43,11 +43,11 @@ class RaggedLayer:
     Attributes (all tensors on one device):
         keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools.
         positions: `[slots]` int32, where in the text each entry came from (padding counts, but is never stored).
-        start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]`, `length[r]` hold entries.
+        start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]`, `length[r]` are used.
         sinks, recent: `[rows]` int64. `recent > 0` makes a windowed row: attention sees its first `sinks` and its last
             `recent` entries, and what lies between is dropped when the row's head room is used up.
         key_sum, value_sum, count: `[rows, D]` float32 twice, `[rows]` int64, or None when no row compensates:
-            what compensating rows have dropped so far (RazorAttention, arXiv 2407.15891, section 3.2); `count` is -1 for
+            what compensating rows have dropped so far (RazorAttention, arXiv 2407.15891); `count` is -1 for
             the rows that do not compensate.
         evicted_end: `[rows]` int64, one more than the last position that was ever dropped from the row (0: none).
         seen: logical tokens so far, also those that are no longer stored.

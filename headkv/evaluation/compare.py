@@ -174,9 +174,10 @@ def _run(
 def _cache(model: PreTrainedModel, method: Method | None) -> Any:
     from transformers import DynamicCache
 
-    return (
-        DynamicCache(config=model.config) if method is None else headkv.RaggedCache.for_model(model, method)
-    )
+    if method is None:
+        return DynamicCache(config=model.config)
+    # Nothing is taken back here, so that windowed rows need store no more than they attend to.
+    return headkv.RaggedCache.for_model(model, method, rollback=0)
 
 
 def _count_right(facts: Sequence[Fact], answers: Sequence[str]) -> int:
