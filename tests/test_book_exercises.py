@@ -1,0 +1,66 @@
+"""The book's chapters: their shape, and every cell executed in order, the solutions with their assertions."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from myst_nb.core.read import read_myst_markdown_notebook
+from myst_parser.config.main import MdParserConfig
+from nbformat import NotebookNode
+
+BOOK = Path(__file__).resolve().parents[1] / "book"
+PAGES = re.findall(r"^ +- file: (\S+)", (BOOK / "_toc.yml").read_text(encoding="utf-8"), re.MULTILINE)
+CHAPTERS = [name for name in PAGES if "## Solutions" in (BOOK / f"{name}.md").read_text(encoding="utf-8")]
+
+
+def notebook(name: str) -> NotebookNode:
+    """A page as Jupyter Book reads it."""
+    text = (BOOK / f"{name}.md").read_text(encoding="utf-8")
+    return read_myst_markdown_notebook(text, MdParserConfig())
+
+
+def code_cells(name: str) -> list[NotebookNode]:
+    return [cell for cell in notebook(name).cells if cell.cell_type == "code"]
+
+
+def is_solution(cell: NotebookNode) -> bool:
+    return "solution" in cell.metadata.get("tags", ())
+
+
+def test_there_are_chapters() -> None:
+    assert "cost" in CHAPTERS and "ragged_cache" in CHAPTERS
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_ends_with_summary_exercises_and_folded_solutions(name: str) -> None:
+    text = (BOOK / f"{name}.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert headings[-3:] == ["Summary", "Exercises", "Solutions"]
+    _, summary, exercises, _ = re.split(r"^## (?:Summary|Exercises|Solutions)$", text, flags=re.MULTILINE)
+    assert len(re.findall(r"^\d\. ", summary, re.MULTILINE)) == 5, "five lines of summary"
+    solutions = [cell for cell in code_cells(name) if is_solution(cell)]
+    asked = re.findall(r"^\d\. ", exercises, re.MULTILINE)
+    assert len(solutions) == len(asked), "a solution for each exercise"
+    for cell in solutions:
+        assert "hide-cell" in cell.metadata.tags, "solutions are folded away"
+        asserts = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Assert)]
+        assert asserts, f"this solution checks nothing:\n{cell.source}"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_cells_are_short(name: str) -> None:
+    for cell in code_cells(name):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 16, f"{len(lines)} lines:\n{cell.source}"
+        assert max(map(len, lines)) <= 80, f"too wide for the page:\n{max(lines, key=len)}"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_cells_run_in_order(name: str) -> None:
+    """Plain Python suffices: no cell needs the notebook's magic, and a wrong solution raises."""
+    variables: dict[str, object] = {"__name__": name}
+    for number, cell in enumerate(code_cells(name)):
+        exec(compile(cell.source, f"{name}.md, code cell {number}", "exec"), variables)
