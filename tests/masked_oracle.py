@@ -65,6 +65,10 @@ class OracleLayer(DynamicLayer):
         self.plan = [keep, sinks, recent, compensate]
 
     def crop(self, tokens_to_remove):
+        if tokens_to_remove > 0:  # older transformers give the length to keep
+            tokens_to_remove -= self.keys.shape[2]
+        if tokens_to_remove >= 0:
+            return
         super().crop(tokens_to_remove)
         total = self.keys.shape[2]
         self.queries = self.queries[:, :, :total]

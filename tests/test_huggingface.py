@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from masked_oracle import oracle_cache
+from packaging.version import Version
 from transformers.generation.streamers import BaseStreamer
 
 import headkv
@@ -13,6 +15,7 @@ from headkv.models.tiny import FAMILIES, tiny_model
 from headkv.scorers import SnapKVScorer
 
 LAYERS, KV_HEADS, HEADS = 3, 2, 4
+OLD = Version(transformers.__version__) < Version("5.17")
 SCORER = SnapKVScorer(window=4, kernel_size=3)
 
 
@@ -93,7 +96,7 @@ def generate(model, way, cache=None):
         **arguments,
         past_key_values=cache,
         max_new_tokens=14,
-        eos_token_id=None,
+        eos_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
         **({} if "do_sample" in arguments else {"do_sample": False}),
@@ -124,6 +127,9 @@ def test_prefill_without_compression_is_eager(family):
 def test_without_compression_equals_eager(family, way):
     """Same tokens, same logits as transformers' own cache and eager attention."""
     model = tiny_model(family)
+    assisted = way in ("assistant", "prompt lookup")
+    if assisted and OLD and family in ("mistral-sliding", "gemma2", "gemma3"):
+        pytest.skip(f"transformers {transformers.__version__} cannot crop its own sliding-window cache")
     model.set_attn_implementation("eager")
     tokens, logits, _ = generate(model, way)
     with headkv.compress(model, headkv.FullCache(), chunked_prefill=chunks(way)) as session:
@@ -307,8 +313,6 @@ def call(method=METHODS["FullCache"], inputs=None, **arguments):
 
 
 def sized(name, **changes):
-    import transformers
-
     shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, **changes}
     return getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**shape))
 

@@ -191,13 +191,13 @@ class RaggedCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; transformers passes a number of at most 0."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
-        if self.ragged is not None and tokens_to_remove < 0:
-            if self._observed is not None:
-                raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
-            self.ragged.crop(-tokens_to_remove)
+        """Forget the last `-tokens_to_remove` tokens; older transformers give the length to keep, a positive number."""
+        if self.ragged is None:
+            return
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.ragged.seen - tokens_to_remove)
+        if remove and self._observed is not None:
+            raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
+        self.ragged.crop(remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch entry `i` becomes a copy of batch entry `beam_idx[i]`."""
