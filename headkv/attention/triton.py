@@ -41,7 +41,7 @@ def decode(
     if sliding_window is not None:
         last = torch.full((q.shape[0],), layer.seen - 1, device=q.device)
     options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return kernels().ragged_decode(_storable(q), _rows(layer), query_positions=last, **options).to(q.dtype)
+    return kernels().ragged_decode(_storable(q), rows_of(layer), query_positions=last, **options).to(q.dtype)
 
 
 def extend(
@@ -61,7 +61,7 @@ def extend(
     """
     where = query_positions.to(q.device, torch.int64)
     options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return kernels().ragged_extend(_storable(q), _rows(layer), query_positions=where, **options).to(q.dtype)
+    return kernels().ragged_extend(_storable(q), rows_of(layer), query_positions=where, **options).to(q.dtype)
 
 
 @cache
@@ -77,7 +77,8 @@ def kernels() -> ModuleType:
         raise ImportError(f"the triton backend needs headkv's kernels: {INSTALL}") from error
 
 
-def _rows(layer: RaggedLayer) -> Any:
+def rows_of(layer: RaggedLayer) -> Any:
+    """The layer as a `headkv_kernels.Rows`: the same tensors, not copied."""
     rows = kernels().Rows
     return rows(**{name: getattr(layer, name) for name in rows.__dataclass_fields__})
 

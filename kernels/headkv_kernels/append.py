@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headkv_kernels.rows import Rows, guard, padded
+from headkv_kernels.rows import FUSED, Rows, guard, padded
 
 
 def ragged_append(
@@ -75,6 +75,7 @@ def ragged_append(
             D_PAD=padded(dim),
             BLOCK=min(32, padded(tokens, 1)),
             VALID=valid is not None,
+            **FUSED,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from headkv_kernels.rows import Rows, check_positions, check_queries, guard, padded
+from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, guard, padded
 from headkv_kernels.shares import combine_segments, decode_shares
 
 NO_WINDOW = 2**31 - 1
@@ -85,7 +85,7 @@ def ragged_decode(
     line = (rows.length, rows.sinks, rows.recent, rows.count, rows.number, sliding_window or NO_WINDOW)
     shape = {"PAD": padded(rows.number), "G": group, "D": rows.dim, "D_PAD": padded(rows.dim)}
     shape |= {"COMPENSATE": rows.count is not None, "EARLY": config.early}
-    launch = {"launch_pdl": True} if config.early else {}  # not every target of Triton knows the option
+    launch = FUSED | ({"launch_pdl": True} if config.early else {})  # not all targets know launch_pdl
     with guard(q):
         decode_shares[(config.programs,)](
             *line,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headkv_kernels.rows import Rows, check_positions, check_queries, guard, padded
+from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, guard, padded
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 
@@ -60,6 +60,7 @@ def ragged_extend(
             SOFTCAP=softcap is not None,
             COMPENSATE=compensate,
             num_warps=8 if compensate or dim_pad > 128 else 4,
+            **FUSED,
         )
     return out
 

@@ -1,0 +1,301 @@
+"""The Triton kernels against float64 truth: compiled on a GPU, and in Triton's interpreter where there is none.
+
+The interpreter must be on before Triton is first imported, so `test_in_the_interpreter` runs this very file once more
+in a process of its own; every other test here needs a GPU or that process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import CASES, Case, truth
+
+import headkv
+from headkv.attention import triton as backend
+from headkv.cache import RaggedLayer, moves
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
+compiled = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter's process")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fresh memory holds NaN, so whatever a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def attend(q, layer, **options):
+    if q.shape[2] == 1 and "query_positions" not in options:
+        return headkv.ragged_decode(q[:, :, 0], layer, backend="triton", **options)[:, :, None]
+    return headkv.ragged_extend(q, layer, backend="triton", **options)
+
+
+def assert_close(got, want, dtype):
+    """Off by one rounding of the output to its dtype, and float32 sums inside."""
+    got, want = got.cpu().double(), want.cpu().double()
+    assert bool(got.isfinite().all())
+    bound = torch.finfo(dtype).eps * want.abs() + 4e-6 * max(1.0, float(want.abs().max()))
+    assert bool(((got - want).abs() <= bound).all()), float((got - want).abs().max())
+
+
+@compiled
+def test_in_the_interpreter():
+    """All other tests of this file on a CPU, without exception."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run = subprocess.run([*command, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
+    summary = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
+    assert int(summary.split(" passed")[0].split()[-1]) > len(CASES), summary
+
+
+@device
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_truth(case):
+    q, layer = case.build(DEVICE)
+    got = attend(q, layer, **case.options)
+    assert got.dtype == q.dtype
+    assert_close(got, truth(case, q, layer), case.dtype)
+
+
+MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(25)), dim=32, gaps=False)
+UNEVEN = Case("uneven", ((1, 700, 0, 33, 64),), gaps=False, group=3)
+WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
+
+
+@device
+@pytest.mark.parametrize("programs", [1, 2, 5, 200])
+@pytest.mark.parametrize("case", [UNEVEN, WINDOWS], ids=lambda case: case.name)
+def test_any_number_of_shares(case, programs):
+    """However the entries are cut, also into more shares than there are entries."""
+    q, layer = case.build(DEVICE)
+    kernels = backend.kernels()
+    config = kernels.DecodeConfig(programs, 32)
+    got = kernels.ragged_decode(q[:, :, 0], backend.rows_of(layer), scale=case.dim**-0.5, config=config)
+    assert_close(got, truth(case, q, layer)[:, :, 0], case.dtype)
+
+
+@device
+def test_many_rows():
+    """More rows than shares, and many of them empty."""
+    q, layer = MANY.build(DEVICE)
+    assert_close(attend(q, layer), truth(MANY, q, layer), FP32)
+
+
+@device
+@pytest.mark.parametrize("pools, queries", [(BF16, FP32), (FP32, BF16), (FP16, BF16), (FP32, torch.float64)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_queries_of_another_dtype(pools, queries, tokens):
+    case = Case("dtypes", ((40, 100),), dtype=pools, tokens=tokens)
+    q, layer = case.build(DEVICE)
+    q = q.to(queries)
+    got = attend(q, layer)
+    assert got.dtype == queries
+    assert_close(got, truth(case, q, layer), queries if queries != torch.float64 else FP32)
+
+
+@device
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_queries_that_are_views(tokens):
+    """Queries as models have them: `[B, T, HQ, D]` in memory, a part of a larger tensor."""
+    case = Case("views", ((40, 100), (3, 70)), tokens=tokens)
+    q, layer = case.build(DEVICE)
+    memory = torch.full((2, tokens, 4, 96), float("nan"), device=DEVICE)
+    memory[..., :64] = q.transpose(1, 2)
+    view = memory[..., :64].transpose(1, 2)
+    torch.testing.assert_close(attend(view, layer), attend(q, layer), rtol=0, atol=0)
+
+
+@device
+def test_values_apart_along_d_are_made_dense():
+    case = Case("apart", ((40, 100),))
+    q, layer = case.build(DEVICE)
+    apart = q.transpose(2, 3).contiguous().transpose(2, 3)[:, :, 0]
+    spread = torch.stack([apart, apart], -1)[..., 0]
+    assert spread.stride(-1) == 2
+    got = headkv.ragged_decode(spread, layer, backend="triton")
+    torch.testing.assert_close(got, attend(q, layer)[:, :, 0], rtol=0, atol=0)
+
+
+@device
+@pytest.mark.parametrize("compensate", [False, True])
+def test_queries_stand_where_they_say(compensate):
+    """Query positions in any order; one before every entry sees nothing, or what was dropped earlier."""
+    window = {"sinks": 2, "recent": 10, "compensate": compensate}
+    case = Case("anywhere", ((90, 300),), tokens=1, gaps=False, **window)
+    q, layer = case.build(DEVICE)
+    layer.positions += 5
+    layer.seen += 5
+    where = torch.tensor([[304, 3, 250, 0, 17, 299]], device=DEVICE)
+    q = torch.randn(1, 4, 6, 64, device=DEVICE)
+    got = attend(q, layer, query_positions=where)
+    want = headkv.ragged_extend(q, layer, query_positions=where, backend="reference")
+    assert_close(got, want, FP32)
+    if not compensate:
+        assert not got[:, :, [1, 3]].any()
+
+
+@device
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_only_the_compensation_entry(tokens):
+    """An empty row that dropped entries before gives their mean value; one that dropped none gives 0."""
+    case = Case("only", ((0, 0),), tokens=tokens, gaps=False, recent=4, compensate=True)
+    q, layer = case.build(DEVICE)
+    layer.seen = 9
+    assert layer.count.tolist() == [0, 3]
+    got = attend(q, layer)
+    assert not got[:, :2].any()
+    assert_close(got[:, 2:], (layer.value_sum[1] / 3).expand(1, 2, tokens, -1), FP32)
+
+
+@device
+def test_offsets_beyond_32_bits():
+    """A row that begins more than 2**31 elements into the pools, of which only a few are ever touched."""
+    torch.use_deterministic_algorithms(False)  # so that the pools are reserved, not filled
+    dim, slots = 128, 2**31 // 128 + 1000
+    keys, values = (torch.empty(slots, dim, dtype=BF16, device=DEVICE) for _ in range(2))
+    case = Case("far", ((50, 300),), dim=dim, dtype=BF16)
+    q, near = case.build(DEVICE)
+    far = slots - 400
+    for pool, old in ((keys, near.keys), (values, near.values)):
+        pool[:50], pool[far : far + 300] = old[:50], old[near.start[1] : near.start[1] + 300]
+    positions = torch.zeros(slots, dtype=torch.int32, device=DEVICE)
+    layer = RaggedLayer._bare(keys, values, positions, 1, 2, near.seen)
+    layer.start = torch.tensor([0, far], device=DEVICE)
+    layer.length = layer.capacity = near.length
+    layer.sinks, layer.recent = near.sinks, near.recent
+    torch.testing.assert_close(attend(q, layer), attend(q, near), rtol=0, atol=0)
+    new = torch.randn(1, 2, 1, dim, device=DEVICE).to(BF16)
+    backend.kernels().ragged_append(backend.rows_of(layer), layer.capacity + 1, new, new, seen=7)
+    assert bool((keys[far + 300] == new[0, 1, 0]).all()) and int(positions[far + 300]) == 7
+
+
+@device
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("tokens, holes", [(1, False), (1, True), (7, False), (70, True)])
+def test_append_equals_the_specification(dtype, tokens, holes):
+    """Bit for bit, from strided tensors, with the position given as a number or on the device."""
+    torch.manual_seed(tokens)
+    window = {"headroom": 75}
+    old = torch.randn(2, 3, 20, 40).to(dtype)
+    layer = RaggedLayer.from_dense(old, old + 1, keep=torch.rand(2, 3, 20) < 0.5, **window)
+    layer.to(DEVICE)
+    same = RaggedLayer.from_snapshot(layer.snapshot())
+    memory = torch.randn(2, 2, tokens, 3, 40, device=DEVICE).to(dtype)
+    keys, values = memory.transpose(2, 3)
+    valid = torch.rand(2, tokens, device=DEVICE) < 0.6 if holes else None
+    moves.append_reference(same, keys, values, valid)
+    seen = torch.tensor([20], device=DEVICE) if holes else 20
+    backend.kernels().ragged_append(backend.rows_of(layer), layer.capacity, keys, values, seen=seen, valid=valid)
+    for name in ("keys", "values", "positions", "length"):
+        assert torch.equal(getattr(layer, name), getattr(same, name)), name
+
+
+@device
+def test_append_stays_in_its_row():
+    """A row without room loses the token, not its neighbour an entry."""
+    _, layer = Case("full", ((3, 5),)).build(DEVICE)
+    before = layer.snapshot()
+    new = torch.ones(1, 2, 5, 64, device=DEVICE)
+    backend.kernels().ragged_append(backend.rows_of(layer), layer.capacity, new, new, seen=10)
+    assert layer.length.tolist() == [6, 8], "three free slots a row"
+    for r, n in enumerate((3, 5)):
+        old = slice(int(layer.start[r]), int(layer.start[r]) + n)
+        assert torch.equal(layer.keys[old], before.tensors["keys"][old])
+
+
+@device
+def test_steps_in_a_row():
+    """Append and decode, again and again, through the kernels alone, equals the reference at every step."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 60, 64, device=DEVICE)
+    window = {"sinks": torch.tensor([[2, 0]]), "recent": torch.tensor([[8, 0]])}
+    folded = torch.tensor([[True, False]], device=DEVICE)
+    layer = RaggedLayer.from_dense(keys, values, compensate=folded, headroom=20, **window)
+    kernels, rows = backend.kernels(), backend.rows_of(layer)
+    for _ in range(12):
+        new, q = torch.randn(2, 1, 2, 1, 64, device=DEVICE), torch.randn(1, 4, 64, device=DEVICE)
+        kernels.ragged_append(rows, layer.capacity, *new, seen=layer.seen)
+        layer.seen += 1
+        got = kernels.ragged_decode(q, rows, scale=0.2)
+        assert_close(got, headkv.ragged_decode(q, layer, scale=0.2, backend="reference"), FP32)
+
+
+SMALL = Case("small", ((5, 9),))
+BAD = {
+    "q of another D": (lambda k, q, r: k.ragged_decode(q[..., :8], r, scale=1.0), ValueError, r"q must have shape \[B, HQ, 64\]"),
+    "q of 4-D": (lambda k, q, r: k.ragged_decode(q[None], r, scale=1.0), ValueError, "q must have shape"),
+    "q of float64": (lambda k, q, r: k.ragged_decode(q.double(), r, scale=1.0), TypeError, "q must be float32, bfloat16 or float16"),
+    "q elsewhere": (lambda k, q, r: k.ragged_decode(q.to("meta"), r, scale=1.0), ValueError, "q must be on"),
+    "q strided": (lambda k, q, r: k.ragged_decode(q.repeat(1, 1, 2)[..., ::2], r, scale=1.0), ValueError, "q must have stride 1 along D"),
+    "heads that do not divide": (lambda k, q, r: k.ragged_decode(q[:, :3], r, scale=1.0), ValueError, "HQ a multiple of H"),
+    "scale 0": (lambda k, q, r: k.ragged_decode(q, r, scale=0.0), ValueError, "scale must be positive"),
+    "softcap 0": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, softcap=0.0), ValueError, "softcap must be None or positive"),
+    "window 0": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=0), ValueError, "sliding_window must be"),
+    "window without positions": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=3), ValueError, "query_positions must be given"),
+    "positions of floats": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(1, 1), scale=1.0), TypeError, "query_positions must be int32 or int64"),
+    "positions too few": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(2, 1).long(), scale=1.0), ValueError, r"shape \[1, 1\]"),
+    "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
+    "keys of D 512": (lambda k, q, r: replace(r, keys=torch.zeros(9, 512)), ValueError, "D from 1 to 256"),
+    "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
+    "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
+    "length of int32": (lambda k, q, r: replace(r, length=r.length.int()), TypeError, "length must be a tensor of torch.int64"),
+    "sinks too few": (lambda k, q, r: replace(r, sinks=r.sinks[:1]), ValueError, r"sinks must have shape \[2\]"),
+    "count without sums": (lambda k, q, r: replace(r, count=r.length), TypeError, "key_sum must be a tensor"),
+    "append of another D": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None, :8], q[:, :2, None, :8], seen=0), ValueError, "keys must have shape"),
+    "append of another dtype": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None].half()] * 2, seen=0), TypeError, "keys must be torch.float32"),
+    "append elsewhere": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None], q[:, :2, None].to("meta"), seen=0), TypeError, "values must be torch.float32 on"),
+    "valid of ints": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None]] * 2, seen=0, valid=torch.ones(1, 1)), ValueError, "valid must be bool"),
+}  # fmt: skip
+
+
+@device
+@pytest.mark.parametrize("call, error, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named_before_any_launch(call, error, message):
+    q, layer = SMALL.build(DEVICE)
+    with pytest.raises(error, match=message):
+        call(backend.kernels(), q[:, :, 0], backend.rows_of(layer))
+
+
+@compiled
+def test_a_cpu_layer_is_refused_without_the_interpreter():
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    q, layer = SMALL.build()
+    with pytest.raises(ValueError, match="keys must be on a CUDA device, got cpu .*TRITON_INTERPRET=1"):
+        headkv.ragged_decode(q[:, :, 0], layer, backend="triton")
+
+
+@compiled
+def test_missing_kernels_name_the_install_line(monkeypatch):
+    q, layer = SMALL.build()
+    monkeypatch.setitem(sys.modules, "headkv_kernels", None)
+    backend.kernels.cache_clear()
+    try:
+        with pytest.raises(ImportError, match="pip install headkv-kernels .*pip install -e ./kernels"):
+            headkv.ragged_decode(q[:, :, 0], layer, backend="triton")
+        assert not backend.available()
+    finally:
+        backend.kernels.cache_clear()
+
+
+@compiled
+def test_kernels_know_nothing_of_headkv():
+    code = "import sys, headkv_kernels; sys.exit('headkv' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT.parent).returncode == 0

@@ -1,0 +1,113 @@
+"""The Triton kernels compile for GPUs that are not here. Triton's interpreter forgives types that its compiler does not.
+
+A launch is caught on its way, and what it would have run is compiled for the target instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case
+
+triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+]
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"} | {
+    **{torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
+}
+SHARED = 99 * 1024  # what a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+class Compiler:
+    """Stands for a kernel: `kernel[grid](*args, **options)` compiles it for a target and keeps the result."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel, self.capability, self.compiled = kernel, capability, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = given.pop(parameter.name)
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        self.compiled.append(triton.compile(source, GPUTarget("cuda", self.capability, 32), given))
+
+
+@pytest.fixture(params=[80, 90], ids="sm_{}".format)
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Compiler]:
+    """The kernels' stand-ins, by name; on a CPU's tensors."""
+    from headkv_kernels import append, decode, extend, rows
+
+    monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
+    monkeypatch.setattr(decode, "device_traits", lambda device: (100, request.param >= 90))
+    stands = {}
+    for module, names in (
+        (decode, ("decode_shares", "combine_segments")),
+        (extend, ("extend_rows",)),
+        (append, ("append_rows",)),
+    ):
+        monkeypatch.setattr(module, "guard", lambda tensor: nullcontext())
+        for name in names:
+            stands[name] = Compiler(getattr(module, name), request.param)
+            monkeypatch.setattr(module, name, stands[name])
+    return stands
+
+
+ROWS = ((9, 40), (1, 7))
+WINDOW = {"sinks": 2, "recent": 8, "compensate": True}
+CASES = [
+    Case("bfloat16", ROWS, group=4, dim=128, dtype=BF16),
+    Case("float32, compensation, softcap", ROWS, dim=80, softcap=3.0, **WINDOW),
+    Case("float16, sliding window, D 256", ROWS, group=1, dim=256, dtype=FP16, sliding_window=5),
+    Case("bfloat16, compensation, D 64", ROWS, group=16, dtype=BF16, **WINDOW),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
+    from headkv.attention.triton import kernels, rows_of
+
+    for tokens in (1, 3, 100):
+        q, layer = replace(case, tokens=min(tokens, 3)).build()
+        rows, scale = rows_of(layer), case.dim**-0.5
+        options = {"scale": scale, "sliding_window": case.sliding_window, "softcap": case.softcap}
+        where = torch.arange(tokens).expand(2, tokens)
+        if tokens == 1:
+            kernels().ragged_decode(q[:, :, 0], rows, query_positions=where[:, 0], **options)
+        else:
+            q = q[:, :, :1].repeat(1, 1, tokens, 1)
+            kernels().ragged_extend(q, rows, query_positions=where, **options)
+    for tokens, valid in ((1, None), (40, torch.ones(2, 40, dtype=torch.bool))):
+        new = torch.zeros(2, 2, tokens, case.dim, dtype=case.dtype)
+        kernels().ragged_append(rows, layer.capacity, new, new, seen=7, valid=valid)
+    for name, launch in launches.items():
+        assert launch.compiled, name
+        for compiled in launch.compiled:
+            assert compiled.metadata.shared <= SHARED, f"{name} needs {compiled.metadata.shared} bytes"
+            assert "tf32" not in compiled.asm["ptx"], f"{name} rounds float32 to tf32"
+    (decode,) = launches["decode_shares"].compiled
+    assert "cp.async.cg.shared.global" in decode.asm["ptx"], "keys and values are copied 16 bytes at a time"
