@@ -107,7 +107,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def profile(options: argparse.Namespace) -> None:
     """`headkv profile`."""
-    from headkv.heads.run import run_profile
+    from headkv.evaluation.profiling import run_profile
 
     if not options.out.parent.is_dir():
         raise ValueError(f"--out must be in a folder that exists, got {options.out}")

@@ -1,4 +1,4 @@
-"""Make a head profile by one call: what `headkv profile` and `python -m headkv.heads` do."""
+"""Make a head profile by one call: what `headkv profile` does."""
 
 from __future__ import annotations
 
