@@ -61,6 +61,6 @@ def test_cells_are_short(name: str) -> None:
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_cells_run_in_order(name: str) -> None:
     """Plain Python suffices: no cell needs the notebook's magic, and a wrong solution raises."""
-    variables: dict[str, object] = {"__name__": name}
+    variables: dict[str, object] = {"__name__": "__main__"}
     for number, cell in enumerate(code_cells(name)):
-        exec(compile(cell.source, f"{name}.md, code cell {number}", "exec"), variables)
+        exec(compile(cell.source, f"{name}.md, code cell {number}", "exec", dont_inherit=True), variables)

@@ -188,13 +188,15 @@ def _answer(
     model: PreTrainedModel, question: Tensor, cache: Any, max_new_tokens: int, eos: int | None
 ) -> tuple[list[int], list[float]]:
     """Greedy decoding after `question` `[1, m]`: the tokens up to `eos`, and each step's seconds."""
-    logits = model(question, past_key_values=cache, logits_to_keep=1).logits
-    tokens, seconds = [int(logits[0, -1].argmax())], []
-    for _ in range(max_new_tokens - 1):
+    # The last token is a step of its own: a prefill attends densely, and would answer from the full cache.
+    model(question[:, :-1], past_key_values=cache, logits_to_keep=1)
+    token, tokens, seconds = question[:, -1:], [], []
+    for _ in range(max_new_tokens):
         begin = time.perf_counter()
-        logits = model(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits
+        logits = model(token, past_key_values=cache).logits
         seconds.append(time.perf_counter() - begin)
-        tokens.append(int(logits[0, -1].argmax()))
+        token = logits[:, -1:].argmax(-1)
+        tokens.append(int(token))
     return tokens[: tokens.index(eos)] if eos in tokens else tokens, seconds
 
 
