@@ -61,8 +61,12 @@ def main() -> None:
                 model(token, past_key_values=cache)
                 if step >= 2:
                     steps[name].append(time.perf_counter() - begin)
-    print(f"SmolLM2-135M-Instruct, float32, {n} tokens, {torch.get_num_threads()} threads, {options.steps} steps")
-    print(f"{'cache':26}{'prefill s':>10}{'count MB':>10}{'resident MB':>13}{'decode ms':>11}{'speed-up':>10}{'memory':>9}")
+    print(
+        f"SmolLM2-135M-Instruct, float32, {n} tokens, {torch.get_num_threads()} threads, {options.steps} steps"
+    )
+    print(
+        f"{'cache':26}{'prefill s':>10}{'count MB':>10}{'resident MB':>13}{'decode ms':>11}{'speed-up':>10}{'memory':>9}"
+    )
     full_ms, full_bytes = median(steps["full, transformers sdpa"]), rows["full, transformers sdpa"][1]
     for name, (seconds, nbytes, resident) in rows.items():
         ms = median(steps[name])
