@@ -19,6 +19,8 @@ import headkv
 from headkv.data import haystack
 from headkv.evaluation.compare import _resident_bytes
 
+WIDTHS = (10, 10, 13, 11, 10, 9)
+
 
 def main() -> None:
     """Measure and print."""
