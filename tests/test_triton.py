@@ -91,6 +91,17 @@ def test_any_number_of_shares(case, programs):
 
 
 @device
+@pytest.mark.parametrize("window", range(1, 12))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_edges_of_a_sliding_window(window, tokens):
+    """Every distance, in rows with and without gaps."""
+    case = Case("edges", ((10, 25),), tokens=tokens, sliding_window=window, dim=32)
+    q, layer = case.build(DEVICE)
+    layer.positions[layer.start[0] : layer.start[0] + 10] = torch.arange(40, 50, device=DEVICE)
+    assert_close(attend(q, layer, **case.options), truth(case, q, layer), FP32)
+
+
+@device
 def test_many_rows():
     """More rows than shares, and many of them empty."""
     q, layer = MANY.build(DEVICE)
@@ -115,9 +126,9 @@ def test_queries_that_are_views(tokens):
     """Queries as models have them: `[B, T, HQ, D]` in memory, a part of a larger tensor."""
     case = Case("views", ((40, 100), (3, 70)), tokens=tokens)
     q, layer = case.build(DEVICE)
-    memory = torch.full((2, tokens, 4, 96), float("nan"), device=DEVICE)
-    memory[..., :64] = q.transpose(1, 2)
-    view = memory[..., :64].transpose(1, 2)
+    memory = torch.full((2, tokens + 1, 4, 96), float("nan"), device=DEVICE)
+    view = memory[:, :tokens, :, :64].transpose(1, 2)
+    view.copy_(q)
     torch.testing.assert_close(attend(view, layer), attend(q, layer), rtol=0, atol=0)
 
 

@@ -133,7 +133,7 @@ def extend_rows(
         shown = (j < (first + early)[:, None]) | (j >= late[:, None])
         logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
         if COMPENSATE:
-            hidden = eligible & (shown == 0)
+            hidden = shown == 0  # and eligible: nothing from `late` on is hidden
             hidden_logit += tl.sum(tl.where(hidden, logits, 0.0), 1)
             hidden_value = tl.dot(hidden.to(OPERAND), v, hidden_value, input_precision="ieee")
         logits = tl.where(eligible & shown, base_two(logits, softcap, SOFTCAP), -float("inf"))
