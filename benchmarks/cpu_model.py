@@ -19,8 +19,6 @@ import headkv
 from headkv.data import haystack
 from headkv.evaluation.compare import _resident_bytes
 
-WIDTHS = (10, 10, 13, 11, 10, 9)
-
 
 def main() -> None:
     """Measure and print."""
@@ -66,9 +64,9 @@ def main() -> None:
     print(
         f"SmolLM2-135M-Instruct, float32, {n} tokens, {torch.get_num_threads()} threads, {options.steps} steps"
     )
-    print(
-        f"{'cache':26}{'prefill s':>10}{'count MB':>10}{'resident MB':>13}{'decode ms':>11}{'speed-up':>10}{'memory':>9}"
-    )
+    headings = ("prefill s", "count MB", "resident MB", "decode ms", "speed-up", "memory")
+    columns = zip(headings, (10, 10, 13, 11, 10, 9), strict=True)
+    print(f"{'cache':26}" + "".join(f"{name:>{width}}" for name, width in columns))
     full_ms, full_bytes = median(steps["full, transformers sdpa"]), rows["full, transformers sdpa"][1]
     for name, (seconds, nbytes, resident) in rows.items():
         ms = median(steps[name])
