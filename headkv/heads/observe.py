@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,11 +73,12 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     Raises:
         ValueError: the model's attention can not be exchanged by name.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
-    name = f"headkv-observe-{id(watcher):x}"
+    names = (f"headkv-observe-{number}-{before}" for number in itertools.count())
+    name = next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -97,7 +99,8 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS[name] = attend
     if before in ALL_MASK_ATTENTION_FUNCTIONS:
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[before]
+        # Masks are found among the registered functions alone. The name stays: it is a synonym, used again.
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     try:
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
@@ -107,5 +110,3 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
         if model.config._attn_implementation == name:
             model.set_attn_implementation(before)
         del ALL_ATTENTION_FUNCTIONS[name]
-        if name in ALL_MASK_ATTENTION_FUNCTIONS:
-            del ALL_MASK_ATTENTION_FUNCTIONS[name]
