@@ -64,8 +64,12 @@ def test_in_the_interpreter():
     assert int(summary.split(" passed")[0].split()[-1]) > len(CASES), summary
 
 
+WIDE = [Case(f"D 512, {t} tokens, {dtype}", ((33, 100),), dim=512, tokens=t, dtype=dtype) for dtype in (FP32, FP16) for t in (1, 3)]
+WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
+
+
 @device
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 def test_equals_truth(case):
     q, layer = case.build(DEVICE)
     got = attend(q, layer, **case.options)
@@ -262,7 +266,7 @@ BAD = {
     "positions of floats": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(1, 1), scale=1.0), TypeError, "query_positions must be int32 or int64"),
     "positions too few": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(2, 1).long(), scale=1.0), ValueError, r"shape \[1, 1\]"),
     "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
-    "keys of D 512": (lambda k, q, r: replace(r, keys=torch.zeros(9, 512)), ValueError, "D from 1 to 256"),
+    "keys of D 513": (lambda k, q, r: replace(r, keys=torch.zeros(9, 513)), ValueError, "D from 1 to 512"),
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
     "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
     "length of int32": (lambda k, q, r: replace(r, length=r.length.int()), TypeError, "length must be a tensor of torch.int64"),

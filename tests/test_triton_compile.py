@@ -80,6 +80,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 ROWS = ((9, 40), (1, 7))
 WINDOW = {"sinks": 2, "recent": 8, "compensate": True}
 CASES = [
+    Case("float32, D 512", ROWS, dim=512),
     Case("bfloat16", ROWS, group=4, dim=128, dtype=BF16),
     Case("float32, compensation, softcap", ROWS, dim=80, softcap=3.0, **WINDOW),
     Case("float16, sliding window, D 256", ROWS, group=1, dim=256, dtype=FP16, sliding_window=5),

@@ -38,7 +38,8 @@ class DecodeConfig:
         """One program for each multiprocessor; 32 KiB of keys and values at a time."""
         entry = 2 * padded(rows.dim) * rows.keys.element_size()
         programs, early = device_traits(rows.keys.device)
-        return cls(programs, max(16, min(128, 32768 // entry)), early=early)
+        block = max(16, min(128, 32768 // entry))
+        return cls(programs, block, stages=3 if block * entry <= 32768 else 2, early=early)
 
 
 @cache

@@ -40,7 +40,7 @@ def ragged_extend(
     operand, compensate, dim_pad = rows.operand(q), rows.count is not None, padded(dim)
     # What a program holds must fit in its registers; float32 is multiplied without tensor cores.
     held = dim_pad * (4 if operand == tl.float32 else 1) * (2 if compensate else 1)
-    block = 64 if held <= 128 else 32 if held <= 512 else 16
+    block = 64 if held <= 128 else 32 if held <= 256 else 16
     queries = max(16, heads_pad, min(block, padded(tokens, 1) * heads_pad))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with guard(q):

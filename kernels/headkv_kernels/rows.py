@@ -13,7 +13,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-MAX_DIM = 256
+MAX_DIM = 512
 FUSED = {
     "enable_fp_fusion": True
 }  # of a launch: a * b + c rounds once; Triton's own default is about to change
