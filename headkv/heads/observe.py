@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,12 +73,9 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     Raises:
         ValueError: the model's attention can not be exchanged by name.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
-    names = (f"headkv-observe-{number}-{before}" for number in itertools.count())
-    name = next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -97,6 +94,25 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)(module, query, key, value, mask, **kwargs)
 
+    with exchanged_attention(model, attend):
+        yield
+
+
+@contextmanager
+def exchanged_attention(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
+    """Let `model` call `attend`, an attention function of transformers, in this context.
+
+    It gets the masks that the model's own attention would get.
+
+    Raises:
+        ValueError: the model's attention can not be exchanged by name.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = model.config._attn_implementation
+    names = (f"headkv-observe-{number}-{before}" for number in itertools.count())
+    name = next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
     ALL_ATTENTION_FUNCTIONS[name] = attend
     if before in ALL_MASK_ATTENTION_FUNCTIONS:
         # Masks are found among the registered functions alone. The name stays: it is a synonym, used again.
