@@ -64,7 +64,11 @@ def test_in_the_interpreter():
     assert int(summary.split(" passed")[0].split()[-1]) > len(CASES), summary
 
 
-WIDE = [Case(f"D 512, {t} tokens, {dtype}", ((33, 100),), dim=512, tokens=t, dtype=dtype) for dtype in (FP32, FP16) for t in (1, 3)]
+WIDE = [
+    Case(f"D 512, {t} tokens, {dtype}", ((33, 100),), dim=512, tokens=t, dtype=dtype)
+    for dtype in (FP32, FP16)
+    for t in (1, 3)
+]
 WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
 
 
@@ -216,7 +220,9 @@ def test_append_equals_the_specification(dtype, tokens, holes):
     valid = torch.rand(2, tokens, device=DEVICE) < 0.6 if holes else None
     moves.append_reference(same, keys, values, valid)
     seen = torch.tensor([20], device=DEVICE) if holes else 20
-    backend.kernels().ragged_append(backend.rows_of(layer), layer.capacity, keys, values, seen=seen, valid=valid)
+    backend.kernels().ragged_append(
+        backend.rows_of(layer), layer.capacity, keys, values, seen=seen, valid=valid
+    )
     for name in ("keys", "values", "positions", "length"):
         assert torch.equal(getattr(layer, name), getattr(same, name)), name
 

@@ -18,12 +18,16 @@ from attention_cases import Case
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"
+    ),
 ]
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"} | {
     **{torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
 }
-SHARED = 99 * 1024  # what a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9
+SHARED = (
+    99 * 1024
+)  # what a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
