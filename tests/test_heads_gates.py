@@ -1,0 +1,115 @@
+"""The gates' training: the mixed attention, its gradient, and that it finds the one head that matters."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from headkv.heads.gates import Mixer, frozen, passkey_text, profile_gates, schedule
+from headkv.heads.observe import exchanged_attention
+from headkv.models import load_smollm2, tiny_model
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+TEXT = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+def mixed(model: nn.Module, mixer: Mixer) -> torch.Tensor:
+    with exchanged_attention(model, mixer.attend):  # type: ignore[arg-type]
+        with torch.no_grad():
+            model(TEXT, use_cache=False)
+        with mixer.mixing():
+            return model(TEXT, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_gates_leave_the_model_as_it_is(family: str) -> None:
+    model = tiny_model(family)
+    gates = nn.Parameter(torch.ones(3, 2))
+    torch.testing.assert_close(mixed(model, Mixer(gates, 2, 5)), model(TEXT).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_closed_gates_are_windowed_attention(family: str) -> None:
+    model = tiny_model(family)
+    back = torch.arange(40)[:, None] - torch.arange(40)
+    seen = (back >= 0) & ((back < 5) | (torch.arange(40) < 2))
+    bias = torch.zeros(1, 1, 40, 40).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = model(TEXT, attention_mask=bias).logits
+    found = mixed(model, Mixer(nn.Parameter(torch.zeros(3, 2)), 2, 5))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_reaches_every_gate() -> None:
+    model = tiny_model("llama", num_hidden_layers=2).double()
+    gates = nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float64))
+    with frozen(model):
+        mixed(model, Mixer(gates, 2, 5)).square().mean().backward()
+    analytic = gates.grad
+    assert analytic is not None and all(weight.grad is None for weight in model.parameters())
+    assert all(weight.requires_grad for weight in model.parameters())
+    step = 1e-3
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        losses = []
+        for sign in (1, -1):
+            moved = gates.detach().clone()
+            moved[place] += sign * step
+            losses.append(mixed(model, Mixer(nn.Parameter(moved), 2, 5)).square().mean().item())
+        assert analytic[place].item() == pytest.approx(
+            (losses[0] - losses[1]) / (2 * step), rel=1e-3, abs=1e-7
+        )
+
+
+@pytest.mark.parametrize("family", ["mistral-sliding", "gemma2", "gemma3"])
+def test_models_whose_attention_has_more_to_it_are_refused(family: str) -> None:
+    model = tiny_model(family)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="neither sliding-window layers nor soft-capped"):
+        mixed(model, Mixer(nn.Parameter(torch.ones(3, 2)), 2, 5))
+    assert model.config._attn_implementation == before
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    factors = [schedule(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[19] == factors[50] == factors[80] == 1.0
+    assert factors[-1] == pytest.approx(0.1) and min(factors) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"passkeys": 11}, "passkeys must be between 1 and 10, got 11"),
+        ({"recent": 0}, "recent at least 1, got 16 and 0"),
+        ({"lengths": (80, 600)}, "over sinks [+] recent = 80, got [(]80, 600[)]"),
+        ({"lengths": (600, 400)}, "got [(]600, 400[)]"),
+    ],
+    ids=["steps", "passkeys", "recent", "short", "order"],
+)
+def test_the_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        profile_gates(tiny_model("llama"), None, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_passkeys_are_hidden_and_asked_for() -> None:
+    _, tokenizer = load_smollm2()
+    text, answers = passkey_text(tokenizer, 400, 3, 5, random.Random(0))
+    asked = tokenizer.decode(text[0, answers])
+    context = tokenizer.decode(text[0, : answers[0]])
+    keys = [line.split(": ")[1] for line in asked.split("\n\n")]
+    assert len(keys) == 3 and all(len(key.split()) == 5 and f": {key}" in context for key in keys)
+    assert answers.tolist() == list(range(int(answers[0]), text.shape[1]))
+
+
+@pytest.mark.slow
+def test_two_steps_on_smollm2_move_the_gates_and_nothing_else() -> None:
+    model, tokenizer = load_smollm2()
+    before = model.get_input_embeddings().weight.sum().item()
+    profile = profile_gates(model, tokenizer, steps=2, lengths=(260, 280), passkeys=2, words=4)
+    assert (profile.kind, profile.heads, tuple(profile.scores.shape)) == ("gate", "kv", (30, 3))
+    assert 0.9 < profile.scores.min() < profile.scores.mean() < 1.0
+    assert model.get_input_embeddings().weight.sum().item() == before
+    profile.check_model(model)
