@@ -141,6 +141,7 @@ CASES = [
     Case("scale", ((90, 4),), scale=0.3),
     Case("softcap", ((90, 4),), softcap=2.0),
     Case("sliding window", ((90, 4),), sliding_window=17),
+    Case("sliding window at its very edge", ((90, 40),), sliding_window=17, gaps=False),
     Case("sliding window of one", ((90, 4),), sliding_window=1),
     Case("sliding window and softcap", ((300, 40),), sliding_window=100, softcap=5.0),
     Case("windowed", ((90, 4, 30),), sinks=2, recent=8),
