@@ -22,7 +22,10 @@ BAD = {
     "one token": (["demo", "--new-tokens", "1"], "--new-tokens must be at least 2"),
     "no room for the facts": (["demo", "--tokens", "20"], "num_tokens"),
     "unknown method": (["demo", "--tokens", "300", "--methods", "Magic"], "--methods must be of AdaKV"),
-    "no such folder": (["profile", "--kind", "echo", "--out", "no/such/folder/x.json"], "--out must be in a folder"),
+    "no such folder": (
+        ["profile", "--kind", "echo", "--out", "no/such/folder/x.json"],
+        "--out must be in a folder",
+    ),
 }
 
 
