@@ -25,7 +25,7 @@ def profile(heads: str = "query", **changes: object) -> HeadProfile:
         "scores": scores,
         "parameters": {"n": 3},
     }
-    return HeadProfile(**{**fields, **changes})  # type: ignore[arg-type]
+    return HeadProfile(**{**fields, **changes})
 
 
 def config(layers: int = 3, heads: int = 4, kv_heads: int = 2, name: str = "") -> SimpleNamespace:
@@ -90,7 +90,7 @@ def test_scores_must_be_a_tensor_of_floats(scores: object) -> None:
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, edit: object, message: str) -> None:
     path = tmp_path / "heads.json"
     profile().save(path)
-    path.write_text(edit(path.read_text()))  # type: ignore[operator]
+    path.write_text(edit(path.read_text()))
     with pytest.raises(ValueError, match=message) as caught:
         HeadProfile.load(path)
     assert str(path) in str(caught.value)
@@ -295,7 +295,7 @@ def test_shares_equal_those_of_eager_attention(family: str) -> None:
 )
 def test_the_echo_profiler_checks_its_arguments(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        profile_repeats(tiny_model("llama"), **options)  # type: ignore[arg-type]
+        profile_repeats(tiny_model("llama"), **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ TEXT = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
 def mixed(model: nn.Module, mixer: Mixer) -> torch.Tensor:
-    with exchanged_attention(model, mixer.attend):  # type: ignore[arg-type]
+    with exchanged_attention(model, mixer.attend):
         with torch.no_grad():
             model(TEXT, use_cache=False)
         with mixer.mixing():
@@ -50,7 +50,7 @@ def test_the_gradient_reaches_every_gate() -> None:
     analytic = gates.grad
     assert analytic is not None and all(weight.grad is None for weight in model.parameters())
     assert all(weight.requires_grad for weight in model.parameters())
-    step = 0.05  # wide, as the norms round to float32 even here
+    step = 0.01
     for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
         losses = []
         for sign in (1, -1):
@@ -58,7 +58,7 @@ def test_the_gradient_reaches_every_gate() -> None:
             moved[place] += sign * step
             losses.append(mixed(model, Mixer(nn.Parameter(moved), 2, 5)).square().mean().item())
         assert analytic[place].item() == pytest.approx(
-            (losses[0] - losses[1]) / (2 * step), rel=0.02, abs=1e-5
+            (losses[0] - losses[1]) / (2 * step), rel=0.01, abs=2e-4
         )
 
 
@@ -90,7 +90,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 )
 def test_the_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        profile_gates(tiny_model("llama"), None, **options)  # type: ignore[arg-type]
+        profile_gates(tiny_model("llama"), None, **options)
 
 
 @pytest.mark.slow
