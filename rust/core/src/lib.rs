@@ -12,6 +12,8 @@ mod kernel;
 mod layer;
 mod math;
 mod moves;
+mod openmp;
+mod pools;
 mod schedule;
 mod simd;
 mod threads;

@@ -1,30 +1,51 @@
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use rayon::prelude::*;
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use crate::openmp;
+use crate::pools;
 
 /// Runs `work` on every item, on up to `threads` threads; in place when there is one item or one thread.
+///
+/// The threads are those of the process's OpenMP runtime where it has one. torch's operators leave them spinning for many
+/// milliseconds, on the very cores that a second set of threads would need: on two cores that cost a third of the speed.
 pub(crate) fn for_each<I: Send>(threads: usize, items: Vec<I>, work: impl Fn(I) + Send + Sync) {
-    let pool = if threads > 1 && items.len() > 1 { pool(threads) } else { None };
-    match pool {
-        Some(pool) => pool.install(|| items.into_par_iter().with_max_len(1).for_each(&work)),
-        None => items.into_iter().for_each(work),
+    if threads <= 1 || items.len() <= 1 {
+        return items.into_iter().for_each(work);
+    }
+    let threads = threads.min(items.len());
+    let queue = Mutex::new(items.into_iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let worker = || {
+        while let Some(item) = next() {
+            work(item);
+        }
+    };
+    match openmp::Team::of_process() {
+        Some(team) => team.run(threads, &worker),
+        None => pools::run(threads, &worker),
     }
 }
 
-/// A pool is started once for each thread count, and again in a forked process, which inherits no threads. None where
-/// the system gives no threads.
-fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
-    type Pools = Mutex<HashMap<(u32, usize), Arc<ThreadPool>>>;
-    static POOLS: OnceLock<Pools> = OnceLock::new();
-    let mut pools = POOLS.get_or_init(Pools::default).lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (std::process::id(), threads);
-    if let Some(pool) = pools.get(&key) {
-        return Some(Arc::clone(pool));
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn every_item_once() {
+        for threads in [1, 2, 5] {
+            let sum = AtomicUsize::new(0);
+            for_each(threads, (0..1000).collect(), |i: usize| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 499_500);
+        }
     }
-    let name = |index| format!("headkv-{index}");
-    let pool = Arc::new(ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok()?);
-    pools.insert(key, Arc::clone(&pool));
-    Some(pool)
+
+    #[test]
+    fn a_panic_reaches_the_caller() {
+        let run = || for_each(3, (0..9).collect(), |i: usize| assert_ne!(i, 4));
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    }
 }
