@@ -4,39 +4,27 @@ Everything that is compared runs in turns within one process, so that a busy mac
 ratios, and the medians only beside each other. The read bandwidth is that of `torch.sum` with the same threads.
 
     python benchmarks/cpu_attention.py
-    python benchmarks/cpu_attention.py --entries 8192 --threads 1 --csv cpu_attention.csv
+    python benchmarks/cpu_attention.py --entries 8192 --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from measure import Goal, Row, add_json, finish, in_turns
 from torch import Tensor
 
 import headkv
 from headkv.cache import RaggedLayer
 
-Row = dict[str, str | float]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; every round runs each of them once, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: median(times) for name, times in seconds.items()}
+READ, RUST, GROUPED = "read (torch.sum)", "ragged_decode, rust", "torch SDPA, grouped"
+FASTER = {"float32": 5, "bfloat16": 10}  # than torch's grouped attention, as a goal
 
 
 def skewed_layer(entries: int, kv_heads: int, dim: int, dtype: torch.dtype) -> RaggedLayer:
@@ -50,9 +38,10 @@ def skewed_layer(entries: int, kv_heads: int, dim: int, dtype: torch.dtype) -> R
 
 def attention(
     dtypes: Sequence[str], *, entries: int, heads: int, kv_heads: int, dim: int, rounds: int
-) -> list[Row]:
+) -> tuple[list[Row], list[Goal]]:
     """Ragged decode (Rust) against torch's scaled_dot_product_attention, called both ways, and the read bandwidth."""
     rows: list[Row] = []
+    goals: list[Goal] = []
     memory = torch.randn(1 << 27)
     for name in dtypes:
         dtype = DTYPES[name]
@@ -64,9 +53,9 @@ def attention(
         )
         folded_q = dense_q.view(1, kv_heads, heads // kv_heads, dim)
         calls: dict[str, Callable[[], Tensor]] = {
-            "read (torch.sum)": memory.sum,
-            "ragged_decode, rust": lambda q=q, layer=layer: headkv.ragged_decode(q, layer, backend="rust"),
-            "torch SDPA, grouped": lambda q=dense_q, k=keys, v=values: F.scaled_dot_product_attention(
+            READ: memory.sum,
+            RUST: lambda q=q, layer=layer: headkv.ragged_decode(q, layer, backend="rust"),
+            GROUPED: lambda q=dense_q, k=keys, v=values: F.scaled_dot_product_attention(
                 q, k, v, enable_gqa=True
             ),
             "torch SDPA, groups folded": lambda q=folded_q, k=keys, v=values: F.scaled_dot_product_attention(
@@ -75,9 +64,9 @@ def attention(
         }
         seconds = in_turns(calls, rounds)
         size = 2 * keys.numel() * keys.element_size()
-        read = memory.numel() * memory.element_size() / seconds["read (torch.sum)"]
+        read = memory.numel() * memory.element_size() / seconds[READ]
         for call, took in seconds.items():
-            bandwidth = read if call.startswith("read") else size / took
+            bandwidth = read if call == READ else size / took
             rows.append(
                 {
                     "dtype": name,
@@ -85,18 +74,42 @@ def attention(
                     "ms": round(took * 1e3, 2),
                     "GB/s": round(bandwidth / 1e9, 1),
                     "of read": round(bandwidth / read, 2),
-                    "rust is faster by": ""
-                    if call.startswith("read")
-                    else round(took / seconds["ragged_decode, rust"], 1),
+                    "rust is faster by": "" if call == READ else round(took / seconds[RUST], 1),
                 }
             )
-    return rows
+        goals += decode_goals(name, *(size / seconds[call] / read for call in (RUST, GROUPED)))
+    return rows, goals
 
 
-def append(lengths: Sequence[int], *, kv_heads: int, dim: int, dtype: str, rounds: int) -> list[Row]:
+def decode_goals(dtype: str, rust: float, grouped: float) -> list[Goal]:
+    """Goals of one dtype, for the shares of the read bandwidth that Rust and torch's grouped attention reach."""
+    bandwidth = Goal(
+        f"ragged decode, {dtype}",
+        "80% of the read bandwidth",
+        f"{rust:.0%}",
+        rust >= 0.8,
+        "arithmetic: one thread alone shows how far (--threads 1)",
+    )
+    if dtype not in FASTER:
+        return [bandwidth]
+    wanted, most = FASTER[dtype], 1 / grouped
+    faster = Goal(
+        f"ragged decode, {dtype}",
+        f"{wanted} x torch's grouped attention",
+        f"{rust / grouped:.1f} x",
+        rust >= wanted * grouped,
+        f"torch {torch.__version__} reads {grouped:.0%} of what memory gives, so that {most:.1f} x is the most",
+    )
+    return [bandwidth, faster]
+
+
+def append(
+    lengths: Sequence[int], *, kv_heads: int, dim: int, dtype: str, rounds: int
+) -> tuple[list[Row], list[Goal]]:
     """The cost of storing one token: in place, the pool's rewrite when head room is used up, both per token, and
     `torch.cat`, which copies everything at every step."""
     rows: list[Row] = []
+    amortised = []
     for stored in lengths:
         keys = torch.randn(1, kv_heads, stored, dim).to(DTYPES[dtype])
         new = torch.randn(1, kv_heads, 1, dim).to(keys.dtype)
@@ -114,38 +127,30 @@ def append(lengths: Sequence[int], *, kv_heads: int, dim: int, dtype: str, round
         }
         cat = in_turns({"cat": calls["cat"]}, 3)["cat"]
         in_place = in_turns({"append": calls["append"]}, steps - 1)["append"]
+        amortised.append(in_place + median(rewrites) / (room + 1))
         rows.append(
             {
                 "stored a head": stored,
                 "in place, us": round(in_place * 1e6, 1),
                 "rewrite, ms": round(median(rewrites) * 1e3, 2),
                 "tokens between rewrites": room + 1,
-                "a token, us": round((in_place + median(rewrites) / (room + 1)) * 1e6, 1),
+                "a token, us": round(amortised[-1] * 1e6, 1),
                 "torch.cat, us": round(cat * 1e6, 1),
             }
         )
-    return rows
-
-
-def show(title: str, rows: Sequence[Row]) -> None:
-    """Prints a table, with rich where it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(
-            title, *("\t".join(map(str, line)) for line in [rows[0], *(r.values() for r in rows)]), sep="\n"
-        )
-        return
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    growth = amortised[-1] / amortised[0]
+    goal = Goal(
+        f"append, {lengths[-1]} stored against {lengths[0]}",
+        "no step's cost grows with what is stored (amortised; under 2 x)",
+        f"{growth:.2f} x the time, torch.cat {rows[-1]['torch.cat, us'] / rows[0]['torch.cat, us']:.0f} x",
+        growth < 2,
+        "the rewrite of the pool",
+    )
+    return rows, [goal] if len(lengths) > 1 else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,27 +166,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--append", type=int, nargs="*", default=[1024, 4096, 16384, 65536, 131072], metavar="STORED"
     )
-    parser.add_argument("--csv", help="also write the rows here (the append table beside it, with -append)")
+    add_json(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
     shape = f"{options.heads} query / {options.kv_heads} KV heads, D {options.dim}, {options.threads} threads"
     shared = {"kv_heads": options.kv_heads, "dim": options.dim, "rounds": options.rounds}
-    tables = {
-        "": attention(options.dtypes, entries=options.entries, heads=options.heads, **shared),
-    }
-    show(f"Decode over {options.entries} entries a head, {shape}", tables[""])
+    rows, goals = attention(options.dtypes, entries=options.entries, heads=options.heads, **shared)
+    tables = {f"Decode over {options.entries} entries a head, {shape}": rows}
     if options.append:
-        tables["-append"] = append(options.append, dtype=options.dtypes[-1], **shared)
-        show(f"Append one token, {options.dtypes[-1]}, {shape}", tables["-append"])
-    for suffix, rows in tables.items() if options.csv else ():
-        path = options.csv.removesuffix(".csv") + f"{suffix}.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"written: {path}", file=sys.stderr)
+        rows, more = append(options.append, dtype=options.dtypes[-1], **shared)
+        tables[f"Append one token, {options.dtypes[-1]}, {shape}"] = rows
+        goals += more
+    finish(options.json, tables, goals)
 
 
 if __name__ == "__main__":

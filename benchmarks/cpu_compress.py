@@ -11,6 +11,7 @@ import argparse
 import time
 
 import torch
+from measure import Goal, add_json, finish
 
 import headkv
 from headkv.attention.dense import prefill
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768, help="of the prompt (default: 32768)")
     parser.add_argument("--share", type=float, default=0.2, help="to keep (default: 0.2)")
+    add_json(parser)
     options = parser.parse_args()
     torch.manual_seed(0)
     n, scale = options.tokens, DIM**-0.5
@@ -43,15 +45,20 @@ def main() -> None:
             RaggedLayer.from_dense(keys, values, keep=keep.mask[None])
             seconds.append((planned - begin, time.perf_counter() - planned))
     plan, store = (sorted(part)[2] for part in zip(*seconds, strict=True))
-    print(
-        f"one layer, {QUERY_HEADS} query / {KV_HEADS} KV heads, D {DIM}, float32, {n} tokens, {options.share:.0%} kept"
-    )
-    print(f"prefill attention {attention:8.2f} s")
-    print(f"plan (AdaKV)      {plan:8.3f} s   {plan / attention:6.2%}")
-    print(f"store             {store:8.3f} s   {store / attention:6.2%}")
-    print(
-        f"compression       {plan + store:8.3f} s   {(plan + store) / attention:6.2%} of the prefill's attention"
-    )
+    parts = {
+        "prefill's attention": attention,
+        "plan (AdaKV)": plan,
+        "store": store,
+        "compression": plan + store,
+    }
+    rows = [
+        {"part": part, "s": round(took, 3), "of the attention": f"{took / attention:.2%}"}
+        for part, took in parts.items()
+    ]
+    shape = f"one layer, {QUERY_HEADS} query / {KV_HEADS} KV heads, D {DIM}, float32, {n} tokens"
+    ratio = (plan + store) / attention
+    goal = Goal(f"compression at {n} tokens", "at most 5% of the prefill", f"{ratio:.2%}", ratio <= 0.05)
+    finish(options.json, {f"Compression, {shape}, {options.share:.0%} kept": rows}, [goal])
 
 
 if __name__ == "__main__":

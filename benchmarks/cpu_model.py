@@ -2,22 +2,24 @@
 
     python benchmarks/cpu_model.py [--tokens 8000] [--share 0.2] [--steps 24]
 
-Prints one table. The full cache is transformers' own, with its own sdpa attention; the steps of all caches take turns,
-so that a machine whose speed drifts treats them alike.
+The full cache is transformers' own, with its own sdpa attention; the steps of all caches take turns, so that a machine
+whose speed drifts treats them alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from statistics import median
 
 import torch
+from measure import Goal, add_json, finish
 
 import headkv
 from headkv.data import haystack
-from headkv.evaluation.compare import _resident_bytes
+from headkv.evaluation.resident import resident_bytes
+
+FULL = "full, transformers sdpa"
 
 
 def main() -> None:
@@ -26,18 +28,13 @@ def main() -> None:
     torch.manual_seed(0)
     model, tokenizer = headkv.load_smollm2()
     ids = haystack(tokenizer, options.tokens).context_ids
-    n = ids.shape[1]
-    methods = {
-        "full, transformers sdpa": None,
-        "full, headkv": headkv.FullCache(),
-        f"AdaKV {options.share:.0%}": headkv.AdaKV(options.share),
-    }
-    caches, rows = {}, {}
+    n, kept = ids.shape[1], f"AdaKV {options.share:.0%}"
+    methods = {FULL: None, "full, headkv": headkv.FullCache(), kept: headkv.AdaKV(options.share)}
+    caches, held = {}, {}
     with torch.inference_mode():
         model(ids[:, :64])
         for name, method in methods.items():
-            gc.collect()
-            before, begin = _resident_bytes(), time.perf_counter()
+            before, begin = resident_bytes(), time.perf_counter()
             if method is None:
                 model.set_attn_implementation("sdpa")
                 caches[name] = model(ids, logits_to_keep=1).past_key_values
@@ -46,11 +43,9 @@ def main() -> None:
                 caches[name] = headkv.RaggedCache.for_model(model, method)
                 model(ids, past_key_values=caches[name], logits_to_keep=1)
                 nbytes = caches[name].nbytes
-            seconds = time.perf_counter() - begin
-            gc.collect()
-            after = _resident_bytes()
-            resident = None if before is None or after is None else after - before
-            rows[name] = [seconds, nbytes, resident]
+            seconds, after = time.perf_counter() - begin, resident_bytes()
+            resident = nbytes if before is None or after is None else after - before
+            held[name] = (seconds, nbytes, resident)
         steps = {name: [] for name in methods}
         attention = {name: "sdpa" if method is None else "headkv" for name, method in methods.items()}
         token = torch.tensor([[9]])
@@ -61,21 +56,37 @@ def main() -> None:
                 model(token, past_key_values=cache)
                 if step >= 2:
                     steps[name].append(time.perf_counter() - begin)
-    print(
-        f"SmolLM2-135M-Instruct, float32, {n} tokens, {torch.get_num_threads()} threads, {options.steps} steps"
-    )
-    headings = ("prefill s", "count MB", "resident MB", "decode ms", "speed-up", "memory")
-    columns = zip(headings, (10, 10, 13, 11, 10, 9), strict=True)
-    print(f"{'cache':26}" + "".join(f"{name:>{width}}" for name, width in columns))
-    full_ms, full_bytes = median(steps["full, transformers sdpa"]), rows["full, transformers sdpa"][1]
-    for name, (seconds, nbytes, resident) in rows.items():
-        ms = median(steps[name])
-        shown = "-" if resident is None else f"{resident / 1e6:.1f}"
-        print(
-            f"{name:26}{seconds:>10.2f}{nbytes / 1e6:>10.1f}{shown:>13}{1000 * ms:>11.1f}{full_ms / ms:>9.2f}x"
-            f"{nbytes / full_bytes:>9.1%}"
-        )
-    print(f"bound: a step without any cache takes {1000 * weights_only(model):.1f} ms (weights alone)")
+    decode = {name: median(taken) for name, taken in steps.items()}
+    bound = weights_only(model)
+    rows = [
+        {
+            "cache": name,
+            "prefill, s": round(seconds, 2),
+            "our count, MB": round(nbytes / 1e6, 1),
+            "resident, MB": round(resident / 1e6, 1),
+            "decode, ms": round(1e3 * decode[name], 1),
+            "tokens/s": round(1 / decode[name], 1),
+            "against full": f"{decode[FULL] / decode[name]:.2f} x",
+            "memory": f"{resident / held[FULL][2]:.1%}",
+        }
+        for name, (seconds, nbytes, resident) in held.items()
+    ]
+    faster, memory = decode[FULL] / decode[kept], held[kept][2] / held[FULL][2]
+    weights = f"the weights alone take {1e3 * bound:.1f} ms a step, so that {decode[FULL] / bound:.1f} x is the most"
+    goals = [
+        Goal(
+            f"SmolLM2, {n} tokens, {kept}: decode",
+            "2 x the full cache",
+            f"{faster:.2f} x",
+            faster >= 2,
+            weights,
+        ),
+        Goal(
+            f"SmolLM2, {n} tokens, {kept}: resident", "25% of the full cache", f"{memory:.1%}", memory <= 0.25
+        ),
+    ]
+    title = f"SmolLM2-135M-Instruct, float32, {n} tokens, {torch.get_num_threads()} threads; {weights}"
+    finish(options.json, {title: rows}, goals)
 
 
 def weights_only(model: torch.nn.Module) -> float:
@@ -95,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8000, help="of the context (default: 8000)")
     parser.add_argument("--share", type=float, default=0.2, help="of the cache to keep (default: 0.2)")
     parser.add_argument("--steps", type=int, default=24, help="decode steps of each (default: 24)")
+    add_json(parser)
     return parser.parse_args()
 
 

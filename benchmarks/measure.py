@@ -1,0 +1,91 @@
+"""What the benchmarks share: calls timed in turns, tables, and goals that are met or say what stands in the way."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, str | float]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure that was wanted.
+
+    Attributes:
+        figure: what is measured.
+        wanted: the least (or most) that was asked for.
+        measured: what came out.
+        met: whether that is enough.
+        bound: what it can not pass, and why, for a figure that is not met.
+    """
+
+    figure: str
+    wanted: str
+    measured: str
+    met: bool
+    bound: str = ""
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; every round runs each of them once, after a round that does not count.
+
+    Whatever slows the machine for a while then slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Prints rows of equal columns as a table."""
+    table = Table()
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    console.print(title, table, sep="\n")
+
+
+def show_goals(goals: Sequence[Goal]) -> None:
+    """Prints the goals, met or not."""
+    rows = [
+        {
+            "goal": g.figure,
+            "wanted": g.wanted,
+            "measured": g.measured,
+            "": "met" if g.met else f"NOT met: {g.bound}",
+        }
+        for g in goals
+    ]
+    show("Goals", rows)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option that all benchmarks have."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write tables and goals here")
+
+
+def finish(path: Path | None, tables: Mapping[str, Sequence[Row]], goals: Sequence[Goal]) -> None:
+    """Shows the tables, and the goals after them; writes all to `path`, if there is one."""
+    for title, rows in tables.items():
+        show(title, rows)
+    if path is None:
+        show_goals(goals)
+    else:
+        path.write_text(json.dumps({"tables": tables, "goals": [asdict(g) for g in goals]}, indent=1) + "\n")
