@@ -75,8 +75,11 @@ class Case:
         return {"scale": self.scale, "sliding_window": self.sliding_window, "softcap": self.softcap}
 
 
-def truth(case: Case, q: Tensor, layer: RaggedLayer) -> Tensor:
-    """What attention should be, `[B, HQ, T, D]` float64: each row spread over the whole text, a boolean mask, softmax."""
+def truth(case: Case, q: Tensor, layer: RaggedLayer, eager: torch.dtype | None = None) -> Tensor:
+    """What attention should be, `[B, HQ, T, D]` float64: each row spread over the whole text, a boolean mask, softmax.
+
+    With `eager`, what PyTorch gives instead when keys, values and weights are of that dtype, as models compute it.
+    """
     q, tokens = q.cpu().double(), case.tokens
     out = torch.zeros_like(q)
     scale = case.scale if case.scale is not None else case.dim**-0.5
@@ -117,10 +120,12 @@ def truth(case: Case, q: Tensor, layer: RaggedLayer) -> Tensor:
                 if not extra_keys.shape[0]:
                     continue
                 for g in range(case.group):
-                    logits = extra_keys @ q[b, h * case.group + g, t] * scale
+                    query, narrow = q[b, h * case.group + g, t], eager or torch.float64
+                    logits = extra_keys.to(narrow) @ query.to(narrow) * scale
                     if case.softcap is not None:
                         logits = case.softcap * torch.tanh(logits / case.softcap)
-                    out[b, h * case.group + g, t] = (logits + bonus).softmax(0) @ extra_values
+                    weights = (logits + bonus.to(narrow)).softmax(0)
+                    out[b, h * case.group + g, t] = (weights @ extra_values.to(narrow)).double()
     return out
 
 

@@ -44,12 +44,19 @@ def attend(q, layer, **options):
     return headkv.ragged_extend(q, layer, backend="triton", **options)
 
 
-def assert_close(got, want, dtype):
-    """Off by one rounding of the output to its dtype, and float32 sums inside."""
+def assert_close(got, want, dtype, slack=0.0):
+    """Off by one rounding of the output to its dtype, and float32 sums inside; and by `slack`."""
     got, want = got.cpu().double(), want.cpu().double()
     assert bool(got.isfinite().all())
-    bound = torch.finfo(dtype).eps * want.abs() + 4e-6 * max(1.0, float(want.abs().max()))
+    bound = torch.finfo(dtype).eps * want.abs() + 4e-6 * max(1.0, float(want.abs().max())) + slack
     assert bool(((got - want).abs() <= bound).all()), float((got - want).abs().max())
+
+
+def assert_true(got, case, q, layer):
+    """Near the truth; in 16 bits as near as PyTorch's own attention in that dtype comes."""
+    want = truth(case, q, layer)
+    eager = want if case.dtype == FP32 else truth(case, q, layer, eager=case.dtype)
+    assert_close(got, want, case.dtype, float((eager - want).abs().max()))
 
 
 @compiled
@@ -78,7 +85,7 @@ def test_equals_truth(case):
     q, layer = case.build(DEVICE)
     got = attend(q, layer, **case.options)
     assert got.dtype == q.dtype
-    assert_close(got, truth(case, q, layer), case.dtype)
+    assert_true(got, case, q, layer)
 
 
 MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(25)), dim=32, gaps=False)
@@ -257,6 +264,57 @@ def test_steps_in_a_row():
         assert_close(got, headkv.ragged_decode(q, layer, scale=0.2, backend="reference"), FP32)
 
 
+STEPS = [case for case in CASES + WIDE if case.tokens == 1]
+
+
+@device
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+def test_fused_steps(case):
+    """Append and attention in one launch, again and again until no row has room: as append, then the truth."""
+    q, layer = case.build(DEVICE)
+    kernels, options = backend.kernels(), case.options | {"scale": case.scale or case.dim**-0.5}
+    rows, tickets = backend.rows_of(layer), backend.kernels().new_tickets(backend.rows_of(layer))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        same = RaggedLayer.from_snapshot(layer.snapshot())
+        new = torch.randn(2, *layer.start.view(len(case.lengths), -1).shape, 2, case.dim, generator=generator)
+        keys, values = new.to(DEVICE, case.dtype)[..., 1, :]
+        seen = torch.tensor([layer.seen], device=DEVICE)
+        kernels.ragged_append(
+            backend.rows_of(same), same.capacity, keys[:, :, None], values[:, :, None], seen=seen
+        )
+        same.seen += 1
+        step = (q[:, :, 0], keys, values, rows, layer.capacity, tickets, seen)
+        got = kernels.ragged_step(*step, **options)
+        layer.seen += 1
+        for name in ("keys", "values", "positions", "length"):
+            mine, wanted = getattr(layer, name), getattr(same, name)
+            torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)
+        assert not tickets.any()
+        assert_true(got[:, :, None], case, q, layer)
+    assert torch.equal(layer.length, layer.capacity)
+
+
+@device
+@pytest.mark.parametrize("programs", [1, 2, 5, 200])
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+def test_any_cut_of_a_fused_step(programs, warps):
+    """The same, however the entries are cut and however many warps take entries of their own."""
+    case = Case("cut", ((1, 700, 0, 33, 64), (40, 2, 1, 5, 9)), group=3, dtype=FP16, gaps=False)
+    q, layer = case.build(DEVICE)
+    kernels, rows = backend.kernels(), backend.rows_of(layer)
+    config = kernels.DecodeConfig(programs, 16 * warps, warps=warps)
+    keys, values = torch.randn(2, 2, 5, 64, device=DEVICE).to(FP16)
+    tickets, seen = kernels.new_tickets(rows), torch.tensor([layer.seen], device=DEVICE)
+    q_now = q[:, :, 0]
+    got = kernels.ragged_step(
+        q_now, keys, values, rows, layer.capacity, tickets, seen, scale=0.125, config=config
+    )
+    layer.seen += 1
+    assert_true(got[:, :, None], case, q, layer)
+    assert not tickets.any()
+
+
 SMALL = Case("small", ((5, 9),))
 BAD = {
     "q of another D": (lambda k, q, r: k.ragged_decode(q[..., :8], r, scale=1.0), ValueError, r"q must have shape \[B, HQ, 64\]"),
@@ -281,6 +339,10 @@ BAD = {
     "append of another D": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None, :8], q[:, :2, None, :8], seen=0), ValueError, "keys must have shape"),
     "append of another dtype": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None].half()] * 2, seen=0), TypeError, "keys must be torch.float32"),
     "append elsewhere": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None], q[:, :2, None].to("meta"), seen=0), TypeError, "values must be torch.float32 on"),
+    "step with keys of another dtype": (lambda k, q, r: k.ragged_step(q, *[q[:, :2].half()] * 2, r, r.length, k.new_tickets(r), r.length[:1], scale=1.0), TypeError, "new_keys must be torch.float32"),
+    "step with keys of T 1": (lambda k, q, r: k.ragged_step(q, *[q[:, :2, None]] * 2, r, r.length, k.new_tickets(r), r.length[:1], scale=1.0), ValueError, r"new_keys must have shape \[1, 2, 64\]"),
+    "step with a number seen": (lambda k, q, r: k.ragged_step(q, *[q[:, :2]] * 2, r, r.length, k.new_tickets(r), r.length, scale=1.0), ValueError, r"seen must be int64 \[1\]"),
+    "step with too few tickets": (lambda k, q, r: k.ragged_step(q, *[q[:, :2]] * 2, r, r.length, k.new_tickets(r)[1:], r.length[:1], scale=1.0), ValueError, r"tickets must be int32 \[3\]"),
     "valid of ints": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None]] * 2, seen=0, valid=torch.ones(1, 1)), ValueError, "valid must be bool"),
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decode, "device_traits", lambda device: (100, request.param >= 90))
     stands = {}
     for module, names in (
-        (decode, ("decode_shares", "combine_segments")),
+        (decode, ("decode_shares",)),
         (extend, ("extend_rows",)),
         (append, ("append_rows",)),
     ):
@@ -103,6 +103,8 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         where = torch.arange(tokens).expand(2, tokens)
         if tokens == 1:
             kernels().ragged_decode(q[:, :, 0], rows, query_positions=where[:, 0], **options)
+            step = (*layer.keys.new_zeros(2, 2, 2, case.dim), rows, layer.capacity, kernels().new_tickets(rows))
+            kernels().ragged_step(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
             kernels().ragged_extend(q, rows, query_positions=where, **options)
@@ -114,5 +116,5 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         for compiled in launch.compiled:
             assert compiled.metadata.shared <= SHARED, f"{name} needs {compiled.metadata.shared} bytes"
             assert "tf32" not in compiled.asm["ptx"], f"{name} rounds float32 to tf32"
-    (decode,) = launches["decode_shares"].compiled
-    assert "cp.async.cg.shared.global" in decode.asm["ptx"], "keys and values are copied 16 bytes at a time"
+    for decode in launches["decode_shares"].compiled:
+        assert "cp.async.cg.shared.global" in decode.asm["ptx"], "keys and values are copied 16 bytes at a time"

@@ -1,4 +1,5 @@
-"""Triton kernels for attention over a ragged KV cache: `ragged_decode`, `ragged_extend`, `ragged_append`.
+"""Triton kernels for attention over a ragged KV cache: `ragged_decode`, `ragged_step`,
+`ragged_extend`, `ragged_append`.
 
 They run compiled on a CUDA device, and on a CPU in Triton's interpreter when `TRITON_INTERPRET=1` was set
 before Triton was first imported. Nothing here waits for the device: lengths are read where they are, so all
@@ -6,8 +7,16 @@ can be captured in a CUDA graph.
 """
 
 from headkv_kernels.append import ragged_append
-from headkv_kernels.decode import DecodeConfig, ragged_decode
+from headkv_kernels.decode import DecodeConfig, new_tickets, ragged_decode, ragged_step
 from headkv_kernels.extend import ragged_extend
 from headkv_kernels.rows import Rows
 
-__all__ = ["DecodeConfig", "Rows", "ragged_append", "ragged_decode", "ragged_extend"]
+__all__ = [
+    "DecodeConfig",
+    "Rows",
+    "new_tickets",
+    "ragged_append",
+    "ragged_decode",
+    "ragged_extend",
+    "ragged_step",
+]

@@ -1,4 +1,4 @@
-"""Attention of one new token over ragged rows: checks, how the work is cut, and the two launches."""
+"""Attention of one new token over ragged rows: checks, how the work is cut, and the launch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, guard, padded
-from headkv_kernels.shares import combine_segments, decode_shares
+from headkv_kernels.rows import FUSED, INTERPRETED, Rows, check_positions, check_queries, guard, padded
+from headkv_kernels.shares import decode_shares
 
 NO_WINDOW = 2**31 - 1
 
@@ -21,10 +21,12 @@ class DecodeConfig:
 
     Attributes:
         programs: equal shares of the entries.
-        block: entries read at a time, a power of two of at least 16.
+        block: entries read at a time, a power of two of at least 16 a warp where `split`.
         stages: blocks that are in flight, plus one.
         warps: of 32 threads, a program.
-        early: start each kernel while the one before it ends (programmatic dependent launch; Hopper on).
+        early: start the kernel while the one before it ends (programmatic dependent launch; Hopper on).
+        split: each warp takes whole entries where these are of 16 bits and its registers suffice (up to 8 warps).
+        prefetch: entries that a program asks for into the L2 cache before it starts (Hopper on).
     """
 
     programs: int
@@ -32,6 +34,8 @@ class DecodeConfig:
     stages: int = 3
     warps: int = 4
     early: bool = False
+    split: bool = True
+    prefetch: int = 0
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
@@ -51,6 +55,12 @@ def device_traits(device: torch.device) -> tuple[int, bool]:
     return traits.multi_processor_count, traits.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
 
 
+def new_tickets(rows: Rows) -> Tensor:
+    """`[rows + 1]` int32 zeros: where the programs of a launch over these rows count what is done. They are
+    zero again after every launch; launches that may run at the same time need tickets of their own."""
+    return torch.zeros(rows.number + 1, dtype=torch.int32, device=rows.keys.device)
+
+
 def ragged_decode(
     q: Tensor,
     rows: Rows,
@@ -59,6 +69,8 @@ def ragged_decode(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    tickets: Tensor | None = None,
+    ahead: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """One new token a sequence, already stored: it sees all of its rows. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
@@ -67,6 +79,9 @@ def ragged_decode(
         query_positions: `[B]` int, on the device; only read, and then needed, with a sliding window.
         scale, softcap: logits are `softcap * tanh(scale * q k / softcap)`.
         sliding_window: entries at a distance of `sliding_window` or more positions are not visible.
+        tickets: from `new_tickets(rows)`; default: new ones, which costs a launch more.
+        ahead: read the rows even before the launches before this one in the stream have ended. Right only
+            if none of those that may still run (kernels that let the next one start early) writes them.
         config: default: `DecodeConfig.default(rows)`.
 
     Raises:
@@ -78,32 +93,119 @@ def ragged_decode(
             raise ValueError("query_positions must be given with a sliding window, got None")
         check_positions(query_positions, (q.shape[0],), rows)
         query_positions = query_positions.contiguous()
+    tickets = new_tickets(rows) if tickets is None else check_tickets(tickets, rows)
+    new = (None, 0, 0, None, 0, 0, None)
+    options = (scale, sliding_window, softcap)
+    return _launch(q, rows, group, None, query_positions, tickets, new, options, ahead, config)
+
+
+def ragged_step(
+    q: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    rows: Rows,
+    capacity: Tensor,
+    tickets: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    ahead: bool = False,
+    config: DecodeConfig | None = None,
+) -> Tensor:
+    """`ragged_append` of one token and `ragged_decode` in one launch. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
+
+    Args:
+        new_keys, new_values: `[B, H, D]` in the dtype of the pools; any strides, but 1 along D.
+        rows: `rows.length` grows by one, in place, except for rows without room: these lose the token.
+        capacity: `[rows]` int64, slots that each row owns; contiguous.
+        tickets: from `new_tickets(rows)`.
+        seen: `[1]` int64 on the device, the position of the new token; only read.
+        scale, softcap, sliding_window, ahead, config: as in `ragged_decode`.
+
+    Raises:
+        ValueError, TypeError: before anything is launched.
+    """
+    group = check_queries(q, rows, 3, scale, sliding_window, softcap)
+    device, shape = rows.keys.device, (q.shape[0], rows.number // q.shape[0], rows.dim)
+    for name, new in (("new_keys", new_keys), ("new_values", new_values)):
+        if new.dtype != rows.keys.dtype or new.device != device:
+            raise TypeError(
+                f"{name} must be {rows.keys.dtype} on {device} like the pools, got {new.dtype} on {new.device}"
+            )
+        if new.shape != shape or new.stride(2) != 1:
+            got = f"{list(new.shape)} with strides {list(new.stride())}"
+            raise ValueError(f"{name} must have shape {list(shape)} and stride 1 along D, got {got}")
+    for name, tensor, number in (("capacity", capacity, rows.number), ("seen", seen, 1)):
+        if tensor.dtype != torch.int64 or tensor.shape != (number,) or tensor.device != device:
+            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be int64 [{number}] on {device}, got {got}")
+    if not capacity.is_contiguous():
+        raise ValueError(f"capacity must be contiguous, got strides {list(capacity.stride())}")
+    check_tickets(tickets, rows)
+    new = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
+    options = (scale, sliding_window, softcap)
+    return _launch(q, rows, group, capacity, None, tickets, new, options, ahead, config)
+
+
+def check_tickets(tickets: Tensor, rows: Rows) -> Tensor:
+    """Tickets that fit these rows."""
+    size, device = (rows.number + 1,), rows.keys.device
+    if tickets.dtype != torch.int32 or tickets.shape != size or tickets.device != device:
+        got = f"{tickets.dtype} {list(tickets.shape)} on {tickets.device}"
+        raise ValueError(f"tickets must be int32 {list(size)} on {device}, got {got}")
+    return tickets
+
+
+def _launch(
+    q: Tensor,
+    rows: Rows,
+    group: int,
+    capacity: Tensor | None,
+    query_positions: Tensor | None,
+    tickets: Tensor,
+    new: tuple[Tensor | int | None, ...],
+    options: tuple[float, int | None, float | None],
+    ahead: bool,
+    config: DecodeConfig | None,
+) -> Tensor:
     config = config or DecodeConfig.default(rows)
-    segments = config.programs + rows.number
+    scale, window, softcap = options
+    dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
+    size = rows.keys.element_size()
+    narrow = size == 2 and q.dtype == rows.keys.dtype
+    parts = config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
+    heads = padded(group, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial = torch.empty((segments, group, rows.dim), dtype=torch.float32, device=q.device)
-    lse = torch.empty((segments, group), dtype=torch.float32, device=q.device)
-    line = (rows.length, rows.sinks, rows.recent, rows.count, rows.number, sliding_window or NO_WINDOW)
-    shape = {"PAD": padded(rows.number), "G": group, "D": rows.dim, "D_PAD": padded(rows.dim)}
-    shape |= {"COMPENSATE": rows.count is not None, "EARLY": config.early}
-    launch = FUSED | ({"launch_pdl": True} if config.early else {})  # not all targets know launch_pdl
+    # Of every segment an output and, behind all outputs, a log-sum-exp.
+    partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
     with guard(q):
         decode_shares[(config.programs,)](
-            *line,
+            *(rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number, window or NO_WINDOW),
             *(q, q.stride(0), q.stride(1), query_positions, rows.number // q.shape[0]),
-            *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum),
-            *(partial, lse, scale, softcap or 1.0),
-            **shape,
-            G_PAD=padded(group),
+            *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum, tickets),
+            *(*new, partial, out, scale, softcap or 1.0),
+            PAD=padded(rows.number),
+            G=group,
+            G_PAD=group_pad,
+            HEADS=heads,
+            D=dim,
+            D_PAD=dim_pad,
+            PARTS=parts,
             BLOCK=config.block,
             STAGES=config.stages,
+            COMBINE=max(1, 4096 * config.warps // (heads * dim_pad)),
+            THREADS=32 * config.warps,
+            PREFETCH=0 if INTERPRETED or dim * size % 16 else config.prefetch,
             OPERAND=rows.operand(q),
-            SLIDING=sliding_window is not None,
+            COMPENSATE=rows.count is not None,
+            SLIDING=window is not None,
             SOFTCAP=softcap is not None,
+            APPEND=capacity is not None,
+            EARLY=config.early,
+            AHEAD=config.early and ahead,
             num_warps=config.warps,
-            **launch,
-        )
-        combine_segments[(rows.number * group,)](
-            *line, partial, lse, out, config.programs, **shape, BLOCK=32, num_warps=4, **launch
+            **FUSED | ({"launch_pdl": True} if config.early else {}),  # not all targets know launch_pdl
         )
     return out

@@ -121,7 +121,7 @@ def extend_rows(
     block_early = tl.maximum(block_early, 0)
     block_late = tl.maximum(block_late, block_first + block_early)  # an entry comes once
 
-    top, total, acc = start_softmax(M, D_PAD)
+    top, total, acc = start_softmax(0, M, D_PAD)
     for i in tl.range(0, (block_early + block_end - block_late).to(tl.int32), BLOCK, num_stages=STAGES):
         at = i + n
         entry = tl.where(at < block_early, block_first + at, block_late + at - block_early)

@@ -1,35 +1,61 @@
-"""Decode's two kernels: equal shares of the entries for every program, then one combine.
+"""Decode in one launch: equal shares of the entries for every program, and a combine by whoever comes last.
 
 The visible entries of all rows, one row after another, make one long line. It is cut into equal shares, one
 for each program: many programs share a long row, and one program may serve many short rows (the idea of
 stream-K, arXiv 2301.03598). Each program finds its place by a running sum over the row lengths, which it
-reads itself. What it computes for one row is a segment; the segments of a row are then combined by their
-log-sum-exp.
+reads itself. What it computes for one row is a segment. Programs count what they finished of a row on the
+row's ticket, and the one that completes the row combines its segments by their log-sum-exp: nobody waits for
+another program, so none need run at the same time.
 """
 
 import triton
 import triton.language as tl
 
-from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
+from headkv_kernels.softmax import (
+    add_block, add_entry, base_two, load_entries, merge_parts, spans, start_softmax, write_result,
+)  # fmt: skip
 
-UNIT = tl.constexpr(16)  # shares are whole units, so that segments begin at multiples of 16 entries
+UNIT = tl.constexpr(4)  # shares are whole units of entries
 
 
 @triton.jit
-def units_of_rows(length, sinks, recent, count, rows, window, PAD: tl.constexpr, COMPENSATE: tl.constexpr):
-    """How much of the line each row is, `[PAD]` int32. A compensation entry is one more, the row's last.
+def plan_rows(
+    length, sinks, recent, count, capacity, rows, window,
+    PAD: tl.constexpr, COMPENSATE: tl.constexpr, APPEND: tl.constexpr,
+):  # fmt: skip
+    """`[PAD]` thrice: the entries of each row with the new one, whether it has room for that, and its units.
 
     Positions grow by one or more an entry, so only a row's last `window` entries can be in a sliding window.
+    A compensation entry is one more, the row's last. Every row has a unit, so that someone writes its output.
     """
     r = tl.arange(0, PAD)
     n = tl.load(length + r, mask=r < rows, other=0)
     s = tl.load(sinks + r, mask=r < rows, other=0)
     w = tl.load(recent + r, mask=r < rows, other=0)
+    grown = tl.zeros([PAD], tl.int32)
+    if APPEND:
+        grown = (n < tl.load(capacity + r, mask=r < rows, other=0)).to(tl.int32)
+        n += grown
     early, late = spans(tl.maximum(n - window, 0), n, s, w)
     visible = early + n - late
     if COMPENSATE:
         visible += (tl.load(count + r, mask=r < rows, other=-1) >= 0).to(tl.int64)
-    return tl.cdiv(visible, UNIT).to(tl.int32)
+    units = tl.maximum(tl.cdiv(visible, UNIT), 1)
+    return n, grown, tl.where(r < rows, units, 0).to(tl.int32)
+
+
+@triton.jit
+def ask_for(pool, slots, number, D: tl.constexpr):
+    """Fetch `number` entries from each of the slots on into the L2 cache; none where it is 0 or less."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [(pool + slots * D).to(tl.int64), number * (D * pool.dtype.element_ty.primitive_bitwidth // 8)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -48,52 +74,140 @@ def sums_outside(
 
 
 @triton.jit
-def decode_shares(
-    length, sinks, recent, count, rows, window, q, q_batch, q_head, query_positions, heads,
-    keys, values, positions, start, key_sum, value_sum, partial, lse, scale, softcap,
-    PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, COMPENSATE: tl.constexpr,
-    EARLY: tl.constexpr, G_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    OPERAND: tl.constexpr, SLIDING: tl.constexpr, SOFTCAP: tl.constexpr,
+def combine_row(
+    partial, lse, out, row, first, last, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One share: for each row that it touches, a normalised output `[G, D]` and its log-sum-exp `[G]`."""
-    program = tl.program_id(0)
-    r, g, d, n = tl.arange(0, PAD), tl.arange(0, G_PAD), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
+    """A row's output from the segments of the programs `first .. last`, each weighted by 2**lse."""
+    n, g, d = tl.arange(0, BLOCK), tl.arange(0, HEADS), tl.arange(0, D_PAD)
+    top = tl.full([HEADS], -float("inf"), tl.float32)
+    total, acc = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D_PAD], tl.float32)
+    for program in range(first, last, BLOCK):
+        here = (program + n < last)[:, None] & (g < G)[None, :]
+        at = (program + n + row)[:, None] * G + g[None, :]  # [BLOCK, HEADS]
+        # Not from the L1 cache, which does not see what other multiprocessors write.
+        real = here[:, :, None] & (d < D)[None, None, :]
+        parts = tl.load(
+            partial + at[:, :, None] * D + d[None, None, :], mask=real, other=0.0, cache_modifier=".cg"
+        )
+        part_lse = tl.load(lse + at, mask=here, other=-float("inf"), cache_modifier=".cg")
+        top_now = tl.maximum(top, tl.max(part_lse, 0))
+        base = tl.where(top_now == -float("inf"), 0.0, top_now)
+        weight, shrink = tl.exp2(part_lse - base[None, :]), tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink[:, None] + tl.sum(parts * weight[:, :, None], 0)
+        top = top_now
+    write_result(out, row, total, acc, G, D)
+
+
+@triton.jit
+def decode_shares(
+    length, sinks, recent, count, capacity, rows, window, q, q_batch, q_head, query_positions, heads,
+    keys, values, positions, start, key_sum, value_sum, tickets,
+    new_keys, k_batch, k_head, new_values, v_batch, v_head, seen, partial, out, scale, softcap,
+    PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    COMBINE: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, OPERAND: tl.constexpr,
+    COMPENSATE: tl.constexpr, SLIDING: tl.constexpr, SOFTCAP: tl.constexpr, APPEND: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One share. With `PARTS`, so many warps take entries of their own and meet only at a segment's end."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    r, g, d = tl.arange(0, PAD), tl.arange(0, G_PAD), tl.arange(0, D_PAD)
+    n = tl.arange(0, BLOCK)
+    if PARTS:
+        n = tl.reshape(n, (PARTS, BLOCK // PARTS))
     real = (g < G)[:, None] & (d < D)[None, :]
-    if EARLY:  # what is read below may still be being written by the kernel before this one
-        tl.extra.cuda.gdc_wait()
+    lse = partial + (programs + rows) * G * D
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    units = units_of_rows(length, sinks, recent, count, rows, window, PAD, COMPENSATE)
+        if not AHEAD:
+            tl.extra.cuda.gdc_wait()
+    lengths, grown, units = plan_rows(
+        length, sinks, recent, count, capacity, rows, window, PAD, COMPENSATE, APPEND
+    )
     ends = tl.cumsum(units, 0)
-    share = tl.cdiv(tl.sum(units), tl.num_programs(0))
+    share = tl.cdiv(tl.sum(units), programs)
     unit = program * share
     stop = tl.minimum(unit + share, tl.sum(units))
+    if APPEND:
+        tl.debug_barrier()  # all threads of this program have read the lengths
+        arrived = tl.atomic_add(tickets + rows, 1)
+    if PREFETCH > 0:  # what the row of the share's beginning has of it
+        each: tl.constexpr = (PREFETCH + THREADS - 1) // THREADS
+        row = tl.sum((ends <= unit).to(tl.int32))
+        if row < rows:
+            row_begin = tl.sum(tl.where(r < row, units, 0))
+            entries = tl.sum(tl.where(r == row, lengths, 0))
+            first = tl.maximum(entries - window, 0)
+            early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
+            begin = (unit - row_begin) * UNIT
+            end = tl.minimum(early + entries - late, (stop - row_begin) * UNIT).to(tl.int32)
+            at = begin + tl.arange(0, THREADS) * each
+            slots = tl.load(start + row) + tl.where(at < early, first + at, late + at - early)
+            number = tl.minimum(tl.minimum(end, begin + PREFETCH) - at, each)
+            ask_for(keys, slots, number, D)
+            ask_for(values, slots, number, D)
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
+    if APPEND:
+        if arrived == programs - 1:  # every program has read the lengths
+            tl.store(length + r, lengths, mask=r < rows)
+            tl.store(tickets + rows, 0)
+
     while unit < stop:
         row = tl.sum((ends <= unit).to(tl.int32))
         row_end = tl.sum(tl.where(r == row, ends, 0))
         row_begin = row_end - tl.sum(tl.where(r == row, units, 0))
         segment_end = tl.minimum(row_end, stop)
 
-        batch, head = row // heads, row % heads
-        query = q + batch.to(tl.int64) * q_batch + (head * G + g)[:, None] * q_head + d[None, :]
+        batch, head = (row // heads).to(tl.int64), row % heads
+        query = q + batch * q_batch + (head * G + g)[:, None] * q_head + d[None, :]
         query = tl.load(query, mask=real, other=0.0).to(OPERAND)  # [G_PAD, D_PAD]
-        base, entries = tl.load(start + row), tl.load(length + row)
+        queries = query
+        if PARTS:
+            queries = tl.broadcast_to(query[None, :, :], (PARTS, G_PAD, D_PAD))
+        base, entries = tl.load(start + row), tl.sum(tl.where(r == row, lengths, 0))
         first = tl.maximum(entries - window, 0)
         early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
         begin = (unit - row_begin) * UNIT
         end = tl.minimum(early + entries - late, (segment_end - row_begin) * UNIT).to(tl.int32)
-        top, total, acc = start_softmax(G_PAD, D_PAD)
+        if APPEND:  # the new entry, the last one visible, comes from where it was made, not from the pools
+            grown_here = tl.sum(tl.where(r == row, grown, 0))
+            end = tl.minimum(end, (early + entries - late).to(tl.int32) - grown_here)
+        top, total, acc = start_softmax(PARTS, G_PAD, D_PAD)
         for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
-            at = i + n
+            at = i + n  # [BLOCK], or [PARTS, BLOCK // PARTS]
             visible = at < end
             slots = base + tl.where(at < early, first + at, late + at - early)
             k = load_entries(keys, slots, visible, D, D_PAD, OPERAND)
             v = load_entries(values, slots, visible, D, D_PAD, OPERAND)
             if SLIDING:
+                if APPEND:
+                    query_position = tl.load(seen)
+                else:
+                    query_position = tl.load(query_positions + batch)
                 position = tl.load(positions + slots, mask=visible, other=0)
-                visible = visible & (tl.load(query_positions + batch) - position < window)
-            logits = base_two(tl.dot(query, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP)
-            logits = tl.where(visible[None, :], logits, -float("inf"))
+                visible = visible & (query_position - position < window)
+            k = tl.permute(k, (0, 2, 1)) if PARTS else tl.trans(k)
+            logits = tl.dot(queries, k, input_precision="ieee") * scale
+            logits = tl.where(
+                tl.expand_dims(visible, -2), base_two(logits, softcap, SOFTCAP), -float("inf")
+            )
             top, total, acc = add_block(logits, v, top, total, acc)
+        if PARTS:
+            top, total, acc = merge_parts(top, total, acc)
+        if APPEND:
+            if (segment_end == row_end) & (grown_here > 0):
+                new_key = tl.load(new_keys + batch * k_batch + head * k_head + d, mask=d < D, other=0.0)
+                new_value = tl.load(new_values + batch * v_batch + head * v_head + d, mask=d < D, other=0.0)
+                slot = base + entries - 1
+                tl.store(keys + slot * D + d, new_key, mask=d < D)
+                tl.store(values + slot * D + d, new_value, mask=d < D)
+                tl.store(positions + slot, tl.load(seen).to(tl.int32))
+                logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+                logit = base_two(logit, softcap, SOFTCAP)
+                top, total, acc = add_entry(logit, new_value.to(tl.float32)[None, :], top, total, acc)
         if COMPENSATE:
             dropped = tl.load(count + row)
             if (segment_end == row_end) & (dropped >= 0):
@@ -107,42 +221,19 @@ def decode_shares(
                     logit = base_two(logit, softcap, SOFTCAP) + tl.log2(number)
                     top, total, acc = add_entry(logit, (value / number)[None, :], top, total, acc)
 
-        segment = program + row  # grows by one or more from segment to segment, so none share it
-        weight = tl.where(total > 0, total, 1.0)
-        tl.store(lse + segment * G + g, tl.where(total > 0, top + tl.log2(weight), -float("inf")), mask=g < G)
-        tl.store(partial + (segment * G + g)[:, None] * D + d[None, :], acc / weight[:, None], mask=real)
+        if (unit == row_begin) & (segment_end == row_end):  # the whole row
+            write_result(out, row, total, acc, G, D)
+        else:
+            at = (program + row) * G + g  # segments are numbered by program + row: none share a number
+            weight = tl.where(total > 0, total, 1.0)
+            tl.store(lse + at, tl.where(total > 0, top + tl.log2(weight), -float("inf")), mask=g < G)
+            tl.store(partial + at[:, None] * D + d[None, :], acc / weight[:, None], mask=real)
+            tl.debug_barrier()  # all threads have stored before one of them counts
+            done = tl.atomic_add(tickets + row, segment_end - unit, sem="acq_rel")
+            if done + segment_end - unit == row_end - row_begin:
+                combine_row(
+                    partial, lse, out, row, row_begin // share, tl.cdiv(row_end, share),
+                    G, D, HEADS, D_PAD, COMBINE,
+                )  # fmt: skip
+                tl.store(tickets + row, 0)
         unit = segment_end
-
-
-@triton.jit
-def combine_segments(
-    length, sinks, recent, count, rows, window, partial, lse, out, programs,
-    PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, COMPENSATE: tl.constexpr,
-    EARLY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One query head: the segments of its row, each weighted by 2**lse. A row without entries gives 0."""
-    row, g = tl.program_id(0) // G, tl.program_id(0) % G
-    r, d, n = tl.arange(0, PAD), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
-    units = units_of_rows(length, sinks, recent, count, rows, window, PAD, COMPENSATE)
-    share = tl.maximum(tl.cdiv(tl.sum(units), programs), 1)
-    begin = tl.sum(tl.where(r < row, units, 0))
-    end = begin + tl.sum(tl.where(r == row, units, 0))
-    last = tl.where(end > begin, tl.cdiv(end, share), 0)  # the row's programs are begin // share .. last
-    if EARLY:  # the lengths above were written before decode_shares let this kernel start
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    top, total, acc = -float("inf"), 0.0, tl.zeros([D_PAD], tl.float32)
-    for program in range(begin // share, last, BLOCK):
-        here = program + n < last
-        segment = (program + n + row) * G + g
-        part_lse = tl.load(lse + segment, mask=here, other=-float("inf"))
-        real = here[:, None] & (d < D)[None, :]
-        part = tl.load(partial + segment[:, None] * D + d[None, :], mask=real, other=0.0)
-        top_now = tl.maximum(top, tl.max(part_lse))
-        base = tl.where(top_now == -float("inf"), 0.0, top_now)
-        weight, shrink = tl.exp2(part_lse - base), tl.exp2(top - base)
-        total = total * shrink + tl.sum(weight)
-        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
-        top = top_now
-    result = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + tl.program_id(0) * D + d, result.to(out.dtype.element_ty), mask=d < D)

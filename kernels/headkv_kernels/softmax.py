@@ -21,27 +21,33 @@ def base_two(logit, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def start_softmax(M: tl.constexpr, D_PAD: tl.constexpr):
-    """A running softmax over no entry at all."""
-    top = tl.full([M], -float("inf"), tl.float32)
-    return top, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
+def start_softmax(PARTS: tl.constexpr, M: tl.constexpr, D_PAD: tl.constexpr):
+    """`PARTS` running softmaxes over no entry at all; without that dimension for 0."""
+    if PARTS == 0:
+        top = tl.full([M], -float("inf"), tl.float32)
+        return top, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
+    else:
+        top = tl.full([PARTS, M], -float("inf"), tl.float32)
+        return top, tl.zeros([PARTS, M], tl.float32), tl.zeros([PARTS, M, D_PAD], tl.float32)
 
 
 @triton.jit
 def raise_top(logit, top, total, acc):
-    """Measure weights from a new largest `logit` `[M]`; returns what logits lose, and the softmax."""
+    """Measure weights from a new largest `logit`; returns what logits lose, and the softmax."""
     top_now = tl.maximum(top, logit)
     base = tl.where(top_now == -float("inf"), 0.0, top_now)  # nothing visible yet: -inf - -inf would be NaN
     shrink = tl.exp2(top - base)
-    return base, top_now, total * shrink, acc * shrink[:, None]
+    return base, top_now, total * shrink, acc * tl.expand_dims(shrink, -1)
 
 
 @triton.jit
 def add_block(logits, values, top, total, acc):
-    """Take in N entries: `logits` `[M, N]`, -inf where not visible, and `values` `[N, D]`."""
-    base, top, total, acc = raise_top(tl.max(logits, 1), top, total, acc)
-    weights = tl.exp2(logits - base[:, None])
-    return top, total + tl.sum(weights, 1), add_product(weights, values, acc)
+    """Take in N entries: `logits` `[M, N]`, -inf where not visible, and `values` `[N, D]`. Weights meet the
+    values in the dtype of these, as they do in PyTorch's own attention."""
+    base, top, total, acc = raise_top(tl.max(logits, -1), top, total, acc)
+    weights = tl.exp2(logits - tl.expand_dims(base, -1))
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return top, total + tl.sum(weights, -1), acc
 
 
 @triton.jit
@@ -53,24 +59,56 @@ def add_entry(logit, value, top, total, acc):
 
 
 @triton.jit
-def add_product(weights, values, acc):
-    """`acc + weights @ values` as if in float32: 16-bit values meet the weights in two 16-bit parts, as one
-    part alone would leave a bfloat16 weight only 8 bits."""
-    if values.dtype == tl.float32:
-        acc = tl.dot(weights, values, acc, input_precision="ieee")
+def merge_parts(top, total, acc):
+    """One running softmax out of several, `[PARTS, M]`, `[PARTS, M]` and `[PARTS, M, D]`."""
+    merged = tl.max(top, 0)
+    base = tl.where(merged == -float("inf"), 0.0, merged)
+    shrink = tl.exp2(top - base[None, :])
+    return merged, tl.sum(total * shrink, 0), sum_parts(acc * shrink[:, :, None])
+
+
+@triton.jit
+def sum_parts(acc):
+    """`[PARTS, M, D]` summed to `[M, D]`, by halves: a reduction across warps would shuffle every number."""
+    acc = tl.permute(acc, (1, 2, 0))
+    M: tl.constexpr = acc.shape[0]
+    D: tl.constexpr = acc.shape[1]
+    if acc.shape[2] == 2:
+        a, b = tl.split(acc)
+        return a + b
+    elif acc.shape[2] == 4:
+        a, b = tl.split(tl.reshape(acc, (M, D, 2, 2)))
+        c, e = tl.split(a + b)
+        return c + e
     else:
-        large = weights.to(values.dtype)
-        small = (weights - large.to(tl.float32)).to(values.dtype)
-        acc = tl.dot(small, values, tl.dot(large, values, acc))
-    return acc
+        tl.static_assert(acc.shape[2] == 8)
+        a, b = tl.split(tl.reshape(acc, (M, D, 2, 2, 2)))
+        a, b = tl.split(a + b)
+        c, e = tl.split(a + b)
+        return c + e
+
+
+@triton.jit
+def write_result(out, row, total, acc, G: tl.constexpr, D: tl.constexpr):
+    """`out[row]` `[G, D]` from a finished softmax; 0 if it saw no entry."""
+    M: tl.constexpr = acc.shape[0]
+    D_PAD: tl.constexpr = acc.shape[1]
+    g, d = tl.arange(0, M), tl.arange(0, D_PAD)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    target = out + (row.to(tl.int64) * G + g[:, None]) * D + d[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def load_entries(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND: tl.constexpr):
-    """`[N, D_PAD]`: the pool's slots `[N]` int64, 0 where not `here` and beyond D."""
+    """`[..., D_PAD]`: the pool's slots `[...]` int64, 0 where not `here` and beyond D."""
     d = tl.arange(0, D_PAD)
-    pointers = pool + slots[:, None] * D + d[None, :]
-    return tl.load(pointers, mask=here[:, None] & (d < D)[None, :], other=0.0).to(OPERAND)
+    if len(slots.shape) == 1:
+        d = d[None, :]
+    else:
+        d = d[None, None, :]
+    pointers = pool + tl.expand_dims(slots, -1) * D + d
+    return tl.load(pointers, mask=tl.expand_dims(here, -1) & (d < D), other=0.0).to(OPERAND)
 
 
 @triton.jit
