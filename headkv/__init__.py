@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from headkv import widgets as widgets
     from headkv.attention import ragged_decode as ragged_decode
     from headkv.attention import ragged_extend as ragged_extend
+    from headkv.attention import ragged_step as ragged_step
     from headkv.cache import RaggedLayer as RaggedLayer
     from headkv.heads import HeadProfile as HeadProfile
+    from headkv.integrations.graph import DecodeGraph as DecodeGraph
     from headkv.integrations.huggingface import RaggedCache as RaggedCache
     from headkv.integrations.session import compress as compress
     from headkv.methods import AdaKV as AdaKV
@@ -29,11 +31,12 @@ if TYPE_CHECKING:
     from headkv.scorers import SnapKVScorer as SnapKVScorer
 
 _HOME = {
-    **dict.fromkeys(("ragged_decode", "ragged_extend"), "headkv.attention"),
+    **dict.fromkeys(("ragged_decode", "ragged_extend", "ragged_step"), "headkv.attention"),
     "RaggedLayer": "headkv.cache",
     "HeadProfile": "headkv.heads",
     "RaggedCache": "headkv.integrations.huggingface",
     "compress": "headkv.integrations.session",
+    "DecodeGraph": "headkv.integrations.graph",
     **dict.fromkeys(("AdaKV", "DuoAttention", "FullCache", "HeadKV", "PyramidKV"), "headkv.methods"),
     **dict.fromkeys(("RandomHeads", "RazorAttention", "SnapKV", "StreamingLLM"), "headkv.methods"),
     "load_smollm2": "headkv.models",

@@ -1,5 +1,5 @@
 """Attention over a ragged layer: one specification, several equal backends."""
 
-from headkv.attention.api import ragged_decode, ragged_extend
+from headkv.attention.api import ragged_decode, ragged_extend, ragged_step
 
-__all__ = ["ragged_decode", "ragged_extend"]
+__all__ = ["ragged_decode", "ragged_extend", "ragged_step"]

@@ -1,15 +1,15 @@
-"""`ragged_decode` and `ragged_extend`: check the arguments once, choose the backend by name, call it."""
+"""`ragged_decode`, `ragged_step` and `ragged_extend`: check the arguments once, choose the backend by name, call it."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from headkv.cache.checks import storable
+from headkv.cache.checks import appendable, storable
 from headkv.cache.ragged import RaggedLayer
 
 Backend = Literal["auto", "reference", "rust", "triton"]
@@ -44,8 +44,58 @@ def ragged_decode(
     """
     layer = _ragged(layer)
     scale = _check(q, layer, 3, scale, sliding_window, softcap)
-    run = _backend(choose_backend(layer, backend, q.dtype)).decode
+    run = _installed(choose_backend(layer, backend, q.dtype)).decode
     return run(q, layer, scale=scale, sliding_window=sliding_window, softcap=softcap)
+
+
+def ragged_step(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer: RaggedLayer,
+    *,
+    seen: Tensor | None = None,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Store one new token a sequence, and attend over all: `layer.append` and `ragged_decode`, on a GPU in one launch.
+
+    Args:
+        q: `[B, HQ, D]`.
+        keys, values: `[B, H, D]` of the new token, in the layer's dtype.
+        seen: None, or `[1]` int64 on the device, the new token's position (backend "triton" only). Then nothing is
+            counted on the host, so that a CUDA graph can hold the call: make room by `layer.reserve` before it runs,
+            and count by `layer.advance` afterwards.
+        layer, scale, sliding_window, softcap, backend: as in `ragged_decode`.
+
+    Returns:
+        `[B, HQ, D]` in the dtype of `q`.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `ragged_decode`; the layer is unchanged then.
+    """
+    layer = _ragged(layer)
+    scale = _check(q, layer, 3, scale, sliding_window, softcap)
+    for name, new in (("keys", keys), ("values", values)):
+        if not isinstance(new, Tensor) or new.ndim != 3:
+            raise ValueError(f"{name} must have shape [B, H, D], got {list(getattr(new, 'shape', ()))}")
+    appendable(layer, keys[:, :, None], values[:, :, None])
+    name = choose_backend(layer, backend, q.dtype)
+    run = _installed(name)
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    if seen is not None:
+        if name != "triton":
+            raise ValueError(f"seen must be None with the backend {name!r}, got a tensor")
+        return run.step(q, keys, values, layer, seen=seen, **options)
+    if name != "triton":
+        layer.append(keys[:, :, None], values[:, :, None])
+        return run.decode(q, layer, **options)
+    layer.reserve(1)
+    out = run.step(q, keys, values, layer, **options)
+    layer.advance(1)
+    return out
 
 
 def ragged_extend(
@@ -82,7 +132,7 @@ def ragged_extend(
     elif query_positions.shape != (q.shape[0], tokens) or query_positions.dtype.is_floating_point:
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
         raise ValueError(f"query_positions must be int of shape [{q.shape[0]}, {tokens}], got {got}")
-    run = _backend(choose_backend(layer, backend, q.dtype)).extend
+    run = _installed(choose_backend(layer, backend, q.dtype)).extend
     return run(
         q, layer, query_positions=query_positions, scale=scale, sliding_window=sliding_window, softcap=softcap
     )
@@ -106,6 +156,14 @@ def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.d
 
 def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"headkv.attention.{name}")
+
+
+def _installed(name: str) -> ModuleType:
+    """The backend's module, or an ImportError that says how to install what it needs."""
+    module = _backend(name)
+    if name != "reference":
+        module.require()
+    return module
 
 
 def _ragged(layer: RaggedLayer) -> RaggedLayer:

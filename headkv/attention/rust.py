@@ -9,8 +9,9 @@ from torch import Tensor
 
 from headkv.cache.ragged import RaggedLayer
 from headkv.cache.rust import array, available, extension
+from headkv.cache.rust import extension as require
 
-__all__ = ["available", "decode", "extend"]
+__all__ = ["available", "decode", "extend", "require"]
 
 
 class LayerArrays(NamedTuple):

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headkv.cache.ragged import RaggedLayer
+from headkv.cache.triton import available, kernels, rows_of
+from headkv.cache.triton import kernels as require
 
-INSTALL = "pip install headkv-kernels (from a checkout: pip install -e ./kernels)"
-
-
-def available() -> bool:
-    """Whether the kernels are installed and can run: on a CUDA device, or in Triton's interpreter."""
-    installed = find_spec("headkv_kernels") is not None and find_spec("triton") is not None
-    return installed and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+__all__ = ["available", "decode", "extend", "kernels", "require", "rows_of", "step"]
 
 
 def decode(
@@ -40,8 +31,39 @@ def decode(
     last = None
     if sliding_window is not None:
         last = torch.full((q.shape[0],), layer.seen - 1, device=q.device)
-    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return kernels().ragged_decode(_storable(q), rows_of(layer), query_positions=last, **options).to(q.dtype)
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    rows = rows_of(layer)
+    out = kernels().ragged_decode(
+        _storable(q), rows, query_positions=last, tickets=_tickets(layer, rows), **options
+    )
+    return out.to(q.dtype)
+
+
+def step(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer: RaggedLayer,
+    *,
+    seen: Tensor | None = None,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One new token a sequence, stored and attended to in one launch. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
+
+    Args:
+        keys, values: `[B, H, D]` of the new token; the layer has room for it.
+        seen: `[1]` int64 on the device, the new token's position; default: `layer.seen`.
+    """
+    if seen is None:
+        seen = torch.full((1,), layer.seen, device=q.device)
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    rows, new = rows_of(layer), (_storable(keys), _storable(values))
+    out = kernels().ragged_step(
+        _storable(q), *new, rows, layer.capacity, _tickets(layer, rows), seen, **options
+    )
+    return out.to(q.dtype)
 
 
 def extend(
@@ -60,30 +82,17 @@ def extend(
         ValueError: on a layer that is not on a CUDA device.
     """
     where = query_positions.to(q.device, torch.int64)
-    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     return kernels().ragged_extend(_storable(q), rows_of(layer), query_positions=where, **options).to(q.dtype)
 
 
-@cache
-def kernels() -> ModuleType:
-    """The kernels' package.
-
-    Raises:
-        ImportError: when it, or Triton, is not installed; the message says how to install it.
-    """
-    try:
-        return importlib.import_module("headkv_kernels")
-    except ImportError as error:
-        raise ImportError(f"the triton backend needs headkv's kernels: {INSTALL}") from error
+def _tickets(layer: RaggedLayer, rows: Any) -> Tensor:
+    if layer.tickets is None:
+        layer.tickets = kernels().new_tickets(rows)
+    return layer.tickets
 
 
-def rows_of(layer: RaggedLayer) -> Any:
-    """The layer as a `headkv_kernels.Rows`: the same tensors, not copied."""
-    rows = kernels().Rows
-    return rows(**{name: getattr(layer, name) for name in rows.__dataclass_fields__})
-
-
-def _storable(q: Tensor) -> Tensor:
-    """Queries as the kernels read them: no float64, dense along D."""
-    q = q.float() if q.dtype == torch.float64 else q
-    return q if q.stride(-1) == 1 else q.contiguous()
+def _storable(x: Tensor) -> Tensor:
+    """A tensor as the kernels read it: no float64, dense along D."""
+    x = x.float() if x.dtype == torch.float64 else x
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -102,6 +102,7 @@ def gather(pools: Pools, source: Tensor) -> Pools:
 
 def scatter(pools: Pools, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
     """Write entries in place: `keys`, `values` `[m, D]` and `positions` `[m]` go to `slots` `[m]` int64, distinct."""
-    pools.keys.index_copy_(0, slots, keys)
-    pools.values.index_copy_(0, slots, values)
-    pools.positions.index_copy_(0, slots, positions)
+    with torch.inference_mode():  # pools made in that mode can only be written to in it, all others as well
+        pools.keys.index_copy_(0, slots, keys)
+        pools.values.index_copy_(0, slots, values)
+        pools.positions.index_copy_(0, slots, positions)

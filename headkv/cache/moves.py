@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headkv.cache import layout, rust
+from headkv.cache import layout, rust, triton
 from headkv.cache.layout import Pools
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def append(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | Non
     """
     if layer.device.type == "cpu" and rust.available():
         rust.append(layer, keys, values, valid)
+    elif layer.device.type == "cuda" and triton.available():
+        triton.append(layer, keys, values, valid)
     else:
         append_reference(layer, keys, values, valid)
 

@@ -52,6 +52,7 @@ class RaggedLayer:
         evicted_end: `[rows]` int64, one more than the last position that was ever dropped from the row (0: none).
         seen: logical tokens so far, also those that are no longer stored.
         rollback: hidden entries that a trimmed windowed row still holds, so that `crop` can undo as many tokens.
+        tickets: what the Triton kernels count with, made when they first run; no part of the contents.
     """
 
     _TENSORS = (
@@ -76,6 +77,7 @@ class RaggedLayer:
     num_kv_heads: int
     seen: int
     rollback: int
+    tickets: Tensor | None = None
     _free: int  # tokens that fit into every row for certain: a lower bound kept on the host, so that nothing waits
 
     # -- making one -------------------------------------------------------------------------------------------------
@@ -272,9 +274,20 @@ class RaggedLayer:
         checks.appendable(self, keys, values)
         valid = checks.valid(valid, keys)
         tokens = keys.shape[2]
-        if tokens > self._free:
-            self._make_room(tokens)
+        self.reserve(tokens)
         moves.append(self, keys, values, valid)
+        self.advance(tokens)
+
+    def reserve(self, tokens: int) -> bool:
+        """Make sure that every row has room for `tokens` more; True when the entries moved to new pools for it."""
+        if tokens <= self._free:
+            return False
+        pool = self.keys
+        self._make_room(tokens)
+        return self.keys is not pool
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a kernel has stored, on the device, in room that was reserved."""
         self.seen += tokens
         self._free -= tokens
 
@@ -311,7 +324,8 @@ class RaggedLayer:
         target = (self.start + self.sinks)[rows] + offsets
         kept = layout.gather(self.pools, target + skip[rows])
         layout.scatter(self.pools, target, *kept)
-        self.length = self.length - skip
+        with torch.inference_mode():  # in place, as a CUDA graph may hold the tensor, and whoever made it
+            self.length -= skip
 
     def _rewrite(self, capacity: Tensor, skip: Tensor | None = None) -> None:
         """Move every row into new pools with the given capacities `[rows]`, without the trimmed entries."""
@@ -381,12 +395,13 @@ class RaggedLayer:
             return
         folded = self.count[rows] >= 0
         rows, slots = rows[folded], slots[folded]
-        for some_rows, some_slots in zip(
-            rows.split(8192), slots.split(8192), strict=True
-        ):  # bounds the float32 copies
-            self.key_sum.index_add_(0, some_rows, self.keys[some_slots].float())
-            self.value_sum.index_add_(0, some_rows, self.values[some_slots].float())
-        self.count.index_add_(0, rows, torch.ones_like(rows))
+        with torch.inference_mode():  # in place, whoever made the tensors
+            for some_rows, some_slots in zip(
+                rows.split(8192), slots.split(8192), strict=True
+            ):  # bounds the float32 copies
+                self.key_sum.index_add_(0, some_rows, self.keys[some_slots].float())
+                self.value_sum.index_add_(0, some_rows, self.values[some_slots].float())
+            self.count.index_add_(0, rows, torch.ones_like(rows))
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of the text (speculative decoding's rollback).
@@ -435,6 +450,7 @@ class RaggedLayer:
             setattr(self, name, None if tensor is None else tensor[rows])
         self.start = layout.starts(self.capacity)
         self.batch_size = index.numel()
+        self.tickets = None
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""
@@ -461,6 +477,13 @@ class RaggedLayer:
         for name in self._TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
+        self.tickets = None
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything lies that a kernel reads or writes: what a recorded CUDA graph relies on."""
+        names = (*self._TENSORS, "tickets")
+        tensors = (getattr(self, name) for name in names if name != "evicted_end")
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
     @property
     def pools(self) -> Pools:
@@ -472,4 +495,4 @@ class RaggedLayer:
         self.keys, self.values, self.positions = pools
 
     def _held(self) -> list[Tensor]:
-        return [t for name in self._TENSORS if (t := getattr(self, name)) is not None]
+        return [t for name in (*self._TENSORS, "tickets") if (t := getattr(self, name)) is not None]

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from headkv.attention import dense
-from headkv.attention.api import BACKENDS, Backend, ragged_decode, ragged_extend
+from headkv.attention.api import BACKENDS, Backend, ragged_extend, ragged_step
 from headkv.cache import LayerSnapshot, RaggedLayer
 from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
@@ -54,10 +54,11 @@ class NewTokens:
 class PaddingMask:
     """What transformers says about masking a forward call, kept as it was said.
 
-    `padding` is `[B, tokens so far]` bool or None; `dense()` builds the mask that sdpa would have got.
+    `valid` is `[B, T]` bool, which of the new tokens are text, None for all; `dense()` builds the mask that sdpa would
+    have got.
     """
 
-    padding: Tensor | None
+    valid: Tensor | None
     only_causal: bool
     dense: Callable[[], Tensor | None]
 
@@ -88,6 +89,9 @@ class RaggedCacheLayer(CacheLayerMixin):
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
         self.backend, self.storage, self.chunked_prefill = backend, storage, chunked_prefill
         self.ragged: RaggedLayer | None = None
+        self.clock: Tensor | None = (
+            None  # the next token's position on the device, while a `DecodeGraph` records a step
+        )
         self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
 
     # -- the new tokens' way ----------------------------------------------------------------------------------------
@@ -126,13 +130,14 @@ class RaggedCacheLayer(CacheLayerMixin):
             self.is_initialized = True
             return out
         tokens = q.shape[2]
-        if self._observed is not None and tokens == 1:
+        if tokens == 1:
             self.finalize_prefill()
+            if valid is None:
+                new = (q[:, :, 0], keys[:, :, 0], values[:, :, 0], self.ragged)
+                return ragged_step(*new, seen=self.clock, backend=self.backend, **options)[:, :, None]
         self.ragged.append(keys, values, valid)
         if self._observed is not None:
             self._observed = self._observed.extend(q, valid)
-        if tokens == 1:
-            return ragged_decode(q[:, :, 0], self.ragged, backend=self.backend, **options)[:, :, None]
         return ragged_extend(q, self.ragged, backend=self.backend, **options)
 
     def finalize_prefill(self) -> None:
@@ -409,12 +414,11 @@ def attention_forward(
         raise ValueError(f"dropout must be 0 with a ragged cache, got {dropout}; call model.eval()")
     valid = None
     if isinstance(attention_mask, PaddingMask):
+        valid = attention_mask.valid
         if not attention_mask.only_causal:
             raise ValueError(
                 "attention_mask must be causal: masks that join blocks of tokens are not supported"
             )
-        if attention_mask.padding is not None:
-            valid = attention_mask.padding[:, -query.shape[2] :]
     elif attention_mask is not None:
         raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -431,7 +435,7 @@ def padding_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> PaddingMask:
-    """transformers' mask function "headkv": keeps the 2-D padding mask and how to build a dense one, if need be."""
+    """transformers' mask function "headkv": keeps the new tokens' padding and how to build a dense mask, if need be."""
 
     def build() -> Tensor | None:
         # Fewer keyword arguments than sdpa's own, as some came only with later releases.
@@ -444,10 +448,11 @@ def padding_mask(
             **kwargs,
         )
 
-    padding = attention_mask
-    if padding is not None:
-        padding = None if bool(padding.all()) else padding[:, :kv_length].bool()
-    return PaddingMask(padding, only_causal=not use_vmap, dense=build)
+    valid = None
+    if attention_mask is not None:
+        valid = attention_mask[:, kv_length - q_length : kv_length].bool()
+        valid = None if bool(valid.all()) else valid
+    return PaddingMask(valid, only_causal=not use_vmap, dense=build)
 
 
 AttentionInterface.register(NAME, attention_forward)

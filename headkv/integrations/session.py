@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from headkv.integrations.graph import check_device, generate_by_graph
 from headkv.integrations.huggingface import NAME, RaggedCache
 
 if TYPE_CHECKING:
@@ -15,12 +17,14 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method
 
 
-def compress(model: PreTrainedModel, method: Method, **options: Any) -> Session:
+def compress(model: PreTrainedModel, method: Method, *, cuda_graph: bool = False, **options: Any) -> Session:
     """Let `model` compress its KV cache by `method` inside a `with` block; outside it is as it was.
 
     Args:
         model: a decoder of transformers.
         method: e.g. `headkv.AdaKV(budget=0.2)`.
+        cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
+            same tokens, without the time that the host takes to launch a thousand kernels. Recording costs a few steps.
         options: of `RaggedCache.for_model`: `backend`, `headroom`, `chunked_prefill`.
 
     Returns:
@@ -30,18 +34,21 @@ def compress(model: PreTrainedModel, method: Method, **options: Any) -> Session:
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> session.cache.lengths()  # doctest: +SKIP
     """
-    return Session(model, method, options)
+    return Session(model, method, options, cuda_graph)
 
 
 class Session:
     """The `with` block of `compress`: sets the attention by name and supplies a cache to calls that bring none."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, options: dict[str, Any]):
-        self.model, self.method, self._options = model, method, options
+    def __init__(
+        self, model: PreTrainedModel, method: Method, options: dict[str, Any], cuda_graph: bool = False
+    ):
+        self.model, self.method, self._options, self._cuda_graph = model, method, options, cuda_graph
         self._cache: RaggedCache | None = None
         self._replaced: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
         self._hook: Any = None
         self._former = ""
+        self._own_generate: Any = None
 
     @property
     def cache(self) -> RaggedCache:
@@ -59,15 +66,28 @@ class Session:
         if any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks):
             raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
         former = getattr(getattr(self.model, "config", None), "_attn_implementation", "")
+        if self._cuda_graph:
+            check_device(self.model)
         RaggedCache.for_model(self.model, self.method, **self._options)  # refuses what is not supported
         self._former = former
         self._hook = self.model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        if self._cuda_graph:  # as transformers itself gives a model with a decode loop of its own that loop
+            own: Any = vars(self.model)
+            self._own_generate = own.get("generate")
+            own["generate"] = functools.partial(
+                cast(Any, self.model).generate, custom_generate=generate_by_graph
+            )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hook.remove()
+        if self._cuda_graph:
+            own: Any = vars(self.model)
+            del own["generate"]
+            if self._own_generate is not None:
+                own["generate"] = self._own_generate
         self.model.set_attn_implementation(self._former)
 
     def _supply_cache(

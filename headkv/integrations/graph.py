@@ -1,0 +1,205 @@
+"""A decode step of a whole model as one CUDA graph: recorded once, then replayed for each token by a single launch.
+
+Nothing in a step depends on the host: row lengths and the token's position are read on the device, and room for the
+token was made before. The graph is recorded anew only when rows outgrow their room and move to larger pools.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from headkv.integrations.huggingface import NAME, RaggedCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_RESERVED = 1024  # tokens that `generate` makes room for at once
+
+
+class DecodeGraph:
+    """Decode steps of `model` over `cache`, for a loop of one's own; `generate` has it by `compress(cuda_graph=True)`.
+
+    The first step runs as always, which compiles kernels and warms up libraries; the second is recorded. Both, and
+    every replay, compute the same bits.
+
+    >>> model(**prompt, past_key_values=cache)  # doctest: +SKIP
+    >>> graph = DecodeGraph(model, cache)  # doctest: +SKIP
+    >>> token = graph.step(token)[:, -1:].argmax(-1)  # doctest: +SKIP
+
+    Args:
+        model: a decoder on one CUDA device whose attention implementation is "headkv".
+        cache: holds the prompt. Whatever else changes it between two steps (a forward call, `crop`, `restore`) is
+            noticed, and the step recorded again if need be.
+
+    Raises:
+        ValueError: a model that is not on a CUDA device, or whose attention is not "headkv"; an empty cache.
+        TypeError: a cache of another kind.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: RaggedCache) -> None:
+        if not isinstance(cache, RaggedCache):
+            raise TypeError(f"cache must be a RaggedCache, got {type(cache).__name__}")
+        check_device(model)
+        if model.config._attn_implementation != NAME:
+            got = model.config._attn_implementation
+            raise ValueError(
+                f"model must have the attention implementation {NAME!r}, got {got!r}: see RaggedCache.for_model"
+            )
+        if cache.seen == 0:
+            raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
+        self.model, self.cache = model, cache
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._pool: Any = None
+        self._recorded: tuple[int, ...] = ()
+        self._warm = False
+        with torch.inference_mode(False):  # written to in whatever mode `step` is called
+            device = cache.layers[0].filled().device
+            batch = (cache.layers[0].filled().batch_size, 1)
+            self._ids, self._positions = (
+                torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2)
+            )
+            self._clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self._logits: Tensor | None = None
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` steps at once, so that none of them has to record the graph again."""
+        for layer in self.cache.layers:
+            layer.filled().reserve(tokens)
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Logits `[B, 1, V]` after one new token a sequence; the next step overwrites them.
+
+        Args:
+            input_ids: `[B, 1]` int64.
+            position_ids: `[B, 1]` int64; default: the number of tokens seen, which is right without padding.
+
+        Raises:
+            ValueError: another shape.
+            RuntimeError: a model that can not be recorded, e.g. because it waits for the device.
+        """
+        for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
+            if given is not None and given.shape != self._ids.shape:
+                raise ValueError(f"{name} must have shape {list(self._ids.shape)}, got {list(given.shape)}")
+        if position_ids is None:
+            position_ids = torch.full_like(self._positions, self.cache.seen)
+        if not self._warm or any(layer.filled().tickets is None for layer in self.cache.layers):
+            self._warm = True
+            return self._forward(input_ids, position_ids)
+        self.reserve(1)
+        self._ids.copy_(input_ids)
+        self._positions.copy_(position_ids)
+        self._clock.fill_(self.cache.seen)
+        if self._graph is None or self._recorded != self._addresses():
+            self._record()
+        assert self._graph is not None and self._logits is not None
+        self._graph.replay()
+        for layer in self.cache.layers:
+            layer.filled().advance(1)
+        return self._logits
+
+    def _record(self) -> None:
+        self._graph, self._logits = None, None  # what the former one held can be used again
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        for layer in self.cache.layers:
+            layer.clock = self._clock
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits = self._forward(self._ids, self._positions)
+        except Exception as error:
+            raise RuntimeError(
+                f"a decode step of {type(self.model).__name__} can not be recorded as a CUDA graph ({error}); "
+                "use cuda_graph=False"
+            ) from error
+        finally:
+            for layer in self.cache.layers:
+                layer.clock = None
+        self._graph, self._logits, self._recorded = graph, logits, self._addresses()
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": self.cache}
+        return self.model(**inputs, use_cache=True).logits
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
+
+
+class Replaying:
+    """A model as transformers' decode loop sees it: itself, but steps of one token replay a `DecodeGraph`.
+
+    Args:
+        model: see `DecodeGraph`.
+        max_length: tokens at which the loop ends at the latest, prompt included; None where nobody knows.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int | None) -> None:
+        self._model, self._max_length = model, max_length
+        self._graph: DecodeGraph | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        cache, tokens = inputs.get("past_key_values"), inputs.get("input_ids")
+        if not isinstance(cache, RaggedCache) or tokens is None or tokens.shape[1] != 1:
+            return self._model(**inputs)
+        if self._graph is None or self._graph.cache is not cache:
+            self._graph = DecodeGraph(self._model, cache)
+            if self._max_length is not None:
+                self._graph.reserve(min(self._max_length - cache.seen, MOST_RESERVED))
+        logits = self._graph.step(tokens, inputs.get("position_ids"))
+        return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=cache)
+
+
+def generate_by_graph(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    **options: Any,
+) -> Any:
+    """transformers' own decode loop over a model whose steps are replayed: what `generate` calls as `custom_generate`.
+
+    Raises:
+        ValueError: generation other than greedy decoding and sampling, or one that asks for hidden states.
+    """
+    from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+
+    mode = generation_config.get_generation_mode(options.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"cuda_graph=True serves greedy decoding and sampling, got {mode.value}; use cuda_graph=False"
+        )
+    if generation_config.output_hidden_states:
+        raise ValueError(
+            "output_hidden_states must be False with cuda_graph=True, got True; use cuda_graph=False"
+        )
+    loop = getattr(type(model), GENERATION_MODES_MAPPING[mode])
+    return loop(
+        Replaying(model, stopping_criteria.max_length),
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        **options,
+    )
+
+
+def check_device(model: PreTrainedModel) -> None:
+    """A model whose steps can be recorded.
+
+    Raises:
+        ValueError: it is not on a CUDA device, or spread over several.
+    """
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) != 1 or not next(iter(devices)).startswith("cuda"):
+        raise ValueError(
+            f"a CUDA graph needs a model on one CUDA device, got one on {', '.join(sorted(devices))}"
+        )
