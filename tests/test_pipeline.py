@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from letters import letters
 from torch import Tensor
 
 import headkv
@@ -21,8 +21,6 @@ from headkv.integrations.pipeline import TASK, HeadKVPipeline
 from headkv.models import load_smollm2, tiny_model
 from headkv.models.smollm2 import _FOLDER, cache_home
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-LETTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'{}[]"
 TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] | trim }}{% endfor %}"
@@ -31,20 +29,6 @@ TEMPLATE = (
 CONTEXT = "The harbour of Vell has nine cranes. Its keeper is Odile, and her dog is called Bruno; he sleeps."
 QUESTIONS = ["Who keeps the harbour?", "How many cranes?", "And the dog?"]
 ADA = headkv.AdaKV(0.3, headkv.SnapKVScorer(window=8, kernel_size=3))
-
-
-def letters(template: str | None = None, bos: bool = True) -> Any:
-    """A tokenizer with a token a letter."""
-    words = {word: number for number, word in enumerate([*SPECIAL, *LETTERS])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | (
-        {"bos_token": "<s>"} if bos else {}
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def pipe(family: str = "llama", template: str | None = None, **options: Any) -> HeadKVPipeline:
