@@ -198,7 +198,7 @@ def at_least_one(budgets: Tensor, most: int) -> Tensor:
         return budgets
     total = max(int(budgets.sum()), len(budgets)) - len(budgets)
     spare = (budgets.clamp(min=1) - 1).double().cpu()
-    target = spare * (total / spare.sum()) if total else spare * 0
+    target = spare * total / spare.sum() if total else spare * 0
     more = largest_remainder(target, total, torch.full_like(spare, most - 1, dtype=torch.int64))
     return 1 + more.to(budgets.device)
 
