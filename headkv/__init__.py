@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from headkv.heads import HeadProfile as HeadProfile
     from headkv.integrations.graph import DecodeGraph as DecodeGraph
     from headkv.integrations.huggingface import RaggedCache as RaggedCache
+    from headkv.integrations.pipeline import pipeline as pipeline
     from headkv.integrations.session import compress as compress
     from headkv.methods import AdaKV as AdaKV
     from headkv.methods import DuoAttention as DuoAttention
@@ -35,6 +36,7 @@ _HOME = {
     "RaggedLayer": "headkv.cache",
     "HeadProfile": "headkv.heads",
     "RaggedCache": "headkv.integrations.huggingface",
+    "pipeline": "headkv.integrations.pipeline",
     "compress": "headkv.integrations.session",
     "DecodeGraph": "headkv.integrations.graph",
     **dict.fromkeys(("AdaKV", "DuoAttention", "FullCache", "HeadKV", "PyramidKV"), "headkv.methods"),

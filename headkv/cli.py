@@ -9,10 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headkv.evaluation.profiling import profile_options, run_profile
 from headkv.heads.profile import KINDS
 
 if TYPE_CHECKING:
     from headkv.evaluation.compare import Result
+
+PROFILE_HELP = {
+    "num_tokens": "length of the random block",
+    "repeats": "how often the block stands in the text",
+    "seeds": "one text each; the scores are means",
+    "lengths": "of the contexts, in tokens; gate: the least and the greatest",
+    "depths": "where the fact is hidden, from 0 to 1",
+    "steps": "of the optimiser, one text each",
+    "sinks": "first entries that a windowed head sees",
+    "recent": "last entries that a windowed head sees",
+    "passkeys": "hidden in each text",
+    "words": "of each passkey",
+    "learning_rate": "the greatest",
+    "penalty": "weight of the mean of the gates",
+    "seed": "of the texts",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         print(f"headkv {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -55,8 +72,45 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--kind", choices=KINDS, required=True, help="what to measure")
     measure.add_argument("--model", default="smollm2", help="smollm2, or a transformers name or folder")
     measure.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    measure.add_argument("--force", action="store_true", help="replace that file if it exists")
+    measure.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: cpu)")
+    _add_profile_options(measure)
     measure.set_defaults(run=profile)
     return top
+
+
+def _add_profile_options(command: argparse.ArgumentParser) -> None:
+    """Every option of every profiler, in a group that names the kinds it belongs to; those not given stay away."""
+    defaults: dict[str, dict[str, Any]] = {}  # option -> kind -> default
+    for kind in KINDS:
+        for name, default in profile_options(kind).items():
+            defaults.setdefault(name, {})[kind] = default
+    groups: dict[tuple[str, ...], Any] = {}
+    for name, by_kind in defaults.items():
+        kinds = tuple(by_kind)
+        if kinds not in groups:
+            groups[kinds] = command.add_argument_group(f"options of --kind {', '.join(kinds)}")
+        texts = {kind: _words(default) for kind, default in by_kind.items()}
+        default = "; ".join(f"{kind}: {text}" for kind, text in texts.items())
+        if len(set(texts.values())) == 1:
+            default = texts[kinds[0]]
+        example = by_kind[kinds[0]]
+        groups[kinds].add_argument(
+            _flag(name),
+            type=type(example[0] if isinstance(example, tuple) else example),
+            nargs="+" if isinstance(example, tuple) else None,
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help=f"{PROFILE_HELP[name]} (default: {default})",
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -107,14 +161,20 @@ def demo(options: argparse.Namespace) -> None:
 
 def profile(options: argparse.Namespace) -> None:
     """`headkv profile`."""
-    from headkv.evaluation.profiling import run_profile
-
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out must be in a folder that exists, got {options.out}")
-    result = run_profile(options.kind, options.model, options.out)
-    print(
-        f"{options.out}: {result.kind} scores of {result.num_layers} x {result.num_heads} {result.heads} heads"
-    )
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise ValueError(f"--out must be a file in a folder that exists, got {options.out}")
+    if options.out.exists() and not options.force:
+        raise ValueError(f"--out must be a new file, got {options.out}, which exists; --force replaces it")
+    own = profile_options(options.kind)
+    given = {name: getattr(options, name) for name in PROFILE_HELP if hasattr(options, name)}
+    if foreign := [_flag(name) for name in given if name not in own]:
+        allowed = ", ".join(map(_flag, own))
+        raise ValueError(f"options of --kind {options.kind} must be of {allowed}, got {', '.join(foreign)}")
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    result = run_profile(options.kind, options.model, options.out, device=options.device, **given)
+    shape = f"{result.num_layers} x {result.num_heads} {result.heads} heads"
+    print(f"{options.out}: {result.kind} scores of {shape}")
 
 
 def _console() -> Any:

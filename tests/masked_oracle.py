@@ -35,7 +35,7 @@ class OracleLayer(DynamicLayer):
         super().update(keys, values)
         return Handle(self), Handle(self)
 
-    def make_plan(self, valid, scale, sliding_window):
+    def make_plan(self, valid, scale, sliding_window, softcap):
         batch, heads, n, _ = self.keys.shape
         n = valid.shape[1]
         keep = torch.zeros(batch, heads, n, dtype=torch.bool)
@@ -52,6 +52,7 @@ class OracleLayer(DynamicLayer):
                     num_layers=self.num_layers,
                     scale=scale,
                     sliding_window=sliding_window,
+                    softcap=softcap,
                 )
             )
             keep[b, :, real] = chosen.mask
@@ -95,7 +96,7 @@ def attention(
         else attention_mask[:, :total].bool()
     )
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
-        layer.make_plan(valid[:, : total - 1], scale, sliding_window)
+        layer.make_plan(valid[:, : total - 1], scale, sliding_window, softcap)
     first = layer.plan is None
     layer.queries = query if layer.queries is None else torch.cat([layer.queries, query], 2)
 
@@ -134,7 +135,7 @@ def attention(
     out = weights[..., :-1] @ values[:, :, None]
     out = out + torch.where(takes_part[..., None], weights[..., -1:] * mean_value[:, :, None], 0)
     if first and not layer.chunked:
-        layer.make_plan(valid, scale, sliding_window)
+        layer.make_plan(valid, scale, sliding_window, softcap)
     return out.flatten(1, 2).transpose(1, 2), None
 
 

@@ -19,6 +19,7 @@ def prefill(
     layer_idx: int = 0,
     num_layers: int = 4,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Prefill:
@@ -30,9 +31,8 @@ def prefill(
 
     q = draw(heads * group, n)
     seen = n if queries is None else min(queries, n)
-    return Prefill(
-        q[:, n - seen :], draw(heads, n), draw(heads, n), layer_idx, num_layers, dim**-0.5, sliding_window
-    )
+    k, v = draw(heads, n), draw(heads, n)
+    return Prefill(q[:, n - seen :], k, v, layer_idx, num_layers, dim**-0.5, sliding_window, softcap)
 
 
 def profile(

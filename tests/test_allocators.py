@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import pkgutil
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -127,6 +129,53 @@ def test_ties_at_the_threshold_are_shared() -> None:
     assert headkv.allocators.adaptive.global_top_counts(scores, 4).tolist() == [2.5, 1.5]
 
 
+def exact_ada_kv(scores: Tensor, average: int, safeguard: str) -> list[int]:
+    """Ada-KV's budgets in rational numbers: counts, ties in proportion, safeguard, largest remainder, first wins."""
+    rows, total = scores.tolist(), len(scores) * average
+    least = sorted((x for row in rows for x in row), reverse=True)[total - 1]
+    above = [sum(x > least for x in row) for row in rows]
+    level = [sum(x == least for x in row) for row in rows]
+    share = Fraction(safeguard)
+    rest = total - sum(above)
+    counts = [a + Fraction(rest * at, sum(level)) for a, at in zip(above, level, strict=True)]
+    targets = [(1 - share) * count + share * average for count in counts]
+    found = [int(target) for target in targets]
+    order = sorted(range(len(rows)), key=lambda row: (found[row] - targets[row], row))
+    for row in order[: total - sum(found)]:
+        found[row] += 1
+    return found
+
+
+@PATIENT
+@given(st.data())
+def test_adaptive_is_exact(data: st.DataObject) -> None:
+    """No rounding decides who gets the odd entry: heads that are equal in rational numbers are equal here."""
+    heads, m = data.draw(st.integers(1, 8)), data.draw(st.integers(2, 60))
+    seed, levels = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([3, 10**6]))
+    safeguard = data.draw(st.sampled_from(["0.05", "0.1", "0.2", "0.35", "0.7"]))
+    generator = torch.Generator().manual_seed(seed)
+    skew = torch.rand(heads, 1, generator=generator)
+    scores = (torch.rand(heads, m, generator=generator) * skew * levels).round()
+    average = data.draw(st.integers(1, m))
+    found = allocate(AdaptiveAllocator(float(safeguard)), scores, average)
+    assert found.tolist() == exact_ada_kv(scores, average, safeguard)
+
+
+@pytest.mark.parametrize("safeguard", ["0.2", "0.35"])
+@pytest.mark.parametrize("average", [3, 5, 6])
+def test_the_odd_entry_goes_to_the_first_of_equals(average: int, safeguard: str) -> None:
+    """All ways in which three heads win the slots: 1, 2 and 6 of nine make 1.4, 2.2 and 5.4 with a fifth of 3 each."""
+    total, wrong = 3 * average, []
+    for one, two in itertools.product(range(total + 1), repeat=2):
+        if one + two <= total:
+            wins = torch.tensor([one, two, total - one - two])
+            scores = (torch.arange(total) < wins[:, None]).float()
+            found = allocate(AdaptiveAllocator(float(safeguard)), scores, average).tolist()
+            if found != exact_ada_kv(scores, average, safeguard):
+                wrong.append((wins.tolist(), found))
+    assert not wrong
+
+
 @pytest.mark.parametrize("beta", [1, 2, 4.5, 20, float("inf")], ids=lambda b: f"beta={b}")
 @pytest.mark.parametrize(
     "budget, m, num_layers",
@@ -222,6 +271,7 @@ def test_largest_remainder(data: st.DataObject) -> None:
         pytest.param([3.0, 3.0], 4, [9, 9], [2, 2], id="less-than-the-targets"),
         pytest.param([0.0, 0.0], 5, [3, 3], [3, 2], id="more-than-the-targets"),
         pytest.param([0.1 + 0.2, 2.7], 3, [9, 9], [0, 3], id="float-noise"),
+        pytest.param([0.3, 0.1 + 0.2, 2.4], 4, [9, 9, 9], [1, 0, 3], id="a-tie-under-float-noise"),
         pytest.param([2.9999999999999996, 1.0], 4, [9, 9], [3, 1], id="almost-whole"),
         pytest.param([0.4], 0, [0], [0], id="nothing"),
     ],

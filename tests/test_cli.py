@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
+import torch
+from letters import letters
 
-from headkv.cli import main
+from headkv.cli import PROFILE_HELP, main, parser
+from headkv.evaluation.profiling import PROFILERS, profile_options
+from headkv.heads import KINDS, HeadProfile
+from headkv.models import tiny_model
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["profile"]], ids=["headkv", "demo", "profile"])
@@ -24,7 +30,39 @@ BAD = {
     "unknown method": (["demo", "--tokens", "300", "--methods", "Magic"], "--methods must be of AdaKV"),
     "no such folder": (
         ["profile", "--kind", "echo", "--out", "no/such/folder/x.json"],
-        "--out must be in a folder",
+        "--out must be a file in a folder that exists, got no/such/folder/x.json",
+    ),
+    "a folder": (
+        ["profile", "--kind", "echo", "--out", "."],
+        "--out must be a file in a folder that exists, got .",
+    ),
+    "no such model": (
+        ["profile", "--kind", "echo", "--out", "x.json", "--model", "no/such/model"],
+        "model must be 'smollm2', or the name or folder of a transformers decoder with its tokenizer, got 'no/such/model'",
+    ),
+    "no such device": (
+        ["profile", "--kind", "echo", "--out", "x.json", "--device", "abacus"],
+        "device must be one that torch has here, got 'abacus'",
+    ),
+    "of another kind": (
+        [
+            "profile",
+            "--kind",
+            "echo",
+            "--out",
+            "x.json",
+            "--steps",
+            "5",
+            "--repeats",
+            "2",
+            "--learning-rate",
+            "1",
+        ],
+        "options of --kind echo must be of --num-tokens, --repeats, --seeds, got --steps, --learning-rate",
+    ),
+    "near another kind's": (
+        ["profile", "--kind", "retrieval", "--out", "x.json", "--seed", "5"],
+        "options of --kind retrieval must be of --lengths, --depths, got --seed",
     ),
 }
 
@@ -33,6 +71,92 @@ BAD = {
 def test_bad_arguments_are_named(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a tiny model, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(folder)
+    letters().save_pretrained(folder)
+    return str(folder)
+
+
+# kind -> options, and as the file must record them
+RUNS = {
+    "echo": ("--num-tokens 16 --repeats 3 --seeds 4 5", {"num_tokens": 16, "repeats": 3, "seeds": [4, 5]}),
+    "induction": ("--num-tokens 60", {"num_tokens": 60, "repeats": 4, "seeds": [0, 1, 2]}),
+    "gate": (
+        "--steps 2 --lengths 400 420 --sinks 4 --recent 32 --passkeys 1 --words 2 --learning-rate 0.1 --seed 7",
+        {
+            **{"steps": 2, "lengths": [400, 420], "sinks": 4, "recent": 32, "passkeys": 1, "words": 2},
+            **{"learning_rate": 0.1, "penalty": 0.05, "seed": 7},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_profile_records_what_made_it(kind, tiny, tmp_path, capsys):
+    arguments, recorded = RUNS[kind]
+    out = tmp_path / "heads.json"
+    command = ["profile", "--kind", kind, "--model", tiny, "--out", str(out)]
+    assert main([*command, *arguments.split()]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{out}: {kind} scores of 3 x ")
+    assert "100%" in shown.err, "a progress bar"
+    made = HeadProfile.load(out)
+    assert made.parameters == recorded and made.kind == kind
+    assert recorded.keys() == profile_options(kind).keys()
+    before = out.read_bytes()
+    assert main(command) == 2
+    assert (
+        f"--out must be a new file, got {out}, which exists; --force replaces it" in capsys.readouterr().err
+    )
+    assert out.read_bytes() == before
+    assert main([*command, *arguments.split(), "--force"]) == 0
+    assert torch.equal(HeadProfile.load(out).scores, made.scores)
+
+
+def test_a_model_that_can_not_answer_is_named(tiny, tmp_path, capsys):
+    out = tmp_path / "heads.json"
+    command = ["profile", "--kind", "retrieval", "--model", tiny, "--out", str(out)]
+    assert main([*command, "--lengths", "700", "--depths", "0.5"]) == 2
+    assert "headkv profile: the model answered none of 1 questions" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_every_option_of_every_kind_has_its_help(capsys):
+    assert PROFILERS.keys() == set(KINDS)
+    assert set(PROFILE_HELP) == {name for kind in KINDS for name in profile_options(kind)}
+    with pytest.raises(SystemExit):
+        main(["profile", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for group in (
+        "echo, induction",
+        "gate",
+        "retrieval, retrieval-reasoning",
+        "retrieval, retrieval-reasoning, gate",
+    ):
+        assert f"options of --kind {group}:" in shown
+    assert "--learning-rate N the greatest (default: 0.02)" in shown
+    assert "retrieval: 500 1000 2000; retrieval-reasoning: 500 1000 2000; gate: 400 600)" in shown
+
+
+def test_the_shipped_profiles_are_what_their_commands_make(repository):
+    """The commands of the folder's README, with the defaults of today, are the parameters that the files record."""
+    folder = repository / "headkv" / "heads" / "data"
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("headkv ")]
+    files = set()
+    for line in lines:
+        options = vars(parser().parse_args(shlex.split(line)[1:]))
+        shipped = HeadProfile.load(folder / options["out"])
+        own = profile_options(options["kind"])
+        wanted = {name: options.get(name, default) for name, default in own.items()}
+        recorded = {name: shipped.parameters[name] for name in own}
+        assert recorded == json.loads(json.dumps(wanted)) and shipped.kind == options["kind"], line
+        files.add(options["out"].name)
+    assert files == {path.name for path in folder.glob("*.json")}
 
 
 def test_demo(tmp_path, capsys):

@@ -85,8 +85,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"recent": 0}, "recent at least 1, got 16 and 0"),
         ({"lengths": (80, 600)}, "over sinks [+] recent = 80, got [(]80, 600[)]"),
         ({"lengths": (600, 400)}, "got [(]600, 400[)]"),
+        ({"lengths": (600, 700, 800)}, "lengths must be [(]least, greatest[)].* got [(]600, 700, 800[)]"),
+        ({"words": 0}, "words must be an int of at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be a number of at least 0, got -1.0"),
+        ({"penalty": -1.0}, "penalty must be a number of at least 0, got -1.0"),
     ],
-    ids=["steps", "passkeys", "recent", "short", "order"],
+    ids=["steps", "passkeys", "recent", "short", "order", "three", "words", "rate", "penalty"],
 )
 def test_the_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

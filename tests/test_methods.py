@@ -433,6 +433,7 @@ def test_profile_of_another_model() -> None:
         ({"queries": torch.zeros(6, 2, 8)}, r"queries must have shape \[HQ, w, 16\]"),
         ({"layer_idx": 4}, r"layer_idx must lie in \[0, 4\), got 4"),
         ({"sliding_window": 0}, "sliding_window must be an int of at least 1, got 0"),
+        ({"softcap": 0.0}, "softcap must be None or positive, got 0.0"),
     ],
 )
 def test_bad_prefill(change: dict[str, Any], message: str) -> None:

@@ -38,7 +38,7 @@ def from_the_start(model: PreTrainedModel, ids: Tensor, method: Method, count: i
     return answer
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2"])
 @pytest.mark.parametrize(
     ("n", "window"), [(41, 8), (10, 8), (41, 1)], ids=["long", "one earlier", "one query"]
 )

@@ -33,7 +33,10 @@ def dense_weights(p: Prefill) -> Tensor:
             position = n - w + t
             first = 0 if p.sliding_window is None else max(0, position - p.sliding_window + 1)
             seen = slice(first, position + 1)
-            out[head, t, seen] = torch.softmax(keys[seen] @ query[t] * p.scale, 0)
+            logits = keys[seen] @ query[t] * p.scale
+            if p.softcap is not None:
+                logits = p.softcap * torch.tanh(logits / p.softcap)
+            out[head, t, seen] = torch.softmax(logits, 0)
     return out
 
 
@@ -60,6 +63,8 @@ SNAP = [
     pytest.param(SnapKVScorer(4, 1), {"n": 20, "group": 1, "dim": 10}, id="no-pooling"),
     pytest.param(SnapKVScorer(1, 9), {"n": 6}, id="kernel-longer-than-text"),
     pytest.param(SnapKVScorer(4, 5), {"n": 40, "sliding_window": 9}, id="sliding-window"),
+    pytest.param(SnapKVScorer(4, 5), {"n": 40, "softcap": 2.0}, id="softcap"),
+    pytest.param(SnapKVScorer(4, 3, "avg"), {"n": 40, "softcap": 5.0, "sliding_window": 9}, id="both"),
 ]
 
 
@@ -130,8 +135,11 @@ def test_half_precision_is_scored_in_float32(scorer: Any, dtype: torch.dtype) ->
 @pytest.mark.parametrize("reduce", ["mean", "max", "sum"])
 @pytest.mark.parametrize("sliding_window", [None, 7], ids=["full", "sliding"])
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
-def test_observed_attention_is_its_definition(reduce: str, sliding_window: int | None, average: bool) -> None:
-    p = prefill(30, sliding_window=sliding_window)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+def test_observed_attention_is_its_definition(
+    reduce: str, sliding_window: int | None, average: bool, softcap: float | None
+) -> None:
+    p = prefill(30, sliding_window=sliding_window, softcap=softcap)
     got = dense_weights(p).sum(1).view(3, 2, 30)
     got = {"mean": got.mean(1), "max": got.max(1).values, "sum": got.sum(1)}[reduce]
     if average:

@@ -45,21 +45,22 @@ class AdaptiveAllocator:
         """Budgets `[H]` of one layer for scores `[H, m]`: see `Allocator.allocate`."""
         base = self.base.allocate(scores, budget, layer_idx=layer_idx, num_layers=num_layers).cpu()
         total = int(base.sum())
-        counts = global_top_counts(scores, total).cpu()
-        targets = (1 - self.safeguard) * counts + self.safeguard * base
+        counts = global_top_counts(scores, total)
+        # torch multiplies a number and whole numbers in float32, hence the double.
+        targets = (1 - self.safeguard) * counts + self.safeguard * base.double()
         return largest_remainder(targets, total, torch.full_like(base, scores.shape[1])).to(scores.device)
 
 
 def global_top_counts(scores: Tensor, k: int) -> Tensor:
-    """How many of the `k` highest of all scores `[H, m]` lie in each head, `[H]` float64.
+    """How many of the `k` highest of all scores `[H, m]` lie in each head, `[H]` float64 on the CPU.
 
     Scores equal to the k-th highest share the slots that are left in proportion, so that a count may be a
     fraction.
     """
     if k == 0:
-        return torch.zeros(scores.shape[0], dtype=torch.float64, device=scores.device)
+        return torch.zeros(scores.shape[0], dtype=torch.float64)
     ranked = scores.float()
     threshold = ranked.flatten().kthvalue(scores.numel() - k + 1).values
-    above = (ranked > threshold).sum(1).double()
-    level = (ranked == threshold).sum(1).double()
+    above = (ranked > threshold).sum(1).cpu().double()  # counted on the device, which may lack float64
+    level = (ranked == threshold).sum(1).cpu().double()
     return above + (k - above.sum()) * level / level.sum()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PARTS = 10**9  # of a slot; what targets differ by below that is the rounding of their computation
+
 
 def largest_remainder(targets: Tensor, total: int, caps: Tensor) -> Tensor:
     """Round `targets` to whole numbers that add up to `total`, none above its cap.
 
     Every row gets the whole part of its target; what is left goes, one each, to the rows with the largest
-    fractions (of equal fractions the first), and past full rows to the next.
+    fractions (of equal fractions the first), and past full rows to the next. Targets are read to a billionth and
+    compared as whole numbers, so that targets which are equal but were computed differently stay equal.
 
     Args:
         targets: `[rows]` floating, at least 0; their sum is `total` up to rounding.
@@ -32,8 +35,9 @@ def largest_remainder(targets: Tensor, total: int, caps: Tensor) -> Tensor:
         raise ValueError(f"total must lie in [0, {int(room.sum())}], the sum of the caps, got {total}")
     if not bool(torch.isfinite(wanted).all()) or bool((wanted < 0).any()):
         raise ValueError(f"targets must be finite and at least 0, got {wanted.tolist()}")
-    whole = torch.minimum((wanted + 1e-9).floor().long(), room)  # 2.9999999999 is a 3 that was computed
-    fraction = wanted - whole
+    parts = (wanted * PARTS + 0.5).floor().long()
+    whole = torch.minimum(parts // PARTS, room)
+    fraction = parts - whole * PARTS
     while left := total - int(whole.sum()):
         step = 1 if left > 0 else -1
         open_rows = (whole < room) if left > 0 else (whole > 0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headkv import _checks
 from headkv.data import Fact, haystack
 from headkv.heads.observe import exchanged_attention
 from headkv.heads.profile import HeadProfile
@@ -72,6 +73,9 @@ def profile_gates(
         ValueError: a number is out of range, or the model has sliding-window layers or soft-capped attention.
     """
     _check(steps, lengths, sinks, recent, passkeys)
+    _checks.whole("words", words, 1)
+    _checks.between("learning_rate", learning_rate, 0)
+    _checks.between("penalty", penalty, 0)
     config = model.config.get_text_config()
     shape = (
         config.num_hidden_layers,
@@ -227,7 +231,7 @@ def _check(steps: int, lengths: tuple[int, int], sinks: int, recent: int, passke
         raise ValueError(f"passkeys must be between 1 and {len(_ORDINALS)}, got {passkeys}")
     if sinks < 0 or recent < 1:
         raise ValueError(f"sinks must be at least 0 and recent at least 1, got {sinks} and {recent}")
-    if not sinks + recent < lengths[0] <= lengths[1]:
+    if len(lengths) != 2 or not sinks + recent < lengths[0] <= lengths[1]:
         raise ValueError(
             f"lengths must be (least, greatest), over sinks + recent = {sinks + recent}, got {lengths}"
         )

@@ -119,7 +119,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
         if self.ragged is None:
             out = dense.prefill(q, keys, values, valid=valid, **options)
-            seen = Observation.of(q, valid, self.method.observed_queries, scale, sliding_window)
+            seen = Observation.of(q, valid, self.method.observed_queries, **options)
             if self.chunked_prefill:
                 empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
                 self.ragged = RaggedLayer.from_rows([empty] * keys.shape[0])

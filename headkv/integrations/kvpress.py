@@ -85,7 +85,9 @@ class KVPressScorer:
         if prefill.queries.shape[1] < count:
             raise ValueError(f"queries must hold the last {count} tokens, got {prefill.queries.shape[1]}")
         queries = prefill.queries[:, -count:].reshape(heads, -1, count, dim)
-        weights = attention_weights(queries, prefill.keys, n - count, prefill.scale, prefill.sliding_window)
+        weights = attention_weights(
+            queries, prefill.keys, n - count, prefill.scale, prefill.sliding_window, prefill.softcap
+        )
         return weights.reshape(1, -1, count, n)
 
 

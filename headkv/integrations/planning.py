@@ -31,13 +31,21 @@ class Observation:
     wanted: int | None
     scale: float
     sliding_window: int | None
+    softcap: float | None
 
     @classmethod
     def of(
-        cls, q: Tensor, valid: Tensor | None, wanted: int | None, scale: float, sliding_window: int | None
+        cls,
+        q: Tensor,
+        valid: Tensor | None,
+        wanted: int | None,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
     ) -> Observation:
         """Observe the queries `[B, HQ, n, D]` of a prefill."""
-        return cls(q, valid, wanted, scale, sliding_window)._trimmed()
+        return cls(q, valid, wanted, scale, sliding_window, softcap)._trimmed()
 
     def extend(self, q: Tensor, valid: Tensor | None) -> Observation:
         """The same after another chunk of the prompt."""
@@ -115,6 +123,7 @@ def keep_entries(
             num_layers=num_layers,
             scale=observed.scale,
             sliding_window=window,
+            softcap=observed.softcap,
         )
         chosen = method.plan(prefill)
         keep[b][:, where] = chosen.mask

@@ -29,9 +29,11 @@ class Prefill:
         num_layers: layers of the model.
         scale: what logits are multiplied with.
         sliding_window: how many keys back a query of this layer sees, itself included; None for all.
+        softcap: c where the model's logits are `c * tanh(logit / c)` (Gemma 2); None: they are as they are.
 
     Raises:
-        ValueError: shapes that do not belong together, an empty prompt, or a layer outside the model.
+        ValueError: shapes that do not belong together, an empty prompt, a layer outside the model, or a window or
+            cap that is not positive.
     """
 
     queries: Tensor
@@ -41,6 +43,7 @@ class Prefill:
     num_layers: int
     scale: float
     sliding_window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or 0 in self.keys.shape:
@@ -59,6 +62,8 @@ class Prefill:
             raise ValueError(f"layer_idx must lie in [0, {self.num_layers}), got {self.layer_idx}")
         if self.sliding_window is not None:
             _checks.whole("sliding_window", self.sliding_window, 1)
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be None or positive, got {self.softcap}")
 
     @property
     def length(self) -> int:
@@ -198,7 +203,7 @@ def at_least_one(budgets: Tensor, most: int) -> Tensor:
         return budgets
     total = max(int(budgets.sum()), len(budgets)) - len(budgets)
     spare = (budgets.clamp(min=1) - 1).double().cpu()
-    target = spare * (total / spare.sum()) if total else spare * 0
+    target = spare * total / spare.sum() if total else spare * 0
     more = largest_remainder(target, total, torch.full_like(spare, most - 1, dtype=torch.int64))
     return 1 + more.to(budgets.device)
 

@@ -9,7 +9,12 @@ REDUCTIONS = ("mean", "max", "sum")
 
 
 def attention_weights(
-    queries: Tensor, keys: Tensor, first: int, scale: float, sliding_window: int | None = None
+    queries: Tensor,
+    keys: Tensor,
+    first: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention weights in float32 whatever the input's dtype: rounding would make ties.
 
@@ -19,6 +24,7 @@ def attention_weights(
         first: position of the first query.
         scale: what logits are multiplied with.
         sliding_window: a query sees this many keys, itself included; None for all.
+        softcap: c where logits are `c * tanh(logit / c)`, as the model has them; None: as they are.
 
     Returns:
         `[H, G, w, n]` float32; each row sums to 1.
@@ -27,6 +33,8 @@ def attention_weights(
     n = keys.shape[1]
     logits = (queries.float() * scale).reshape(heads, group * w, dim) @ keys.float().transpose(1, 2)
     logits = logits.view(heads, group, w, n)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     query, key = (
         torch.arange(first, first + w, device=keys.device)[:, None],
         torch.arange(n, device=keys.device),

@@ -66,7 +66,12 @@ class ObservedAttentionScorer:
         for first in range(0, n, step):
             last = min(first + step, n)
             weights = attention_weights(
-                queries[None, :, first:last], keys[None, :last], first, prefill.scale, prefill.sliding_window
+                queries[None, :, first:last],
+                keys[None, :last],
+                first,
+                prefill.scale,
+                prefill.sliding_window,
+                prefill.softcap,
             )
             total[:, :last] += weights[0].sum(1)
         return reduce_group(total[None], self.reduce)[0]

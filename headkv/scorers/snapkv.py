@@ -79,7 +79,9 @@ class SnapKVScorer:
     def _observe(self, queries: Tensor, keys: Tensor, prefill: Prefill) -> Tensor:
         """`[H, G, w, D]`, `[H, n, D]` to `[H, n - w]`: mean over the window, reduced over the group."""
         w, n = queries.shape[2], keys.shape[1]
-        weights = attention_weights(queries, keys, n - w, prefill.scale, prefill.sliding_window)
+        weights = attention_weights(
+            queries, keys, n - w, prefill.scale, prefill.sliding_window, prefill.softcap
+        )
         return reduce_group(weights[..., : n - w].mean(2), self.reduce)
 
     def pool(self, scores: Tensor) -> Tensor:

@@ -52,10 +52,13 @@ function capacityOf(share, n) {
   return Math.min(n, Math.max(1, roundHalfEven(share * n)));
 }
 
+const PARTS = 1e9; // of a slot; targets are read to a billionth, so that equal ones stay equal
+
 /** Whole numbers that sum to `total`, none above its cap: whole parts, then one each by largest fraction (ties: first). */
 function largestRemainder(targets, total, cap) {
-  const whole = targets.map((x) => Math.min(Math.floor(x + 1e-9), cap));
-  const fraction = targets.map((x, i) => x - whole[i]);
+  const parts = targets.map((x) => Math.floor(x * PARTS + 0.5));
+  const whole = parts.map((x) => Math.min(Math.floor(x / PARTS), cap));
+  const fraction = parts.map((x, i) => x - whole[i] * PARTS);
   for (;;) {
     const left = total - whole.reduce((sum, x) => sum + x, 0);
     if (left === 0) return whole;
@@ -86,8 +89,8 @@ function countWinners({ order, pooled, heads, m }, k) {
 function allocate(ranked, slots, allocator, safeguard) {
   const heads = ranked.heads.length;
   if (allocator === "uniform") return new Array(heads).fill(slots);
-  const even = Math.fround(Math.fround(safeguard) * slots); // float32, as torch multiplies a scalar and whole numbers
-  const targets = countWinners(ranked, heads * slots).map((count) => (1 - safeguard) * count + even);
+  const winners = countWinners(ranked, heads * slots);
+  const targets = winners.map((count) => (1 - safeguard) * count + safeguard * slots);
   return largestRemainder(targets, heads * slots, ranked.m);
 }
 
@@ -97,7 +100,7 @@ function atLeastOne(budgets, m) {
   const sum = (list) => list.reduce((x, y) => x + y, 0);
   const total = Math.max(sum(budgets), budgets.length) - budgets.length;
   const spare = budgets.map((b) => Math.max(b, 1) - 1);
-  const targets = spare.map((x) => (total ? Math.fround(x * Math.fround(total / sum(spare))) : 0));
+  const targets = spare.map((x) => (total ? (x * total) / sum(spare) : 0));
   return largestRemainder(targets, total, m - 1).map((x) => x + 1);
 }
 
