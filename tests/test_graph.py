@@ -1,0 +1,185 @@
+"""Decode steps replayed as a CUDA graph: the same bits as without, whatever `generate` does around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generation_cases import METHODS, Collect, prompts
+
+import headkv
+from headkv.integrations.graph import DecodeGraph
+from headkv.models.tiny import FAMILIES, tiny_model
+
+TOKENS = 90
+GREEDY: dict[str, Any] = {
+    **{"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None},
+    **{"return_dict_in_generate": True, "output_logits": True},
+}
+
+
+def on_gpu(family: str, batch: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
+    return tiny_model(family).cuda().eval(), {name: x.cuda() for name, x in prompts(batch).items()}
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], method: Any, graph: bool, **options: Any) -> Any:
+    torch.manual_seed(3)
+    with headkv.compress(model, method, cuda_graph=graph) as session:
+        out = model.generate(**inputs, **{**GREEDY, **options})
+    assert "generate" not in vars(model)
+    return out, session
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("batch", [1, 3], ids="batch {}".format)
+def test_tokens_are_equal(name: str, batch: int) -> None:
+    """Batch 3 is padded on the left. Windowed rows are trimmed on the way."""
+    model, inputs = on_gpu("llama", batch)
+    want, plain = generate(model, inputs, METHODS[name], graph=False)
+    got, session = generate(model, inputs, METHODS[name], graph=True)
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        # What leaves a compensating row's window is summed when the row is trimmed, and that happens at other steps.
+        bound = 1e-4 if name == "RazorAttention" else 0
+        assert float((a - b).abs().max()) <= bound
+    assert session.cache.seen == plain.cache.seen
+    if name not in ("DuoAttention", "RazorAttention", "StreamingLLM", "RandomHeads"):
+        assert torch.equal(session.cache.lengths(), plain.cache.lengths())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    model, inputs = on_gpu(family)
+    outs = [generate(model, inputs, METHODS["AdaKV"], graph)[0] for graph in (False, True)]
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(outs[0].logits, outs[1].logits, strict=True))
+
+
+@pytest.mark.gpu
+def test_sampling_streamer_and_stopping() -> None:
+    model, inputs = on_gpu("llama", 1)
+    options: dict[str, Any] = {"do_sample": True, "top_k": 20, "max_new_tokens": 40}
+    want = generate(model, inputs, METHODS["AdaKV"], False, **options)[0].sequences
+    stop = int(want[0, inputs["input_ids"].shape[1] + 20])
+    want = generate(model, inputs, METHODS["AdaKV"], False, **{**options, "eos_token_id": stop})[0].sequences
+    collected = Collect()
+    options |= {"streamer": collected, "eos_token_id": stop}
+    got = generate(model, inputs, METHODS["AdaKV"], True, **options)[0].sequences
+    assert torch.equal(got, want)
+    assert collected.tokens == [*want[0].tolist(), -1] and int(got[0, -1]) == stop
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["FullCache", "AdaKV", "DuoAttention"])
+def test_the_graph_survives_growth(name: str) -> None:
+    """No head room at all: the pools move several times, and the graph is recorded again each time."""
+    model, inputs = on_gpu("llama", 1)
+    logits = []
+    for graph in (False, True):
+        cache = headkv.RaggedCache.for_model(model, METHODS[name], headroom=0)
+        with torch.inference_mode():
+            model(inputs["input_ids"], past_key_values=cache)
+        steps = DecodeGraph(model, cache) if graph else None
+        token, pools, found = inputs["input_ids"][:, -1:], set(), []
+        for _ in range(200):
+            if steps is None:
+                with torch.inference_mode():
+                    out = model(token, past_key_values=cache).logits
+            else:
+                out = steps.step(token).clone()
+                pools.add(cache.layers[0].filled().keys.data_ptr())
+            token = out[:, -1:].argmax(-1)
+            found.append(out)
+        logits.append(torch.cat(found))
+    assert len(pools) > 1
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.gpu
+def test_a_cache_that_changes_between_steps() -> None:
+    """A snapshot restored, a second turn: the next step is recorded again where it must be."""
+    model, inputs = on_gpu("llama", 1)
+    ids = inputs["input_ids"]
+    cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"])
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    steps, token = DecodeGraph(model, cache), ids[:, -1:]
+    saved = cache.snapshot()
+    first = [steps.step(token).clone() for _ in range(5)]
+    cache.restore(saved)
+    again = [steps.step(token).clone() for _ in range(5)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with torch.inference_mode():
+        model(ids[:, :7], past_key_values=cache)
+        saved = cache.snapshot()
+        want = model(token, past_key_values=cache).logits.clone()
+    cache.restore(saved)
+    for _ in range(2):  # without a graph first, as the restored layers are new; then replayed
+        assert torch.equal(steps.step(token), want)
+        cache.restore(saved)
+
+
+@pytest.mark.gpu
+def test_two_models_on_two_streams() -> None:
+    """Nothing is shared: each graph has tickets and memory of its own."""
+    pairs = [on_gpu("llama", 1), on_gpu("qwen3", 1)]
+    wants = [generate(model, inputs, METHODS["AdaKV"], False)[0].logits for model, inputs in pairs]
+    streams, steps, founds = [torch.cuda.Stream() for _ in pairs], [], [[], []]
+    torch.cuda.synchronize()
+    for (model, inputs), stream in zip(pairs, streams, strict=True):
+        with torch.cuda.stream(stream), torch.inference_mode():
+            cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"])
+            model(inputs["input_ids"], past_key_values=cache)
+            steps.append(DecodeGraph(model, cache))
+    tokens = [want[0].argmax(-1)[:, None] for want in wants]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                out = steps[i].step(tokens[i])
+                founds[i].append(out[:, -1].clone())
+                tokens[i] = out[:, -1:].argmax(-1)
+    torch.cuda.synchronize()
+    for found, want in zip(founds, wants, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, want[1:], strict=False))
+
+
+@pytest.mark.gpu
+def test_refuses_what_it_can_not_replay() -> None:
+    model, inputs = on_gpu("llama", 1)
+    with headkv.compress(model, METHODS["AdaKV"], cuda_graph=True):
+        with pytest.raises(ValueError, match="greedy decoding and sampling, got beam"):
+            model.generate(**inputs, num_beams=2, max_new_tokens=2)
+        with pytest.raises(ValueError, match="output_hidden_states must be False"):
+            model.generate(
+                **inputs, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True
+            )
+    assert "generate" not in vars(model)
+    cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"])
+    with pytest.raises(ValueError, match="cache must hold a prompt, got an empty one"):
+        DecodeGraph(model, cache)
+    with torch.inference_mode():
+        model(inputs["input_ids"], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"input_ids must have shape \[1, 1\], got \[1, 2\]"):
+        DecodeGraph(model, cache).step(inputs["input_ids"][:, :2])
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attention implementation 'headkv', got 'sdpa'"):
+        DecodeGraph(model, cache)
+
+
+def test_a_model_on_a_cpu_is_refused() -> None:
+    model = tiny_model("llama")
+    former = model.config._attn_implementation
+    with (
+        pytest.raises(ValueError, match="needs a model on one CUDA device, got one on cpu"),
+        headkv.compress(model, METHODS["AdaKV"], cuda_graph=True),
+    ):
+        pass
+    assert model.config._attn_implementation == former
+    cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"])
+    with pytest.raises(ValueError, match="needs a model on one CUDA device"):
+        DecodeGraph(model, cache)
+    with pytest.raises(TypeError, match="cache must be a RaggedCache, got NoneType"):
+        DecodeGraph(model, None)  # type: ignore[arg-type]
