@@ -195,7 +195,7 @@ def _launch(
             PARTS=parts,
             BLOCK=config.block,
             STAGES=config.stages,
-            COMBINE=max(1, 4096 * config.warps // (heads * dim_pad)),
+            COMBINE=max(1, 2048 * config.warps // (heads * dim_pad)),
             THREADS=32 * config.warps,
             PREFETCH=0 if INTERPRETED or dim * size % 16 else config.prefetch,
             OPERAND=rows.operand(q),
