@@ -103,7 +103,12 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         where = torch.arange(tokens).expand(2, tokens)
         if tokens == 1:
             kernels().ragged_decode(q[:, :, 0], rows, query_positions=where[:, 0], **options)
-            step = (*layer.keys.new_zeros(2, 2, 2, case.dim), rows, layer.capacity, kernels().new_tickets(rows))
+            step = (
+                *layer.keys.new_zeros(2, 2, 2, case.dim),
+                rows,
+                layer.capacity,
+                kernels().new_tickets(rows),
+            )
             kernels().ragged_step(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
@@ -117,4 +122,6 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
             assert compiled.metadata.shared <= SHARED, f"{name} needs {compiled.metadata.shared} bytes"
             assert "tf32" not in compiled.asm["ptx"], f"{name} rounds float32 to tf32"
     for decode in launches["decode_shares"].compiled:
-        assert "cp.async.cg.shared.global" in decode.asm["ptx"], "keys and values are copied 16 bytes at a time"
+        assert "cp.async.cg.shared.global" in decode.asm["ptx"], (
+            "keys and values are copied 16 bytes at a time"
+        )

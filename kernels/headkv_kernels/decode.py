@@ -175,7 +175,9 @@ def _launch(
     dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
     size = rows.keys.element_size()
     narrow = size == 2 and q.dtype == rows.keys.dtype
-    parts = config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
+    parts = (
+        config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
+    )
     heads = padded(group, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.
