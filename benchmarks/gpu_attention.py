@@ -1,10 +1,11 @@
-"""One layer's decode attention on a GPU, beside a launch that only reads the same bytes and dense attention.
+"""One layer's decode step on a GPU, beside a launch that only reads the same bytes and dense attention.
 
-    PYTHONPATH=.:kernels python benchmarks/gpu_attention.py [--skip-tests] [--sweep] [--out FILE.json]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--out FILE.json] [--only PART] [--profile NAME]
 
 Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. The rows' lengths are skewed (Dirichlet 1), as
 head-specific budgets leave them; dense attention gets as many entries, in rows of equal length. Medians of CUDA graph
-replays over 16 layers of their own, so that no layer is found in the L2 cache. The kernels' tests run first, compiled.
+replays over 16 layers of their own, so that no layer is found in the L2 cache; a step appends the new token, attends,
+and combines. Every variant is held against float64 before it is timed and after.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from two_launches import decode_in_two
 
-from headkv_kernels import DecodeConfig, Rows, ragged_append, ragged_decode
+from headkv_kernels import DecodeConfig, Rows, new_tickets, ragged_append, ragged_step
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADS, GROUP, DIM, LAYERS, HEADROOM = 8, 4, 128, 16, 512
 ENTRIES = (26214, 6553, 1638)  # kept entries a head: 20% of 128k, 32k and 8k
 SCALE = 1 / math.sqrt(DIM)
@@ -45,6 +45,12 @@ class Layer:
     q: Tensor
     new: Tensor
     seen: Tensor
+    tickets: Tensor
+    begun: Tensor
+
+    def rewind(self) -> None:
+        """Back to the length it began with."""
+        self.rows.length.copy_(self.begun)
 
 
 def make_layer(entries: int, device: str) -> Layer:
@@ -58,16 +64,27 @@ def make_layer(entries: int, device: str) -> Layer:
     whole = {name: tensor.long().to(device) for name, tensor in whole.items()}
     rows = Rows(*pools, torch.zeros(slots, dtype=torch.int32, device=device), **whole)
     q = torch.randn(1, HEADS * GROUP, DIM, device=device).to(torch.bfloat16)
-    new = torch.randn(2, 1, HEADS, 1, DIM, device=device).to(torch.bfloat16)
-    return Layer(rows, capacity.to(device), q, new, torch.tensor([int(length.max())], device=device))
+    new = torch.randn(2, 1, HEADS, DIM, device=device).to(torch.bfloat16)
+    seen = torch.tensor([int(length.max())], device=device)
+    return Layer(rows, capacity.to(device), q, new, seen, new_tickets(rows), rows.length.clone())
 
 
-def error(layer: Layer) -> float:
-    """Relative distance of decode from attention in float64."""
-    got = ragged_decode(layer.q, layer.rows, scale=SCALE)[0].double()
+Step = Callable[[Layer], Tensor]
+
+
+def error(layer: Layer, step: Step) -> float:
+    """Relative distance of one step from attention in float64, over what the rows hold after it."""
+    before = layer.rows.length.clone()
+    got = step(layer)[0].double()
+    if not torch.equal(layer.rows.length, before + 1) or layer.tickets.any():
+        raise AssertionError(
+            f"lengths {before.tolist()} -> {layer.rows.length.tolist()}, {layer.tickets.tolist()}"
+        )
     want = []
     for r, (begin, n) in enumerate(zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)):
         keys, values = (pool[begin : begin + n].double() for pool in (layer.rows.keys, layer.rows.values))
+        if not torch.equal(torch.stack([keys[-1], values[-1]]), layer.new[:, 0, r].double()):
+            raise AssertionError(f"row {r} did not get its new entry")
         q = layer.q[0, r * GROUP : (r + 1) * GROUP].double()
         want.append((q @ keys.T * SCALE).softmax(-1) @ values)
     return float((got - torch.cat(want)).norm() / torch.cat(want).norm())
@@ -118,7 +135,7 @@ def time_read(layers: list[Layer], replays: int) -> float:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     early = torch.cuda.get_device_capability(device)[0] >= 9
     best = math.inf
-    for (block, warps), programs, stages in itertools.product(((4096, 8), (8192, 16)), (1, 2, 4), (1, 3)):
+    for (block, warps), programs, stages in itertools.product(((4096, 8), (8192, 16)), (1, 2, 4), (3,)):
         out = torch.empty(programs * processors, dtype=torch.int32, device=device)
         launch = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
 
@@ -147,54 +164,107 @@ def time_dense(entries: int, backend: SDPBackend, replays: int) -> float:
         return math.nan
 
 
-def time_decode(
-    layers: list[Layer], replays: int, config: DecodeConfig | None = None, append: bool = False
-) -> float:
-    """Our kernels: first pass and combine, and before them, if asked, the append of the new token."""
+def in_two(config: DecodeConfig) -> Step:
+    """The step in three launches: append, shares, combine."""
 
-    def step() -> None:
-        for layer in layers:
-            if append:
-                ragged_append(layer.rows, layer.capacity, *layer.new, seen=layer.seen)
-            ragged_decode(layer.q, layer.rows, scale=SCALE, config=config)
+    def step(layer: Layer) -> Tensor:
+        ragged_append(layer.rows, layer.capacity, *layer.new[:, :, :, None], seen=layer.seen)
+        return decode_in_two(layer.q, layer.rows, SCALE, config)
 
-    return microseconds(step, replays)
+    return step
 
 
-def sweep(layers: list[Layer], replays: int) -> list[tuple[float, str]]:
-    """Other ways to cut the work, fastest first."""
-    default, found = DecodeConfig.default(layers[0].rows), []
-    blocks = ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
-    for (block, warps), stages, times in itertools.product(blocks, (2, 3, 4, 5), (1, 2, 3)):
-        shared = block * DIM * 2 * 2 * max(stages - 1, 1) * times
-        if shared > 200 * 1024 or shared < 32 * 1024:
-            continue
-        config = DecodeConfig(default.programs * times, block, stages, warps, default.early)
-        name = f"block {block}, stages {stages}, warps {warps}, {times} a multiprocessor"
-        found.append((time_decode(layers, replays, config), name))
-    late = DecodeConfig(default.programs, default.block, default.stages, default.warps, early=False)
-    found.append((time_decode(layers, replays, late), "default, but no early start"))
-    return sorted(found)
+def in_one(config: DecodeConfig, ahead: bool) -> Step:
+    """The step in one launch. Two layers lie in two places, so what `ahead` asks for holds."""
+
+    def step(layer: Layer) -> Tensor:
+        tensors = (*layer.new, layer.rows, layer.capacity, layer.tickets, layer.seen)
+        return ragged_step(layer.q, *tensors, scale=SCALE, ahead=ahead, config=config)
+
+    return step
+
+
+def variants() -> dict[str, Step]:
+    """What is compared, by name. C is for Hopper; where it does not exist, it is not listed."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    hopper = torch.cuda.get_device_capability()[0] >= 9
+    base = DecodeConfig(processors, 64, early=hopper)
+    shapes = {f"B 64x3 w4, prefetch {n}": replace(base, prefetch=n) for n in (0, 64, 128, 256)}
+    shapes |= {
+        "B 64x3 w4, warps together": replace(base, split=False, prefetch=128),
+        "B 64x4 w4": replace(base, stages=4, prefetch=128),
+        "B 128x2 w8": replace(base, block=128, stages=2, warps=8, prefetch=128),
+        "B 128x3 w8": replace(base, block=128, warps=8, prefetch=128),
+        "B 32x4 w2, 2 a SM": replace(base, programs=2 * processors, block=32, stages=4, warps=2, prefetch=64),
+        "B 64x2 w4, 2 a SM": replace(base, programs=2 * processors, stages=2, prefetch=64),
+    }
+    if hopper and hasattr(base, "ring"):
+        for block, ring, warps, times, prefetch in RINGS:
+            config = replace(base, programs=times * processors, block=block, warps=warps, prefetch=prefetch)
+            more = ("" if times == 1 else f", {times} a SM") + (f", prefetch {prefetch}" if prefetch else "")
+            shapes[f"C {block}x{ring} w{warps}{more}"] = replace(config, ring=ring)
+    found = {"A two launches + append": in_two(base)}
+    if hopper:
+        found["A, no early start"] = in_two(replace(base, early=False))
+    for name, config in shapes.items():
+        found[name] = in_one(config, ahead=hopper)
+    if hopper:
+        for name, config in shapes.items():
+            if not config.prefetch:
+                found[f"{name}, early but safe"] = in_one(config, ahead=False)
+            if (
+                name.split(",")[0] in ("B 64x3 w4", "C 64x3 w4", "C 32x6 w4", "C 64x6 w4")
+                and not config.prefetch
+            ):
+                found[f"{name}, no early start"] = in_one(replace(config, early=False), ahead=False)
+    return found
+
+
+RINGS = ()  # of C: entries a block, blocks in the ring, warps, programs a multiprocessor, entries prefetched
 
 
 def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
-    """One column of the table, in microseconds a layer."""
+    """One column of the table, in microseconds a layer; what fails is NaN, with the reason printed."""
     layers = [make_layer(entries, "cuda") for _ in range(LAYERS)]
     size = sum(int(layer.rows.length.sum()) for layer in layers) / LAYERS * DIM * 2 * 2
-    column = {"KV megabytes a layer": size / 1e6, "error against float64": error(layers[0])}
-    if options.sweep:
-        for time, name in sweep(layers, 10)[:10]:
-            print(f"  {entries:6d} entries: {time:6.2f} us  {name}", flush=True)
-    column["ours: decode"] = time_decode(layers, options.replays)
-    # Every replay appends one token to every row, and the headroom must last.
-    column["ours: append + decode"] = time_decode(layers, min(options.replays, HEADROOM - 10), append=True)
-    del layers
-    for name, backend in DENSE.items():
-        column[name] = time_dense(entries, backend, options.replays)
-    layers = [make_layer(entries, "cuda") for _ in range(LAYERS)]
-    column["a launch that only reads"] = time_read(layers, options.replays)
-    column["terabytes a second, ours"] = size / column["ours: decode"] / 1e6
+    column = {"KV megabytes a layer": size / 1e6}
+    print(f"\n{entries} entries a head, {size / 1e6:.1f} MB a layer: microseconds, error before, error after")
+
+    def note(name: str, time: float, *errors: float) -> None:
+        column[name] = time
+        print(f"  {name:42s}{time:9.2f}" + "".join(f"{e:10.1e}" for e in errors), flush=True)
+
+    if not options.only:
+        note("a launch that only reads", time_read(layers, options.replays))
+        for name, backend in DENSE.items():
+            note(name, time_dense(entries, backend, options.replays))
+    for name, step in variants().items():
+        if not name.startswith(options.only):
+            continue
+        for layer in layers:
+            layer.rewind()
+            layer.tickets.zero_()
+        try:
+            first = error(layers[0], step)
+            time = microseconds(lambda step=step: [step(layer) for layer in layers], options.replays)
+            steps = int((layers[1].rows.length - layers[1].begun)[0])
+            if steps != options.replays + 5:  # two to warm up, three replays that do not count
+                raise AssertionError(f"{steps} steps were counted instead of {options.replays + 5}")
+            note(name, time, first, max(error(layer, step) for layer in layers[::5]))
+        except Exception as problem:  # the others still count
+            column[name] = math.nan
+            print(f"  {name:42s} failed: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+            torch.cuda.synchronize()
     return column
+
+
+def profile(name: str) -> None:
+    """A few launches of one variant at each size, for a profiler to look at."""
+    for entries in ENTRIES:
+        layers = [make_layer(entries, "cuda") for _ in range(4)]
+        for layer in layers:
+            variants()[name](layer)
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -202,38 +272,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--skip-tests", action="store_true", help="only measure")
-    parser.add_argument(
-        "--sweep", action="store_true", help="also time other block sizes (a minute or two more)"
-    )
-    parser.add_argument("--replays", type=int, default=40, help="graph replays, of which the median counts")
+    parser.add_argument("--replays", type=int, default=30, help="graph replays, of which the median counts")
+    parser.add_argument("--only", default="", help="only variants whose name begins so")
+    parser.add_argument("--profile", help="only launch this variant, by its full name, a few times")
     parser.add_argument("--out", type=Path, help="write the table as JSON, with the machine's name")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_attention: needs a CUDA device; torch sees none")
-    if not options.skip_tests:
-        tests = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-            "tests/test_triton.py",
-        ]
-        if subprocess.run(tests, cwd=ROOT).returncode != 0:
-            sys.exit("gpu_attention: the kernels are wrong, so their times mean nothing")
     torch.manual_seed(0)
+    if options.profile:
+        return profile(options.profile)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-    table = {entries: measure(entries, options) for entries in ENTRIES}
+    table: dict[int, dict[str, float]] = {}
+    for entries in ENTRIES:
+        table[entries] = measure(entries, options)
+        if options.out:  # what is known so far
+            options.out.write_text(json.dumps({"machine": machine, "table": table}, indent=1) + "\n")
     print(f"\n{machine}; microseconds a layer, median of {options.replays}")
-    print(f"{'entries a head':26s}" + "".join(f"{entries:>11d}" for entries in table))
+    print(f"{'entries a head':44s}" + "".join(f"{entries:>10d}" for entries in table))
     for name in next(iter(table.values())):
-        print(f"{name:26s}" + "".join(f"{column[name]:11.4g}" for column in table.values()))
-    if options.out:
-        options.out.write_text(json.dumps({"machine": machine, "table": table}, indent=1) + "\n")
+        print(f"{name:44s}" + "".join(f"{column[name]:10.2f}" for column in table.values()))
 
 
 if __name__ == "__main__":

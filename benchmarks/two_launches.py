@@ -1,4 +1,4 @@
-"""Decode's two kernels: equal shares of the entries for every program, then one combine.
+"""The decode that `ragged_step` replaced, for comparison: a launch for the shares, then one for the combine.
 
 The visible entries of all rows, one row after another, make one long line. It is cut into equal shares, one
 for each program: many programs share a long row, and one program may serve many short rows (the idea of
@@ -7,9 +7,15 @@ reads itself. What it computes for one row is a segment; the segments of a row a
 log-sum-exp.
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from headkv_kernels import DecodeConfig, Rows
+from headkv_kernels.rows import FUSED, padded
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(16)  # shares are whole units, so that segments begin at multiples of 16 entries
@@ -81,7 +87,7 @@ def decode_shares(
         early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
         begin = (unit - row_begin) * UNIT
         end = tl.minimum(early + entries - late, (segment_end - row_begin) * UNIT).to(tl.int32)
-        top, total, acc = start_softmax(G_PAD, D_PAD)
+        top, total, acc = start_softmax(0, G_PAD, D_PAD)
         for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
             at = i + n
             visible = at < end
@@ -146,3 +152,33 @@ def combine_segments(
         top = top_now
     result = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + tl.program_id(0) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def decode_in_two(q: Tensor, rows: Rows, scale: float, config: DecodeConfig) -> Tensor:
+    """`q` `[B, HQ, D]` -> `[B, HQ, D]`; the new token is stored already."""
+    group, segments = q.shape[0] * q.shape[1] // rows.number, config.programs + rows.number
+    out = torch.empty_like(q)
+    partial = torch.empty((segments, group, rows.dim), device=q.device)
+    lse = torch.empty((segments, group), device=q.device)
+    line = (rows.length, rows.sinks, rows.recent, rows.count, rows.number, 2**31 - 1)
+    shape = {"PAD": padded(rows.number), "G": group, "D": rows.dim, "D_PAD": padded(rows.dim)}
+    shape |= {"COMPENSATE": rows.count is not None, "EARLY": config.early}
+    launch = FUSED | ({"launch_pdl": True} if config.early else {})
+    decode_shares[(config.programs,)](
+        *(*line, q, q.stride(0), q.stride(1), None, rows.number // q.shape[0]),
+        *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum),
+        *(partial, lse, scale, 1.0),
+        **shape,
+        G_PAD=padded(group),
+        BLOCK=config.block,
+        STAGES=config.stages,
+        OPERAND=rows.operand(q),
+        SLIDING=False,
+        SOFTCAP=False,
+        num_warps=config.warps,
+        **launch,
+    )
+    combine_segments[(rows.number * group,)](
+        *line, partial, lse, out, config.programs, **shape, BLOCK=32, num_warps=4, **launch
+    )
+    return out

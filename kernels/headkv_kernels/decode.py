@@ -175,7 +175,9 @@ def _launch(
     dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
     size = rows.keys.element_size()
     narrow = size == 2 and q.dtype == rows.keys.dtype
-    parts = config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
+    parts = (
+        config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
+    )
     heads = padded(group, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.
@@ -195,7 +197,7 @@ def _launch(
             PARTS=parts,
             BLOCK=config.block,
             STAGES=config.stages,
-            COMBINE=max(1, 4096 * config.warps // (heads * dim_pad)),
+            COMBINE=max(1, 2048 * config.warps // (heads * dim_pad)),
             THREADS=32 * config.warps,
             PREFETCH=0 if INTERPRETED or dim * size % 16 else config.prefetch,
             OPERAND=rows.operand(q),

@@ -12,27 +12,33 @@ import triton
 import triton.language as tl
 
 from headkv_kernels.softmax import (
-    add_block, add_entry, base_two, load_entries, merge_parts, spans, start_softmax, write_result,
-)  # fmt: skip
+    add_block,
+    add_entry,
+    base_two,
+    load_entries,
+    merge_parts,
+    spans,
+    start_softmax,
+    write_result,
+)
 
 UNIT = tl.constexpr(4)  # shares are whole units of entries
 
 
 @triton.jit
 def plan_rows(
-    length, sinks, recent, count, capacity, rows, window,
-    PAD: tl.constexpr, COMPENSATE: tl.constexpr, APPEND: tl.constexpr,
+    r, length, sinks, recent, count, capacity, rows, window,
+    COMPENSATE: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
     """`[PAD]` thrice: the entries of each row with the new one, whether it has room for that, and its units.
 
     Positions grow by one or more an entry, so only a row's last `window` entries can be in a sliding window.
     A compensation entry is one more, the row's last. Every row has a unit, so that someone writes its output.
     """
-    r = tl.arange(0, PAD)
     n = tl.load(length + r, mask=r < rows, other=0)
     s = tl.load(sinks + r, mask=r < rows, other=0)
     w = tl.load(recent + r, mask=r < rows, other=0)
-    grown = tl.zeros([PAD], tl.int32)
+    grown = tl.zeros_like(r)
     if APPEND:
         grown = (n < tl.load(capacity + r, mask=r < rows, other=0)).to(tl.int32)
         n += grown
@@ -42,6 +48,28 @@ def plan_rows(
         visible += (tl.load(count + r, mask=r < rows, other=-1) >= 0).to(tl.int64)
     units = tl.maximum(tl.cdiv(visible, UNIT), 1)
     return n, grown, tl.where(r < rows, units, 0).to(tl.int32)
+
+
+@triton.jit
+def segment_at(
+    unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
+):  # fmt: skip
+    """The segment that begins at `unit` of the line, as scalars: its row; the row's first unit and the one
+    after its last, its first slot, entries, and whether it grows; what the row shows (`spans`); and the visible
+    entries `begin .. end` of the row that are stored and of this segment."""
+    row = tl.minimum(tl.sum((ends <= unit).to(tl.int32)), rows - 1)
+    here = r == row
+    row_end = tl.sum(tl.where(here, ends, 0))
+    row_begin = row_end - tl.sum(tl.where(here, units, 0))
+    entries, grows = tl.sum(tl.where(here, lengths, 0)), tl.sum(tl.where(here, grown, 0))
+    base, first = tl.load(start + row), tl.maximum(entries - window, 0)
+    early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
+    begin = (unit - row_begin) * UNIT
+    end = (tl.minimum(row_end, stop) - row_begin) * UNIT
+    end = tl.minimum(
+        end, (early + entries - late).to(tl.int32) - grows
+    )  # the new entry is the last one visible
+    return row, row_begin, row_end, base, entries, grows, first, early, late, begin, end
 
 
 @triton.jit
@@ -124,7 +152,7 @@ def decode_shares(
         if not AHEAD:
             tl.extra.cuda.gdc_wait()
     lengths, grown, units = plan_rows(
-        length, sinks, recent, count, capacity, rows, window, PAD, COMPENSATE, APPEND
+        r, length, sinks, recent, count, capacity, rows, window, COMPENSATE, APPEND
     )
     ends = tl.cumsum(units, 0)
     share = tl.cdiv(tl.sum(units), programs)
@@ -133,48 +161,31 @@ def decode_shares(
     if APPEND:
         tl.debug_barrier()  # all threads of this program have read the lengths
         arrived = tl.atomic_add(tickets + rows, 1)
-    if PREFETCH > 0:  # what the row of the share's beginning has of it
+    row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
+        unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
+    )
+    if PREFETCH > 0:
         each: tl.constexpr = (PREFETCH + THREADS - 1) // THREADS
-        row = tl.sum((ends <= unit).to(tl.int32))
-        if row < rows:
-            row_begin = tl.sum(tl.where(r < row, units, 0))
-            entries = tl.sum(tl.where(r == row, lengths, 0))
-            first = tl.maximum(entries - window, 0)
-            early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
-            begin = (unit - row_begin) * UNIT
-            end = tl.minimum(early + entries - late, (stop - row_begin) * UNIT).to(tl.int32)
-            at = begin + tl.arange(0, THREADS) * each
-            slots = tl.load(start + row) + tl.where(at < early, first + at, late + at - early)
-            number = tl.minimum(tl.minimum(end, begin + PREFETCH) - at, each)
-            ask_for(keys, slots, number, D)
-            ask_for(values, slots, number, D)
+        soon = begin + tl.arange(0, THREADS) * each
+        soon_slots = base + tl.where(soon < early, first + soon, late + soon - early)
+        number = tl.minimum(tl.minimum(end, begin + PREFETCH) - soon, each)
+        ask_for(keys, soon_slots, number, D)
+        ask_for(values, soon_slots, number, D)
     if AHEAD:
         tl.extra.cuda.gdc_wait()
-    if APPEND:
+    if APPEND:  # noqa: SIM102 (APPEND is known to the compiler)
         if arrived == programs - 1:  # every program has read the lengths
             tl.store(length + r, lengths, mask=r < rows)
             tl.store(tickets + rows, 0)
 
     while unit < stop:
-        row = tl.sum((ends <= unit).to(tl.int32))
-        row_end = tl.sum(tl.where(r == row, ends, 0))
-        row_begin = row_end - tl.sum(tl.where(r == row, units, 0))
         segment_end = tl.minimum(row_end, stop)
-
         batch, head = (row // heads).to(tl.int64), row % heads
         query = q + batch * q_batch + (head * G + g)[:, None] * q_head + d[None, :]
         query = tl.load(query, mask=real, other=0.0).to(OPERAND)  # [G_PAD, D_PAD]
         queries = query
         if PARTS:
             queries = tl.broadcast_to(query[None, :, :], (PARTS, G_PAD, D_PAD))
-        base, entries = tl.load(start + row), tl.sum(tl.where(r == row, lengths, 0))
-        first = tl.maximum(entries - window, 0)
-        early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
-        begin = (unit - row_begin) * UNIT
-        end = tl.minimum(early + entries - late, (segment_end - row_begin) * UNIT).to(tl.int32)
-        if APPEND:  # the new entry, the last one visible, comes from where it was made, not from the pools
-            grown_here = tl.sum(tl.where(r == row, grown, 0))
-            end = tl.minimum(end, (early + entries - late).to(tl.int32) - grown_here)
         top, total, acc = start_softmax(PARTS, G_PAD, D_PAD)
         for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
             at = i + n  # [BLOCK], or [PARTS, BLOCK // PARTS]
@@ -183,22 +194,17 @@ def decode_shares(
             k = load_entries(keys, slots, visible, D, D_PAD, OPERAND)
             v = load_entries(values, slots, visible, D, D_PAD, OPERAND)
             if SLIDING:
-                if APPEND:
-                    query_position = tl.load(seen)
-                else:
-                    query_position = tl.load(query_positions + batch)
+                query_position = tl.load(seen) if APPEND else tl.load(query_positions + batch)
                 position = tl.load(positions + slots, mask=visible, other=0)
                 visible = visible & (query_position - position < window)
             k = tl.permute(k, (0, 2, 1)) if PARTS else tl.trans(k)
             logits = tl.dot(queries, k, input_precision="ieee") * scale
-            logits = tl.where(
-                tl.expand_dims(visible, -2), base_two(logits, softcap, SOFTCAP), -float("inf")
-            )
+            logits = tl.where(tl.expand_dims(visible, -2), base_two(logits, softcap, SOFTCAP), -float("inf"))
             top, total, acc = add_block(logits, v, top, total, acc)
         if PARTS:
             top, total, acc = merge_parts(top, total, acc)
-        if APPEND:
-            if (segment_end == row_end) & (grown_here > 0):
+        if APPEND:  # noqa: SIM102
+            if (segment_end == row_end) & (grows > 0):  # from where it was made, then into the pools
                 new_key = tl.load(new_keys + batch * k_batch + head * k_head + d, mask=d < D, other=0.0)
                 new_value = tl.load(new_values + batch * v_batch + head * v_head + d, mask=d < D, other=0.0)
                 slot = base + entries - 1
@@ -237,3 +243,6 @@ def decode_shares(
                 )  # fmt: skip
                 tl.store(tickets + row, 0)
         unit = segment_end
+        row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
+            unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
+        )

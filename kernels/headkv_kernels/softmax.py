@@ -103,10 +103,7 @@ def write_result(out, row, total, acc, G: tl.constexpr, D: tl.constexpr):
 def load_entries(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND: tl.constexpr):
     """`[..., D_PAD]`: the pool's slots `[...]` int64, 0 where not `here` and beyond D."""
     d = tl.arange(0, D_PAD)
-    if len(slots.shape) == 1:
-        d = d[None, :]
-    else:
-        d = d[None, None, :]
+    d = d[None, :] if len(slots.shape) == 1 else d[None, None, :]
     pointers = pool + tl.expand_dims(slots, -1) * D + d
     return tl.load(pointers, mask=tl.expand_dims(here, -1) & (d < D), other=0.0).to(OPERAND)
 
