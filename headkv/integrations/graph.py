@@ -6,6 +6,8 @@ token was made before. The graph is recorded anew only when rows outgrow their r
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,7 +54,6 @@ class DecodeGraph:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
         self.model, self.cache = model, cache
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._pool: Any = None
         self._recorded: tuple[int, ...] = ()
         self._warm = False
         with torch.inference_mode(False):  # written to in whatever mode `step` is called
@@ -103,12 +104,11 @@ class DecodeGraph:
 
     def _record(self) -> None:
         self._graph, self._logits = None, None  # what the former one held can be used again
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         for layer in self.cache.layers:
             layer.clock = self._clock
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph):
                 logits = self._forward(self._ids, self._positions)
         except Exception as error:
             raise RuntimeError(
@@ -157,7 +157,25 @@ class Replaying:
         return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=cache)
 
 
-def generate_by_graph(
+def replaying(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `generate` with transformers' own decode loop, in which steps of one token replay a `DecodeGraph`.
+
+    Raises (when called):
+        ValueError: generation other than greedy decoding and sampling, or one that asks for hidden states.
+    """
+
+    @functools.wraps(generate)
+    def wrapped(*args: Any, streamer: Any = None, assistant_model: Any = None, **options: Any) -> Any:
+        if assistant_model is not None:
+            raise ValueError("assistant_model must be None with cuda_graph=True; use cuda_graph=False")
+        # A loop that is handed over is not told of the streamer by all releases of transformers.
+        options.setdefault("custom_generate", functools.partial(_decode, streamer=streamer))
+        return generate(*args, streamer=streamer, **options)
+
+    return wrapped
+
+
+def _decode(
     model: PreTrainedModel,
     input_ids: Tensor,
     logits_processor: Any = None,
@@ -165,18 +183,13 @@ def generate_by_graph(
     generation_config: Any = None,
     **options: Any,
 ) -> Any:
-    """transformers' own decode loop over a model whose steps are replayed: what `generate` calls as `custom_generate`.
-
-    Raises:
-        ValueError: generation other than greedy decoding and sampling, or one that asks for hidden states.
-    """
+    """What `generate` calls as its `custom_generate`: the loop that it would have called, over the model replaying."""
     from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
-    mode = generation_config.get_generation_mode(options.get("assistant_model"))
+    mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"cuda_graph=True serves greedy decoding and sampling, got {mode.value}; use cuda_graph=False"
-        )
+        allowed = "cuda_graph=True serves greedy decoding and sampling"
+        raise ValueError(f"{allowed}, got {mode.value}; use cuda_graph=False")
     if generation_config.output_hidden_states:
         raise ValueError(
             "output_hidden_states must be False with cuda_graph=True, got True; use cuda_graph=False"
