@@ -128,13 +128,13 @@ def test_two_models_on_two_streams() -> None:
     pairs = [on_gpu("llama", 1), on_gpu("qwen3", 1)]
     wants = [generate(model, inputs, METHODS["AdaKV"], False)[0].logits for model, inputs in pairs]
     streams, steps, founds = [torch.cuda.Stream() for _ in pairs], [], [[], []]
+    tokens = [want[0].argmax(-1)[:, None] for want in wants]
     torch.cuda.synchronize()
     for (model, inputs), stream in zip(pairs, streams, strict=True):
         with torch.cuda.stream(stream), torch.inference_mode():
             cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"])
             model(inputs["input_ids"], past_key_values=cache)
             steps.append(DecodeGraph(model, cache))
-    tokens = [want[0].argmax(-1)[:, None] for want in wants]
     for _ in range(20):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
@@ -152,6 +152,8 @@ def test_refuses_what_it_can_not_replay() -> None:
     with headkv.compress(model, METHODS["AdaKV"], cuda_graph=True):
         with pytest.raises(ValueError, match="greedy decoding and sampling, got beam"):
             model.generate(**inputs, num_beams=2, max_new_tokens=2)
+        with pytest.raises(ValueError, match="assistant_model must be None"):
+            model.generate(**inputs, assistant_model=model, max_new_tokens=2)
         with pytest.raises(ValueError, match="output_hidden_states must be False"):
             model.generate(
                 **inputs, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True

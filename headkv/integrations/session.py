@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from headkv.integrations.graph import check_device, generate_by_graph
+from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.huggingface import NAME, RaggedCache
 
 if TYPE_CHECKING:
@@ -74,9 +73,7 @@ class Session:
         if self._cuda_graph:  # as transformers itself gives a model with a decode loop of its own that loop
             own: Any = vars(self.model)
             self._own_generate = own.get("generate")
-            own["generate"] = functools.partial(
-                cast(Any, self.model).generate, custom_generate=generate_by_graph
-            )
+            own["generate"] = replaying(cast(Any, self.model).generate)
         return self
 
     def __exit__(

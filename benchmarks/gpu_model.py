@@ -1,0 +1,188 @@
+"""One decode step of an 8B-shaped decoder on a GPU: headkv with a fifth of the cache, beside transformers' own caches.
+
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--contexts 8192 32768] [--batch 1] [--compiled] [--json FILE]
+
+Llama-3.1-8B's shape, random weights, bfloat16. The caches are filled with noise, as only time and memory are measured; a
+layer's heads keep `--share` of the context together, shared out by a Dirichlet draw. The bound is the bytes of weights and
+stored entries over the bandwidth of a copy on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from measure import add_json, finish
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import headkv
+from headkv.cache import RaggedLayer
+
+LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
+
+
+def make_model() -> LlamaForCausalLM:
+    """Random weights, made where they are needed."""
+    config = LlamaConfig(
+        **{
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": LAYERS,
+            "vocab_size": 128256,
+        },
+        **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 140_000},
+        rope_theta=5e5,
+        attn_implementation="sdpa",
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def fill(cache: headkv.RaggedCache, batch: int, context: int, share: float) -> None:
+    """As if every layer had read `context` tokens and kept `share` of them."""
+    for layer in cache.layers:
+        parts = torch.distributions.Dirichlet(torch.ones(batch, KV_HEADS)).sample()
+        lengths = (parts * KV_HEADS * share * context).long().clamp(min=1, max=context)
+        rows = [[noise(int(n)) for n in heads] for heads in lengths]
+        positions = [[torch.arange(context - int(n), context) for n in heads] for heads in lengths]
+        layer.ragged = RaggedLayer.from_rows(rows, positions=positions, headroom=256)
+        layer.is_initialized = True
+
+
+def noise(entries: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one row."""
+    keys, values = torch.randn(2, entries, DIM, device="cuda", dtype=torch.bfloat16)
+    return keys, values
+
+
+def milliseconds(step: Callable[[], object], rounds: int = 15, warm: int = 4) -> float:
+    """Median time of a step, the host's included."""
+    times = []
+    for turn in range(rounds + warm):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if turn >= warm:
+            times.append(1e3 * (time.perf_counter() - begin))
+    return median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy on the device."""
+    source = torch.empty(1 << 30, device="cuda", dtype=torch.int32)
+    target = torch.empty_like(source)
+    took = milliseconds(lambda: target.copy_(source)) / 1e3
+    return 2 * source.nbytes / took
+
+
+def cached_bytes(before: int) -> float:
+    """Gigabytes that the allocator holds beyond `before`."""
+    return (torch.cuda.memory_allocated() - before) / 1e9
+
+
+def measure(
+    model: LlamaForCausalLM, context: int, batch: int, share: float, compiled: bool, bandwidth: float
+) -> list[dict[str, str | float]]:
+    """The rows of one context and batch."""
+    token = torch.full((batch, 1), 5, device="cuda")
+    weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+    full_bytes = 2 * LAYERS * batch * KV_HEADS * DIM * context * 2
+    found: dict[str, tuple[float, float, float]] = {}
+
+    def dense(
+        name: str, cache: DynamicCache | StaticCache, call: Callable[..., object], **where: Tensor
+    ) -> None:
+        shape = (batch, KV_HEADS, context, DIM)
+        for i in range(LAYERS):
+            new = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
+            cache.update(*new, i)
+            del new
+        held = cached_bytes(before)
+        found[name] = (milliseconds(lambda: call(token, past_key_values=cache, **where)), held, full_bytes)
+
+    before = torch.cuda.memory_allocated()
+    model.set_attn_implementation("sdpa")
+    dense("DynamicCache, sdpa", DynamicCache(config=model.config), model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if compiled:
+        before = torch.cuda.memory_allocated()
+        cache = StaticCache(config=model.config, max_cache_len=context + 64)
+        call = torch.compile(model.forward, mode="reduce-overhead")
+        dense("StaticCache, compiled", cache, call, position_ids=torch.full_like(token, context))
+        del cache
+        gc.collect()
+        torch.cuda.empty_cache()
+    for name, method_share, graph in (
+        (f"headkv, {share:.0%}", share, False),
+        (f"headkv, {share:.0%}, CUDA graph", share, True),
+        ("headkv, all, CUDA graph", 1.0, True),
+    ):
+        before = torch.cuda.memory_allocated()
+        cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
+        fill(cache, batch, context, method_share)
+        held, stored = cached_bytes(before), 4 * DIM * int(cache.lengths().sum())
+        steps = headkv.DecodeGraph(model, cache) if graph else None
+        step = (lambda: model(token, past_key_values=cache)) if steps is None else (lambda: steps.step(token))
+        found[name] = (milliseconds(step), held, stored)
+        del cache, steps, step
+        gc.collect()
+        torch.cuda.empty_cache()
+    first = next(iter(found.values()))[0]
+    return [
+        {
+            "context": context,
+            "batch": batch,
+            "cache": name,
+            "ms a step": round(ms, 2),
+            "bound, ms": round(1e3 * (weights + stored) / bandwidth, 2),
+            "of bound": f"{1e3 * (weights + stored) / bandwidth / ms:.0%}",
+            "faster by": f"{first / ms:.1f} x",
+            "cache, GB": round(held, 2),
+        }
+        for name, (ms, held, stored) in found.items()
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--share", type=float, default=0.2, help="of the cache to keep (default: 0.2)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also transformers' StaticCache, compiled (slow to start)"
+    )
+    add_json(parser)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device; torch sees none")
+    torch.manual_seed(0)
+    tables: dict[str, list] = {}
+    with torch.inference_mode():
+        model, bandwidth = make_model(), copy_bandwidth()
+        title = f"One decode step, Llama-3.1-8B's shape, {torch.cuda.get_device_name()}, torch {torch.__version__}; "
+        title += f"a copy moves {bandwidth / 1e12:.2f} TB/s"
+        tables[title] = []
+        for batch in options.batch:
+            for context in options.contexts:
+                rows = measure(model, context, batch, options.share, options.compiled, bandwidth)
+                for row in rows:
+                    print(*row.values(), sep="  ", flush=True)
+                tables[title] += rows
+    finish(options.json, tables, [])
+
+
+if __name__ == "__main__":
+    main()
