@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--contexts 8192 32768] [--batch 1] [--compiled] [--json FILE]
 
-Llama-3.1-8B's shape, random weights, bfloat16. The caches are filled with noise, as only time and memory are measured; a
-layer's heads keep `--share` of the context together, shared out by a Dirichlet draw. The bound is the bytes of weights and
-stored entries over the bandwidth of a copy on the same machine.
+Llama-3.1-8B's shape, random weights, bfloat16. The caches are filled with noise, as only time and memory are measured;
+a layer's heads keep `--share` of the context together, shared out by a Dirichlet draw. The bound is the bytes of
+weights and stored entries over the bandwidth of a copy on the same machine.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def fill(cache: headkv.RaggedCache, batch: int, context: int, share: float) -> N
     for layer in cache.layers:
         parts = torch.distributions.Dirichlet(torch.ones(batch, KV_HEADS)).sample()
         lengths = (parts * KV_HEADS * share * context).long().clamp(min=1, max=context)
+        lengths = torch.full_like(lengths, context) if share == 1 else lengths
         rows = [[noise(int(n)) for n in heads] for heads in lengths]
         positions = [[torch.arange(context - int(n), context) for n in heads] for heads in lengths]
         layer.ragged = RaggedLayer.from_rows(rows, positions=positions, headroom=256)
@@ -89,6 +90,20 @@ def cached_bytes(before: int) -> float:
     return (torch.cuda.memory_allocated() - before) / 1e9
 
 
+def ragged(
+    model: LlamaForCausalLM, token: Tensor, context: int, share: float, graph: bool
+) -> tuple[float, float, float]:
+    """Milliseconds a step, gigabytes held, bytes of stored keys and values."""
+    before = torch.cuda.memory_allocated()
+    cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
+    fill(cache, token.shape[0], context, share)
+    held, stored = cached_bytes(before), 4 * DIM * int(cache.lengths().sum())
+    if graph:
+        steps = headkv.DecodeGraph(model, cache)
+        return milliseconds(lambda: steps.step(token)), held, stored
+    return milliseconds(lambda: model(token, past_key_values=cache)), held, stored
+
+
 def measure(
     model: LlamaForCausalLM, context: int, batch: int, share: float, compiled: bool, bandwidth: float
 ) -> list[dict[str, str | float]]:
@@ -122,19 +137,12 @@ def measure(
         del cache
         gc.collect()
         torch.cuda.empty_cache()
-    for name, method_share, graph in (
+    for name, kept, graph in (
         (f"headkv, {share:.0%}", share, False),
         (f"headkv, {share:.0%}, CUDA graph", share, True),
         ("headkv, all, CUDA graph", 1.0, True),
     ):
-        before = torch.cuda.memory_allocated()
-        cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
-        fill(cache, batch, context, method_share)
-        held, stored = cached_bytes(before), 4 * DIM * int(cache.lengths().sum())
-        steps = headkv.DecodeGraph(model, cache) if graph else None
-        step = (lambda: model(token, past_key_values=cache)) if steps is None else (lambda: steps.step(token))
-        found[name] = (milliseconds(step), held, stored)
-        del cache, steps, step
+        found[name] = ragged(model, token, context, kept, graph)
         gc.collect()
         torch.cuda.empty_cache()
     first = next(iter(found.values()))[0]
