@@ -198,7 +198,7 @@ def variants() -> dict[str, Step]:
         "B 32x4 w2, 2 a SM": replace(base, programs=2 * processors, block=32, stages=4, warps=2, prefetch=64),
         "B 64x2 w4, 2 a SM": replace(base, programs=2 * processors, stages=2, prefetch=64),
     }
-    if hopper and hasattr(base, "ring"):
+    if hopper:
         for block, ring, warps, times, prefetch in RINGS:
             config = replace(base, programs=times * processors, block=block, warps=warps, prefetch=prefetch)
             more = ("" if times == 1 else f", {times} a SM") + (f", prefetch {prefetch}" if prefetch else "")
@@ -208,19 +208,18 @@ def variants() -> dict[str, Step]:
         found["A, no early start"] = in_two(replace(base, early=False))
     for name, config in shapes.items():
         found[name] = in_one(config, ahead=hopper)
-    if hopper:
-        for name, config in shapes.items():
-            if not config.prefetch:
-                found[f"{name}, early but safe"] = in_one(config, ahead=False)
-            if (
-                name.split(",")[0] in ("B 64x3 w4", "C 64x3 w4", "C 32x6 w4", "C 64x6 w4")
-                and not config.prefetch
-            ):
-                found[f"{name}, no early start"] = in_one(replace(config, early=False), ahead=False)
+    for name, config in shapes.items() if hopper else ():
+        if name in ("B 64x3 w4, prefetch 0", "C 64x3 w4"):
+            found[f"{name}, early but safe"] = in_one(config, ahead=False)
+            found[f"{name}, no early start"] = in_one(replace(config, early=False), ahead=False)
     return found
 
 
-RINGS = ()  # of C: entries a block, blocks in the ring, warps, programs a multiprocessor, entries prefetched
+# Of C: entries a block, blocks in the ring, warps, programs a multiprocessor, entries asked for after the ring's.
+RINGS = (
+    *((64, 3, 4, 1, 0), (64, 3, 4, 1, 64), (64, 3, 4, 1, 256), (64, 2, 4, 1, 128), (64, 6, 4, 1, 0)),
+    *((32, 6, 2, 1, 0), (32, 3, 2, 2, 0), (32, 3, 2, 2, 64), (64, 3, 4, 2, 0), (128, 2, 8, 1, 0)),
+)
 
 
 def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
@@ -254,7 +253,6 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
         except Exception as problem:  # the others still count
             column[name] = math.nan
             print(f"  {name:42s} failed: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
-            torch.cuda.synchronize()
     return column
 
 

@@ -267,10 +267,38 @@ def test_steps_in_a_row():
 STEPS = [case for case in CASES + WIDE if case.tokens == 1]
 
 
+RINGS = [
+    replace(case, dtype=BF16 if case.dtype == FP32 else case.dtype) for case in STEPS if case.dim in (64, 128)
+]
+RINGS = [
+    replace(case, name=f"ring, {case.name}") for case in RINGS if case.group <= 16 and not case.sliding_window
+]
+RINGS = [case for case in RINGS if not case.compensate] + [
+    Case("ring, D 128", ((700, 0, 90),), dim=128, dtype=FP16)
+]
+
+
 @device
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
 def test_fused_steps(case):
     """Append and attention in one launch, again and again until no row has room: as append, then the truth."""
+    fused_steps(case, None)
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [5, 132])
+@pytest.mark.parametrize("block, ring, warps", [(64, 3, 4), (32, 2, 2)])
+@pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
+def test_fused_steps_through_a_ring(case, block, ring, warps, programs):
+    """The kernel for Hopper, which has no interpreter."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0: the kernel is for Hopper")
+    config = backend.kernels().DecodeConfig
+    fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, prefetch=64))
+
+
+def fused_steps(case, config):
     q, layer = case.build(DEVICE)
     kernels, options = backend.kernels(), case.options | {"scale": case.scale or case.dim**-0.5}
     rows, tickets = backend.rows_of(layer), backend.kernels().new_tickets(backend.rows_of(layer))
@@ -285,7 +313,7 @@ def test_fused_steps(case):
         )
         same.seen += 1
         step = (q[:, :, 0], keys, values, rows, layer.capacity, tickets, seen)
-        got = kernels.ragged_step(*step, **options)
+        got = kernels.ragged_step(*step, config=config, **options)
         layer.seen += 1
         for name in ("keys", "values", "positions", "length"):
             mine, wanted = getattr(layer, name), getattr(same, name)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from attention_cases import Case
 
+from headkv.attention import triton as backend
+
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 pytestmark = [
     pytest.mark.slow,
@@ -57,6 +59,8 @@ class Compiler:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
         source = ASTSource(self.kernel, signature, constants, attributes)
         self.compiled.append(triton.compile(source, GPUTarget("cuda", self.capability, 32), given))
 
@@ -94,28 +98,26 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
-    from headkv.attention.triton import kernels, rows_of
-
     for tokens in (1, 3, 100):
         q, layer = replace(case, tokens=min(tokens, 3)).build()
-        rows, scale = rows_of(layer), case.dim**-0.5
+        rows, scale = backend.rows_of(layer), case.dim**-0.5
         options = {"scale": scale, "sliding_window": case.sliding_window, "softcap": case.softcap}
         where = torch.arange(tokens).expand(2, tokens)
         if tokens == 1:
-            kernels().ragged_decode(q[:, :, 0], rows, query_positions=where[:, 0], **options)
+            backend.kernels().ragged_decode(q[:, :, 0], rows, query_positions=where[:, 0], **options)
             step = (
                 *layer.keys.new_zeros(2, 2, 2, case.dim),
                 rows,
                 layer.capacity,
-                kernels().new_tickets(rows),
+                backend.kernels().new_tickets(rows),
             )
-            kernels().ragged_step(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
+            backend.kernels().ragged_step(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
-            kernels().ragged_extend(q, rows, query_positions=where, **options)
+            backend.kernels().ragged_extend(q, rows, query_positions=where, **options)
     for tokens, valid in ((1, None), (40, torch.ones(2, 40, dtype=torch.bool))):
         new = torch.zeros(2, 2, tokens, case.dim, dtype=case.dtype)
-        kernels().ragged_append(rows, layer.capacity, new, new, seen=7, valid=valid)
+        backend.kernels().ragged_append(rows, layer.capacity, new, new, seen=7, valid=valid)
     for name, launch in launches.items():
         assert launch.compiled, name
         for compiled in launch.compiled:
@@ -125,3 +127,39 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         assert "cp.async.cg.shared.global" in decode.asm["ptx"], (
             "keys and values are copied 16 bytes at a time"
         )
+
+
+RINGS = [
+    Case("one row, one head a group", ((40,),), group=1, dim=64, dtype=BF16),
+    Case("groups of 4, D 128", ROWS, group=4, dim=128, dtype=BF16),
+    Case(
+        "groups of 16, softcap, windows", ROWS, group=16, dim=128, dtype=FP16, softcap=2.0, sinks=1, recent=8
+    ),
+]
+
+
+@pytest.mark.parametrize("block, ring, warps", [(64, 3, 4), (32, 3, 2)])
+@pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
+def test_the_ring_compiles(
+    case: Case, block: int, ring: int, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small enough that the next launch finds room beside this one."""
+    import headkv_kernels.ring
+    from headkv_kernels import decode, rows
+
+    monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
+    monkeypatch.setattr(decode, "guard", lambda tensor: nullcontext())
+    stand = Compiler(headkv_kernels.ring.ring_shares, 90)
+    monkeypatch.setattr(headkv_kernels.ring, "ring_shares", stand)
+    q, layer = case.build()
+    batch = layer.batch_size
+    kernels, ragged = backend.kernels(), backend.rows_of(layer)
+    config = kernels.DecodeConfig(132, block, warps=warps, ring=ring, prefetch=64, early=True)
+    new = layer.keys.new_zeros(2, batch, layer.rows // batch, case.dim)
+    options = {"scale": 1.0, "softcap": case.softcap, "ahead": True, "config": config}
+    kernels.ragged_step(
+        q[:, :, 0], *new, ragged, layer.capacity, kernels.new_tickets(ragged), layer.length[:1], **options
+    )
+    (compiled,) = stand.compiled
+    assert compiled.metadata.shared + 1024 <= 228 * 1024 // 2 or case.group > 8
+    assert "cp.async.cg.shared.global" in compiled.asm["ptx"]

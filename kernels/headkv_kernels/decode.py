@@ -26,6 +26,8 @@ class DecodeConfig:
         warps: of 32 threads, a program.
         early: start the kernel while the one before it ends (programmatic dependent launch; Hopper on).
         split: each warp takes whole entries where these are of 16 bits and its registers suffice (up to 8 warps).
+        ring: blocks of the ring of `ring.py`, at least 2, where that kernel serves (`ring_serves`); 0 or
+            elsewhere: the portable kernel.
         prefetch: entries that a program asks for into the L2 cache before it starts (Hopper on).
     """
 
@@ -36,6 +38,7 @@ class DecodeConfig:
     early: bool = False
     split: bool = True
     prefetch: int = 0
+    ring: int = 0
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
@@ -53,6 +56,12 @@ def device_traits(device: torch.device) -> tuple[int, bool]:
         return 4, False
     traits = torch.cuda.get_device_properties(device)
     return traits.multi_processor_count, traits.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
+
+
+def ring_serves(config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, window: int | None) -> bool:
+    """Whether `ring.py` can do it: 16 bits, D 64 or 128, up to 16 queries a row, nothing special."""
+    plain = narrow and rows.count is None and window is None and rows.dim in (64, 128) and group_pad == 16
+    return config.ring > 1 and plain and config.block >= 16 * config.warps and not INTERPRETED
 
 
 def new_tickets(rows: Rows) -> Tensor:
@@ -182,8 +191,13 @@ def _launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.
     partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
+    kernel, stages = decode_shares, config.stages
+    if ring_serves(config, rows, narrow, group_pad, window):
+        from headkv_kernels.ring import ring_shares  # Gluon is there on GPUs only
+
+        kernel, stages, parts = ring_shares, config.ring, config.warps
     with guard(q):
-        decode_shares[(config.programs,)](
+        kernel[(config.programs,)](
             *(rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number, window or NO_WINDOW),
             *(q, q.stride(0), q.stride(1), query_positions, rows.number // q.shape[0]),
             *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum, tickets),
@@ -196,7 +210,7 @@ def _launch(
             D_PAD=dim_pad,
             PARTS=parts,
             BLOCK=config.block,
-            STAGES=config.stages,
+            STAGES=stages,
             COMBINE=max(1, 2048 * config.warps // (heads * dim_pad)),
             THREADS=32 * config.warps,
             PREFETCH=0 if INTERPRETED or dim * size % 16 else config.prefetch,

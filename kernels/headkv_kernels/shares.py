@@ -38,7 +38,7 @@ def plan_rows(
     n = tl.load(length + r, mask=r < rows, other=0)
     s = tl.load(sinks + r, mask=r < rows, other=0)
     w = tl.load(recent + r, mask=r < rows, other=0)
-    grown = tl.zeros_like(r)
+    grown = r * 0
     if APPEND:
         grown = (n < tl.load(capacity + r, mask=r < rows, other=0)).to(tl.int32)
         n += grown
