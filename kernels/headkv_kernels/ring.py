@@ -140,9 +140,6 @@ def ring_shares(
     share = gl.cdiv(gl.sum(units), programs)
     unit = program * share
     stop = gl.minimum(unit + share, gl.sum(units))
-    if APPEND:
-        barrier()
-        arrived = gl.atomic_add(tickets + rows, 1)
     row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
         unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
     )
@@ -167,6 +164,9 @@ def ring_shares(
         number = gl.where(f_unit < stop, number, 0)
         ask_for(keys, soon_slots, number, D)
         ask_for(values, soon_slots, number, D)
+    if APPEND:
+        barrier()  # all threads of this program have read the lengths, so it counts without a fence
+        arrived = gl.atomic_add(tickets + rows, 1, sem="relaxed")
     if AHEAD:
         tl.extra.cuda.gdc_wait()
 

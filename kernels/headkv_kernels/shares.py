@@ -158,9 +158,6 @@ def decode_shares(
     share = tl.cdiv(tl.sum(units), programs)
     unit = program * share
     stop = tl.minimum(unit + share, tl.sum(units))
-    if APPEND:
-        tl.debug_barrier()  # all threads of this program have read the lengths
-        arrived = tl.atomic_add(tickets + rows, 1)
     row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
         unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
     )
@@ -171,6 +168,9 @@ def decode_shares(
         number = tl.minimum(tl.minimum(end, begin + PREFETCH) - soon, each)
         ask_for(keys, soon_slots, number, D)
         ask_for(values, soon_slots, number, D)
+    if APPEND:
+        tl.debug_barrier()  # all threads of this program have read the lengths, so it counts without a fence
+        arrived = tl.atomic_add(tickets + rows, 1, sem="relaxed")
     if AHEAD:
         tl.extra.cuda.gdc_wait()
     if APPEND:  # noqa: SIM102 (APPEND is known to the compiler)
