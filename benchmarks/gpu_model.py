@@ -90,6 +90,15 @@ def cached_bytes(before: int) -> float:
     return (torch.cuda.memory_allocated() - before) / 1e9
 
 
+def compile_layers(model: LlamaForCausalLM) -> None:
+    """torch.compile fuses what lies between projections and attention; the graph then holds the fused kernels."""
+    torch._dynamo.config.cache_size_limit = 4 * LAYERS
+    torch._dynamo.config.accumulated_cache_size_limit = 64 * LAYERS
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    model.model.norm.compile(dynamic=False)
+
+
 def ragged(
     model: LlamaForCausalLM, token: Tensor, context: int, share: float, graph: bool
 ) -> tuple[float, float, float]:
@@ -105,7 +114,13 @@ def ragged(
 
 
 def measure(
-    model: LlamaForCausalLM, context: int, batch: int, share: float, compiled: bool, bandwidth: float
+    model: LlamaForCausalLM,
+    context: int,
+    batch: int,
+    share: float,
+    compiled: bool,
+    fused: bool,
+    bandwidth: float,
 ) -> list[dict[str, str | float]]:
     """The rows of one context and batch."""
     token = torch.full((batch, 1), 5, device="cuda")
@@ -137,14 +152,21 @@ def measure(
         del cache
         gc.collect()
         torch.cuda.empty_cache()
-    for name, kept, graph in (
+    ways = [
         (f"headkv, {share:.0%}", share, False),
         (f"headkv, {share:.0%}, CUDA graph", share, True),
         ("headkv, all, CUDA graph", 1.0, True),
-    ):
+    ]
+    if fused:
+        ways.append((f"headkv, {share:.0%}, CUDA graph, layers compiled", share, True))
+    for name, kept, graph in ways:
+        if name.endswith("compiled"):
+            compile_layers(model)
         found[name] = ragged(model, token, context, kept, graph)
         gc.collect()
         torch.cuda.empty_cache()
+    for layer in (*model.model.layers, model.model.norm):
+        layer._compiled_call_impl = None  # the next rows' layers are plain again
     first = next(iter(found.values()))[0]
     return [
         {
@@ -172,6 +194,9 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="also transformers' StaticCache, compiled (slow to start)"
     )
+    parser.add_argument(
+        "--compile-layers", action="store_true", help="also headkv with torch.compile on each decoder layer"
+    )
     add_json(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -185,7 +210,8 @@ def main() -> None:
         tables[title] = []
         for batch in options.batch:
             for context in options.contexts:
-                rows = measure(model, context, batch, options.share, options.compiled, bandwidth)
+                ways = (options.share, options.compiled, options.compile_layers)
+                rows = measure(model, context, batch, *ways, bandwidth)
                 for row in rows:
                     print(*row.values(), sep="  ", flush=True)
                 tables[title] += rows

@@ -56,12 +56,14 @@ def step(
         keys, values: `[B, H, D]` of the new token; the layer has room for it.
         seen: `[1]` int64 on the device, the new token's position; default: `layer.seen`.
     """
+    # In a recorded step, projections lie between this launch and the one that wrote this layer last.
+    ahead = seen is not None
     if seen is None:
         seen = torch.full((1,), layer.seen, device=q.device)
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     rows, new = rows_of(layer), (_storable(keys), _storable(values))
     out = kernels().ragged_step(
-        _storable(q), *new, rows, layer.capacity, _tickets(layer, rows), seen, **options
+        _storable(q), *new, rows, layer.capacity, _tickets(layer, rows), seen, ahead=ahead, **options
     )
     return out.to(q.dtype)
 

@@ -96,11 +96,13 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     # -- the new tokens' way ----------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Wrap the new tokens for the attention function, which stores them."""
         tokens = NewTokens(self, key_states, value_states)
         return tokens, tokens
 
+    @torch.compiler.disable
     def attend(
         self,
         q: Tensor,

@@ -36,17 +36,21 @@ class DecodeConfig:
     stages: int = 3
     warps: int = 4
     early: bool = False
-    split: bool = True
+    split: bool = False
     prefetch: int = 0
     ring: int = 0
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
-        """One program for each multiprocessor; 32 KiB of keys and values at a time."""
+        """One program for each multiprocessor; 32 KiB of keys and values at a time, through a ring on Hopper.
+
+        The fastest of those in `benchmarks/gpu_attention.py`.
+        """
         entry = 2 * padded(rows.dim) * rows.keys.element_size()
         programs, early = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
-        return cls(programs, block, stages=3 if block * entry <= 32768 else 2, early=early)
+        stages = 3 if block * entry <= 32768 else 2
+        return cls(programs, block, stages, early=early, ring=3 if early else 0)
 
 
 @cache
