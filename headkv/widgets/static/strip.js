@@ -11,7 +11,7 @@ function factOfEntry(facts, n) {
 /** Running text of n entries; `update(mask, recent)` redraws only what changed. */
 function textStrip({ n, tokens, facts }) {
   const factOf = factOfEntry(facts, n);
-  const root = h("div.strip", { tabindex: 0, role: "region", "aria-label": "The document, entry by entry" });
+  const root = h(`div.strip${n < 60 ? ".short" : ""}`, { tabindex: 0, role: "region", "aria-label": "The document, entry by entry" });
   const spans = [];
   let parent = root;
   for (let i = 0; i < n; i++) {
@@ -43,9 +43,11 @@ function textStrip({ n, tokens, facts }) {
         edge = recent;
       }
     },
+    /** Scroll entry i into the upper third. */
+    show: (i) => (root.scrollTop += spans[i].getBoundingClientRect().top - root.getBoundingClientRect().top - root.clientHeight / 3),
     reveal(i) {
       const target = spans[Math.max(0, Math.min(n - 1, i))];
-      root.scrollTop += target.getBoundingClientRect().top - root.getBoundingClientRect().top - root.clientHeight / 3;
+      this.show(spans.indexOf(target));
       spans.forEach((span) => span.classList.remove("hk-found"));
       target.classList.add("hk-found");
     },
