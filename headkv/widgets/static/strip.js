@@ -15,16 +15,19 @@ function textStrip({ n, tokens, facts }) {
   const spans = [];
   let parent = root;
   for (let i = 0; i < n; i++) {
+    const text = tokens ? tokens[i] : "";
+    const [, space, word] = /^( *)([^]*)$/.exec(text);
     if (factOf[i] >= 0 && (i === 0 || factOf[i] !== factOf[i - 1])) {
       parent = h("span.fact", { "data-fact": factOf[i] });
-      root.append(parent);
-    } else if (factOf[i] < 0) parent = root;
-    const text = tokens ? tokens[i] : "";
+      root.append(space, parent); // the blank before a fact is not underlined
+    } else {
+      if (factOf[i] < 0) parent = root;
+      parent.append(space);
+    }
     const span = h(tokens ? "span.token" : "span.token.bare", { "data-entry": i });
-    const [, space, word] = /^( *)([^]*)$/.exec(text);
     span.textContent = word.trim() === "" && tokens ? word.replace(/\n/g, "↵\n") || "·" : word;
     spans.push(span);
-    parent.append(space, span);
+    parent.append(span);
   }
   let shown = null;
   let edge = -1;
