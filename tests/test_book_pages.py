@@ -19,6 +19,9 @@ BUILT = BOOK / "_build" / "html"
 PAGES = sorted(page.name for page in BUILT.glob("*.html")) if (BUILT / ".built").exists() else []
 SCREENS = {"desktop light": (1280, "light"), "desktop dark": (1280, "dark"), "phone": (390, "light")}
 
+CUT = """() => [...document.querySelectorAll(".cell pre")]
+  .filter((pre) => pre.checkVisibility() && pre.scrollWidth > pre.clientWidth).map((pre) => pre.textContent)"""
+
 PROBE = '''---
 file_format: mystnb
 kernelspec: {name: python3, display_name: Python 3}
@@ -158,3 +161,5 @@ def test_page(name: str, width: int, theme: str, book_address: str, page_checker
         assert page.locator('.widget-host:not([data-state="ready"])').count() == 0, "a widget was not drawn"
         assert page.locator("mjx-merror").count() == 0, "a formula could not be read"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+        if width > 1000:
+            assert page.evaluate(CUT) == [], "code or output that does not fit the column"

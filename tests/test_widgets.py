@@ -58,6 +58,10 @@ ALL = [BudgetExplorer(SCORES), HeadGrid([[0.1, 0.9]]), CacheBill(), RaggedPool()
         pytest.param(
             SCORES, {"answers": [{"budget": 0.2}]}, ValueError, "budget, right and asked", id="answers"
         ),
+        pytest.param(
+            SCORES, {"cells": "bytes"}, ValueError, "'entries', 'attention', got 'bytes'", id="cells"
+        ),
+        pytest.param(SCORES, {"controls": ["beta"]}, ValueError, "controls must be one of", id="controls"),
         pytest.param(SCORES, {"window": -1}, ValueError, "window must be an int of at least 0", id="window"),
     ],
 )

@@ -270,6 +270,40 @@ def test_a_chosen_cell_is_chosen_everywhere(browser):
         assert page.page.locator('[data-layer="3"][data-head="0"]').get_attribute("aria-selected") == "true"
 
 
+def test_cells_show_the_attention_held_and_controls_can_be_left_out(browser):
+    scores = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
+    explorer = BudgetExplorer(
+        scores, budget=3, window=0, pooling="none", allocator="uniform", controls=["budget", "cells"]
+    )
+    with shown(browser, explorer) as page:
+        page.page.get_by_role("radio", name="Attention").check()
+        cells = page.page.locator("[role=gridcell]")
+        assert cells.all_text_contents() == ["90%", "65%"] and page.get("cells") == "attention"
+        visible = [
+            e.get_attribute("data-control")
+            for e in page.page.locator("[data-control]").all()
+            if e.is_visible()
+        ]
+        assert set(visible) == {"budget", "cells", "head"}
+        assert not page.page.locator("summary").is_visible()
+        assert (
+            page.page.locator(".hk-story")
+            .text_content()
+            .startswith("Uniform budgets keep 6 of 12 entries: 3 a head.")
+        )
+
+
+def test_the_strip_opens_at_the_first_fact(browser):
+    tokens = [f" w{i}" for i in range(900)]
+    explorer = BudgetExplorer(skewed(2, 2, 890), tokens=tokens, facts=[(500, 504)], window=10)
+    with shown(browser, explorer) as page:
+        page.page.wait_for_function("document.querySelector('.hk-strip').scrollTop > 0")
+        strip, fact = (
+            page.page.locator(f".hk-{name}").first.bounding_box() for name in ("strip", "strip .hk-fact")
+        )
+        assert strip["y"] < fact["y"] < strip["y"] + strip["height"] / 2
+
+
 def test_slots_go_one_by_one_and_can_be_paused(browser):
     with shown(browser, explorer_with_text()) as page:
         page.page.locator("summary").click()
@@ -321,6 +355,29 @@ def test_cache_bill_follows_its_controls(browser):
         assert page.get("layers") == 32 and page.page.get_by_label("Layers").input_value() == "32"
 
 
+def test_cache_bill_knows_the_weights_of_known_models_only(browser):
+    with shown(browser, CacheBill(context=1000)) as page:
+        weights, model = page.page.locator(".hk-weights"), page.page.get_by_label("Model")
+        page.page.get_by_role("radio", name="bfloat16").check()
+        assert weights.is_visible() and model.input_value() == "0", "another type of cache, the same model"
+        page.page.get_by_label("Layers").fill("60")
+        page.page.get_by_label("Layers").press("Enter")
+        assert not weights.is_visible() and model.input_value() == ""
+        assert "weights" not in page.page.locator(".hk-story").text_content()
+        page.page.get_by_label("Layers").fill("30")
+        page.page.get_by_label("Layers").press("Enter")
+        assert weights.is_visible() and page.get("weight_bytes") == 4 * 134_515_008
+
+
+def test_focus_is_drawn_round_the_thumb_not_over_the_label(browser):
+    with shown(browser, CacheBill()) as page:
+        page.page.keyboard.press("Tab")
+        slider = page.page.get_by_label("Context")
+        slider.focus()
+        assert slider.evaluate("(e) => e.matches(':focus-visible')")
+        assert slider.evaluate("(e) => getComputedStyle(e).outlineStyle") == "none"
+
+
 def settled(page: Shown) -> dict[str, Any]:
     page.page.wait_for_function("!model.get('state').busy")
     return page.get("state")
@@ -366,6 +423,27 @@ def test_ragged_pool_rewrites_only_when_full_and_trims_windows(browser):
         assert state["moved"] == 2 + 3 + (4 + 2 + 3) + 3
         page.page.get_by_role("button", name="Restart").click()
         assert page.get("state")["lengths"] == [3, 1, 4] and page.get("state")["moved"] == 0
+
+
+def test_ragged_pool_says_what_it_did(browser):
+    with shown(browser, RaggedPool([3, 1, 4], headroom=2, windows=[(0, 0), (0, 0), (1, 9)])) as page:
+        story = page.page.locator(".hk-story")
+        append = page.page.get_by_role("button", name="Append one token")
+        for _ in range(3):
+            append.click()
+            assert page.page.get_by_role("button", name="Evict marked").is_disabled(), "nothing is marked"
+            settled(page)
+        assert story.text_content() == (
+            "A row was full: 14 entries moved into a new pool of 20 slots. Then 3 entries were written."
+        )
+        assert "its 14 slots are freed" in page.page.locator(".hk-ragged-pool").text_content()
+        append.click()
+        settled(page)
+        assert story.text_content() == "Appended: 3 entries written, nothing else touched."
+        assert "sees 1 sink + 9 recent" in page.page.locator(".hk-ragged-pool").text_content()
+        gap = """row => row.getBoundingClientRect().right - row.lastElementChild.getBoundingClientRect().right"""
+        rows = page.page.locator(".hk-pool-slots")
+        assert all(rows.nth(i).evaluate(gap) < 8 for i in range(rows.count())), "no wider than its slots"
 
 
 def test_no_row_is_left_empty(browser):

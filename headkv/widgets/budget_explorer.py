@@ -13,6 +13,8 @@ from headkv.widgets.base import Buffer, Picture, bundle
 
 POOLINGS = ("max", "avg", "none")
 ALLOCATORS = ("uniform", "adaptive")
+CELLS = ("entries", "attention")
+CONTROLS = ("budget", "allocator", "safeguard", "pooling", "kernel_size", "cells", "slots")
 
 
 class BudgetExplorer(Picture):
@@ -38,6 +40,9 @@ class BudgetExplorer(Picture):
         head_names: one name a KV head.
         answers: measured beforehand, shown on the bill: mappings with `budget` (share), `right` and `asked`
             (counts), optional `allocator` ("adaptive") and `text`.
+        cells: what the grid shows of each head: "entries" kept, or "attention" that they hold (before the window).
+        controls: which controls the reader sees, of "budget", "allocator", "safeguard", "pooling", "kernel_size",
+            "cells", and "slots" (the slots given one by one); None: all.
         selected: the chosen (layer, head).
         title: a line above the picture.
 
@@ -65,6 +70,8 @@ class BudgetExplorer(Picture):
     bytes_per_entry = t.Int().tag(sync=True)
     head_names = t.List(t.Unicode()).tag(sync=True)
     answers = t.List(t.Dict()).tag(sync=True)
+    cells = t.Enum(CELLS).tag(sync=True)
+    controls = t.List(t.Unicode()).tag(sync=True)
     title = t.Unicode().tag(sync=True)
     budget = t.Float().tag(sync=True)
     safeguard = t.Float().tag(sync=True)
@@ -90,6 +97,8 @@ class BudgetExplorer(Picture):
         allocator: str = "adaptive",
         head_names: Sequence[str] | None = None,
         answers: Sequence[Mapping[str, Any]] | None = None,
+        cells: str = "entries",
+        controls: Sequence[str] | None = None,
         selected: tuple[int, int] = (0, 0),
         title: str | None = None,
     ) -> None:
@@ -117,6 +126,11 @@ class BudgetExplorer(Picture):
             allocator=checks.one_of("allocator", allocator, ALLOCATORS),
             head_names=checks.strings("head_names", head_names, heads),
             answers=[_answer(i, answer) for i, answer in enumerate(answers or ())],
+            cells=checks.one_of("cells", cells, CELLS),
+            controls=[
+                checks.one_of("controls", name, CONTROLS)
+                for name in (CONTROLS if controls is None else controls)
+            ],
             selected=checks.pair("selected", selected, (layers, heads)),
             title=title or "",
         )

@@ -95,7 +95,8 @@ class CacheBill(Picture):
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token adds to the full cache."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPES[self.dtype]
+        numbers = 2 * self.layers * self.kv_heads * self.head_dim
+        return numbers * DTYPES[self.dtype]
 
     def describe(self) -> str:
         full = self.bytes_per_token * self.context

@@ -31,27 +31,35 @@ function render({ model, el }) {
   const allocator = choice({ label: "Who gets the slots", name: "allocator", value: now.allocator,
     options: [["uniform", "Uniform", "SnapKV: every head the same"], ["adaptive", "Ada-KV", "the best scores of a layer, whichever head has them"]],
     onchange: (x) => put("allocator", x) });
-  const safeguard = slider({ label: "Safeguard, split evenly", name: "safeguard", min: 0, max: 1, step: 0.05,
-    value: now.safeguard, format: (x) => percent(x), oninput: (x) => put("safeguard", x) });
+  const safeguard = slider({ label: "Safeguard", name: "safeguard", min: 0, max: 1, step: 0.05,
+    value: now.safeguard, format: (x) => `${percent(x)} evenly`, oninput: (x) => put("safeguard", x) });
   const pooling = choice({ label: "Pooling of scores", name: "pooling", value: now.pooling,
     options: [["max", "Max"], ["avg", "Mean"], ["none", "None"]], onchange: (x) => put("pooling", x) });
   const kernel = slider({ label: "Kernel size", name: "kernel_size", min: 1, max: 31, step: 2, value: now.kernel,
-    format: (x) => `${x} ${x === 1 ? "entry" : "entries"}`, oninput: (x) => put("kernel_size", x) });
+    format: (x) => times(x, "entry", "entries"), oninput: (x) => put("kernel_size", x) });
 
+  const cells = choice({ label: "Cells show", name: "cells", value: get("cells"),
+    options: [["entries", "Entries", "entries that the head keeps"], ["attention", "Attention", "share of the head's attention that they hold"]],
+    onchange: (x) => put("cells", x) });
+  const controls = { budget, allocator, safeguard, pooling, kernel_size: kernel };
+  Object.entries({ ...controls, cells }).forEach(([name, { el }]) => (el.hidden = !get("controls").includes(name)));
   budget.el.classList.add("hk-wide");
 
   const choose = (toLayer, toHead) => put("selected", [toLayer, toHead]);
-  const grid = headGrid({ layers, heads, headNames, label: "Entries kept by each KV head", onselect: choose,
+  const grid = headGrid({ layers, heads, headNames, label: "What each KV head keeps", onselect: choose,
     paint: (cell, l, k) => {
-      const length = plan.lengths[l][k];
-      paintLevel(cell, length / n, heads > 12 ? "" : count(length),
-        `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ${count(n)} entries, ${percent(length / n)}`);
+      const [length, held] = [plan.lengths[l][k], plan.held[l][k]];
+      const [level, text] = get("cells") === "entries" ? [length / n, count(length)] : [held, percent(held)];
+      paintLevel(cell, level, heads > 12 ? "" : text, `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ` +
+        `${count(n)} entries, ${percent(length / n)}, and ${percent(held)} of its attention`);
     } });
 
   const layerPick = picker({ label: "Layer", name: "layer", value: layer,
     options: Array.from({ length: layers }, (_, i) => [i, String(i)]), onchange: (x) => choose(Number(x), head) });
   const headPick = picker({ label: "head", name: "head", value: head,
     options: Array.from({ length: heads }, (_, i) => [i, String(nameOf(i))]), onchange: (x) => choose(layer, Number(x)) });
+  layerPick.el.hidden = layers === 1;
+  const caption = h("p.caption");
   const headLine = h("span.head-line");
   const strip = tokens ? textStrip({ n, tokens, facts }) : null;
   const lines = overview({ n, heads, headNames, facts, onselect: (k) => choose(layer, k),
@@ -67,15 +75,16 @@ function render({ model, el }) {
   const title = get("title");
   const root = widgetRoot("explorer", title || "Budget explorer",
     ...(title ? [h("p.title", {}, title)] : []),
-    h("div.controls", {}, budget.el, allocator.el, safeguard.el, pooling.el, kernel.el),
+    h("div.controls", {}, ...Object.values(controls).map((c) => c.el)),
     story,
     h("div.stage", {},
-      h("div.stage-grid", {}, h("p.caption", {}, "Entries kept by each KV head"), grid.el),
+      h("div.stage-grid", {}, cells.el, caption, grid.el),
       h("div.stage-strip", {},
         h("div.strip-head", {}, layerPick.el, headPick.el, headLine),
-        lines.el, ...(strip ? [strip.el, stripKey(facts)] : []))),
+        lines.el, ...(strip ? [strip.el, stripKey(facts, window_)] : []))),
     bill.el, raceBox, status.el, data);
   el.append(root);
+  raceBox.hidden = !get("controls").includes("slots");
 
   function drawRace() {
     race.update(scores.ranked(layer, now.pooling, now.kernel), { slots: plan.slots, budgets: plan.budgets[layer],
@@ -91,8 +100,8 @@ function render({ model, el }) {
     strip?.update(masks[head], plan.recent);
     const length = plan.lengths[layer][head];
     const found = facts.filter(([a, b]) => masks[head].subarray(a, b).some(Boolean)).length;
-    headLine.textContent = `keeps ${count(length)} of ${count(n)} entries` +
-      (facts.length ? `, touching ${found} of ${facts.length} facts` : "");
+    headLine.textContent = `keeps ${count(length)} of ${count(n)} entries, ${percent(plan.held[layer][head])} of its attention` +
+      (facts.length ? `, and touches ${found} of ${facts.length} facts` : "");
     if (raceBox.open) drawRace();
   }
 
@@ -102,8 +111,9 @@ function render({ model, el }) {
     const gain = plan.mass - plan.evenMass;
     const compare = now.allocator === "uniform" ? "" : Math.abs(gain) < 5e-4 ? "; uniform budgets hold as much" :
       `; uniform budgets would hold ${percent(plan.evenMass, 1)}`;
-    return `${who} ${count(plan.kept)} of ${count(plan.total)} entries: ${count(Math.min(...flat))} to ` +
-      `${count(Math.max(...flat))} a head. They hold ${percent(plan.mass, 1)} of the attention on entries before the recent window${compare}.`;
+    const [least, most] = [Math.min(...flat), Math.max(...flat)];
+    return `${who} ${count(plan.kept)} of ${count(plan.total)} entries: ${least < most ? `${count(least)} to ` : ""}` +
+      `${count(most)} a head. They hold ${percent(plan.mass, 1)} of the attention${window_ ? " on entries before the recent window" : ""}${compare}.`;
   };
 
   function drawAnswers() {
@@ -115,6 +125,7 @@ function render({ model, el }) {
 
   function drawPlan() {
     plan = makePlan(scores, now);
+    caption.textContent = get("cells") === "entries" ? "Entries kept by each KV head" : "Attention kept by each KV head";
     grid.paintAll();
     const entry = get("bytes_per_entry");
     const share = plan.kept / plan.total;
@@ -142,13 +153,14 @@ function render({ model, el }) {
   }
 
   const drop = [
-    follow(model, ["budget", "safeguard", "pooling", "kernel_size", "allocator"], () => {
+    follow(model, ["budget", "safeguard", "pooling", "kernel_size", "allocator", "cells"], () => {
       now = setting();
       budget.set(now.budget);
       safeguard.set(now.safeguard);
       pooling.set(now.pooling);
       kernel.set(now.kernel);
       allocator.set(now.allocator);
+      cells.set(get("cells"));
       drawPlan();
     }),
     follow(model, ["selected"], () => {
@@ -177,6 +189,7 @@ function render({ model, el }) {
   }
 
   drawPlan();
+  if (facts.length) requestAnimationFrame(() => strip?.show(facts[0][0])); // once it is laid out
   return () => {
     drop.forEach((off) => off());
     race.stop();
@@ -186,9 +199,10 @@ function render({ model, el }) {
 }
 
 /** How to read the strip, and the facts by number. */
-function stripKey(facts) {
+function stripKey(facts, window_) {
   const sample = (kind, text) => h("span.key-item", {}, h(`span.token.${kind}`, {}, "word"), ` ${text}`);
-  return h("div.key", {}, sample("kept", "kept"), sample("evicted", "evicted"), sample("recent", "recent window"),
+  return h("div.key", {}, sample("kept", "kept"), sample("evicted", "evicted"),
+    ...(window_ ? [sample("recent", "recent window")] : []),
     ...(facts.length ? [h("span.key-item", {}, h("span.fact", {}, "word"), " hidden fact")] : []));
 }
 

@@ -10,21 +10,24 @@ function render({ model, el }) {
     for (const [name, value] of Object.entries(changes)) model.set(name, value);
     model.save_changes();
   };
+  const sizes = () => Object.fromEntries(NAMES.map(([name]) => [name, get(name)]));
+  const known = (of) => presets.findIndex((p) => NAMES.every(([name]) => p[name] === of[name]));
+  const weightsOf = (of) => presets[known(of)]?.weight_bytes ?? 0; // other sizes: another model, of unknown weight
   const asLog = (x) => Math.round(Math.log2(x) * 16) / 16;
   const fields = NAMES.map(([name, label]) => {
     const id = freshId(name);
     const input = h("input.number", { id, type: "number", min: 1, max: 100000, step: 1, "data-control": name,
       onchange: () => {
         const value = Math.round(Number(input.value));
-        if (value >= 1) put({ [name]: value });
+        if (value >= 1) put({ [name]: value, weight_bytes: weightsOf({ ...sizes(), [name]: value }) });
         else draw(); // not a size: back to the last one
       } });
     return { name, input, el: h("div.control", {}, h("label", { for: id }, label), input) };
   });
   const preset = picker({ label: "Model", name: "preset", value: "", options: [["", "your own"],
-    ...presets.map((p, i) => [String(i), p.name])], onchange: (i) => i !== "" && put(withoutName(presets[i])) });
+    ...presets.map((p, i) => [String(i), p.name])], onchange: (i) => (i === "" ? draw() : put(withoutName(presets[i]))) });
   const dtype = choice({ label: "Stored as", name: "dtype", value: get("dtype"),
-    options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, `${size} bytes a number`]),
+    options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, `${times(size, "byte")} a number`]),
     onchange: (x) => put({ dtype: x }) });
   const context = slider({ label: "Context", name: "context", min: 7, max: 20, step: 1 / 16, value: asLog(get("context")),
     format: () => `${count(get("context"))} tokens`, oninput: (x) => put({ context: Math.round(2 ** x) }) });
@@ -56,11 +59,11 @@ function render({ model, el }) {
     dtype.set(get("dtype"));
     context.set(asLog(get("context")));
     share.set(get("share"));
-    const match = presets.findIndex((p) => Object.entries(withoutName(p)).every(([key, value]) => get(key) === value));
+    const match = known(sizes());
     preset.set(match < 0 ? "" : String(match));
 
     formula.replaceChildren(...termParts(["2", "key and value"], [layers, "layers"], [heads, "KV heads"],
-      [dim, "numbers"], [size, "bytes"]), h("span.term", {}, h("b", {}, `= ${count(token)}`), h("small", {}, "bytes a token")));
+      [dim, "numbers"], [size, size === 1 ? "byte" : "bytes"]), h("span.term", {}, h("b", {}, `= ${count(token)}`), h("small", {}, "bytes a token")));
     const widest = Math.max(full, weights);
     const words = `${bytesText(kept)} of ${bytesText(full)} for ${count(get("context"))} tokens`;
     bill.el.querySelector(".hk-bill-bar").style.width = `${Math.max(0.4, (100 * full) / widest)}%`;

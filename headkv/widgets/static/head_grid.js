@@ -14,7 +14,7 @@ function render({ model, el }) {
   const high = Math.max(...flat, low + 1e-12);
   const order = flat.map((_, i) => i).sort((a, b) => flat[b] - flat[a] || a - b);
   const digits = flat.every(Number.isInteger) ? 0 : 2;
-  const said = (x) => (digits ? (Math.abs(x) < 0.005 && x !== 0 ? x.toExponential(1) : x.toFixed(digits)) : count(x));
+  const said = (x) => (digits ? (Math.abs(x) < 0.005 && x !== 0 ? x.toPrecision(2) : x.toFixed(digits)) : count(x));
   const measure = get("label") || (kinds.length ? "Kind of each KV head" : "Score of each KV head");
 
   const wordsOf = (l, k) => {
@@ -28,7 +28,7 @@ function render({ model, el }) {
   }, paint: (cell, l, k) => {
     const value = values[l][k];
     if (!kinds.length) {
-      return paintLevel(cell, (value - low) / (high - low), heads > 12 ? "" : said(value), wordsOf(l, k));
+      return paintLevel(cell, (value - low) / (high - low), heads > 12 ? "" : digits ? value.toFixed(digits) : count(value), wordsOf(l, k));
     }
     cell.classList.add("hk-kind", `hk-kind-${value}`);
     cell.textContent = heads > 12 ? "" : MARKS[value];

@@ -150,14 +150,14 @@ class Scores {
   }
 }
 
-/** The whole plan for one setting: budgets and lengths [layers][heads], and the shares they come to. */
+/** The whole plan for one setting: budgets, lengths and attention held [layers][heads], and the shares they come to. */
 function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, window }) {
   const { layers, heads, m } = scores;
   const n = m + window;
   const capacity = capacityOf(budget, n);
   const recent = Math.min(window, capacity);
   const slots = capacity - recent;
-  const plan = { n, capacity, recent, slots, budgets: [], lengths: [], kept: 0, mass: 0, evenMass: 0 };
+  const plan = { n, capacity, recent, slots, budgets: [], lengths: [], held: [], kept: 0, mass: 0, evenMass: 0 };
   let total = 0;
   for (let layer = 0; layer < layers; layer++) {
     const ranked = scores.ranked(layer, pooling, kernel);
@@ -165,6 +165,7 @@ function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, windo
     const budgets = recent ? shares : atLeastOne(shares, m);
     plan.budgets.push(budgets);
     plan.lengths.push(budgets.map((b) => b + recent));
+    plan.held.push(budgets.map((b, h) => ranked.heads[h].mass[b] / (ranked.heads[h].mass[m] || 1)));
     budgets.forEach((b, h) => {
       plan.kept += b + recent;
       plan.mass += ranked.heads[h].mass[b];

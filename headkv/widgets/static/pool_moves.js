@@ -5,6 +5,8 @@
 const poolStored = (pool) => pool.rows.reduce((sum, row) => sum + row.entries.length, 0);
 const poolSlots = (pool) => pool.rows.reduce((sum, row) => sum + row.capacity, 0);
 
+const emptied = (pool) => ({ rows: pool.rows.map((row) => ({ ...row, entries: [] })) });
+
 /** Entries that a windowed row hides: all behind its sinks but the last `recent`. */
 function trimmable(row, { sinks, recent }) {
   return recent ? Math.max(0, row.entries.length - sinks - recent) : 0;

@@ -6,13 +6,13 @@ function render({ model, el }) {
   const headroom = get("headroom");
   const windows = get("windows").map(([sinks, recent]) => ({ sinks, recent }));
   const windowed = windows.some((w) => w.recent);
-  let pool, seen, marked, queue, done, old, moved, copied, log;
+  let pool, seen, marked, queue, done, old, freed, moved, copied, log, told;
 
   const slotsBox = h("div.pool", { role: "group", "aria-label": "The pool, slot by slot" });
   const oldBox = h("div.pool.pool-old", { "aria-hidden": "true" });
-  const oldNote = h("p.caption", {}, "old pool, freed once the last entry has moved");
+  const oldNote = h("p.caption");
   const newNote = h("p.caption");
-  const story = h("p.story");
+  const story = h("p.story.pool-story");
   const status = announcer();
   const tallies = ["This cache", "A cache that copies itself at every append"].map((label) => {
     const fill = h("div.tally-fill");
@@ -46,6 +46,7 @@ function render({ model, el }) {
 
   function load(ops) {
     queue = ops;
+    told = [];
     nextOp();
   }
   function nextOp() {
@@ -63,7 +64,9 @@ function render({ model, el }) {
     draw();
   }
   function finish() {
-    log = explain(current, old);
+    told.push(explain(current, old, told.length > 0));
+    log = told.join(" ");
+    if (current.fresh) freed = old;
     pool = current.pool;
     if (current.name === "evict") marked.clear();
     current = null;
@@ -96,19 +99,20 @@ function render({ model, el }) {
     seen = Math.max(...get("lengths")); // shorter rows lost their first entries before
     pool = { rows: get("lengths").map((length) => ({ capacity: length + headroom,
       entries: Array.from({ length }, (_, i) => seen - length + i) })) };
-    [marked, queue, done, old, moved, copied, current] = [new Set(), [], 0, null, 0, 0, null];
+    [marked, queue, done, old, freed, moved, copied, current] = [new Set(), [], 0, null, null, 0, 0, null];
     log = "Choose entries to mark them, then evict; or append a token and watch who has room.";
     draw();
   }
 
   const isDone = (r, at) => moves().findIndex((m) => m.row === r && m.at === at);
+  /** Every row of a pool; `live`: its entries can be marked, and are counted under it. */
   function slotsOf(shown, live) {
     let start = 0;
     return shown.rows.map((row, r) => {
       const cells = Array.from({ length: row.capacity }, (_, at) => slot(row, r, at, start + at, live));
-      const kind = windows[r].recent ? `, sees ${windows[r].sinks} sinks + ${windows[r].recent} recent` : "";
-      const box = h("div.pool-row", {}, h("div.pool-slots", {}, ...cells),
-        h("small", {}, `row ${r}: start ${start}, length ${row.entries.length} of ${row.capacity}${kind}`));
+      const window = windows[r].recent ? `, sees ${times(windows[r].sinks, "sink")} + ${windows[r].recent} recent` : "";
+      const words = live ? `row ${r}: start ${start}, length ${row.entries.length} of ${row.capacity}${window}` : `row ${r}`;
+      const box = h("div.pool-row", {}, h("div.pool-slots", {}, ...cells), h("small", {}, words));
       start += row.capacity;
       return box;
     });
@@ -141,11 +145,15 @@ function render({ model, el }) {
   function draw() {
     const fresh = busy() && current.fresh;
     const shown = busy() ? current.pool : pool;
-    oldBox.hidden = oldNote.hidden = !fresh;
+    // What was freed stays in sight, emptied: the picture does not jump back, and old and new can be compared.
+    oldBox.hidden = oldNote.hidden = !fresh && !freed;
     if (fresh) oldBox.replaceChildren(...slotsOf(old, false));
+    else if (freed) oldBox.replaceChildren(...slotsOf(emptied(freed), false));
+    oldNote.textContent = fresh ? "old pool, freed once the last entry has moved" : freed ? `old pool: its ${count(poolSlots(freed))} slots are freed` : "";
     slotsBox.replaceChildren(...slotsOf(shown, true));
-    newNote.textContent = fresh ? "new pool" : `the pool: ${count(poolSlots(shown))} slots, ${count(poolStored(shown))} entries`;
-    steps[1].disabled = !marked.size && !busy();
+    newNote.textContent = fresh ? `new pool: ${count(poolSlots(shown))} slots` :
+      `the pool: ${count(poolSlots(shown))} slots, ${count(poolStored(shown))} entries`;
+    steps[1].disabled = !marked.size;
     const amounts = [moved * entryBytes, copied * entryBytes];
     tallies.forEach(({ fill, number }, i) => {
       number.textContent = bytesText(amounts[i]);
@@ -180,19 +188,25 @@ function render({ model, el }) {
 }
 
 const doing = ({ name, fresh, moves }) => ({
-  room: fresh ? `A row is full: the whole pool moves, ${count(moves.length)} entries, into one with more room.` :
+  room: fresh ? `A row is full: the whole pool moves, ${times(moves.length, "entry", "entries")}, into one with more room.` :
     "A windowed row is full: its recent entries move down behind the sinks.",
   append: "One entry is written behind each row, in place.",
   evict: "What stays is gathered into a new, tight pool.",
   trim: "The recent entries of windowed rows move down behind the sinks.",
 })[name];
 
-function explain({ name, moves, pool }, before) {
-  const entries = `${count(moves.length)} ${moves.length === 1 ? "entry" : "entries"}`;
-  if (name === "append") return `Appended: ${entries} written, nothing else touched.`;
-  if (name === "trim" && !moves.length) return "Nothing to trim: no windowed row holds more than its window.";
-  if (name === "evict") return `Evicted: ${entries} kept; the pool went from ${poolSlots(before)} to ${poolSlots(pool)} slots.`;
-  return `${entries} moved; rows have room again.`;
+/** What was done, in the past tense; `then`: something else was done just before. */
+function explain({ name, moves, pool, fresh }, before, then) {
+  const entries = times(moves.length, "entry", "entries");
+  return {
+    room: fresh ? `A row was full: ${entries} moved into a new pool of ${count(poolSlots(pool))} slots.` :
+      `A windowed row was full: ${entries} moved down behind its sinks.`,
+    append: then ? `Then ${entries} ${moves.length === 1 ? "was" : "were"} written.` :
+      `Appended: ${entries} written, nothing else touched.`,
+    evict: `Evicted: ${entries} kept; the pool went from ${count(poolSlots(before))} to ${count(poolSlots(pool))} slots.`,
+    trim: moves.length ? `Trimmed: ${entries} moved down behind the sinks; what the window hid is gone.` :
+      "Nothing to trim: no windowed row holds more than its window.",
+  }[name];
 }
 
 export default { render };

@@ -27,12 +27,12 @@ function slotRace({ heads, headNames, m }) {
     panels.forEach((panel, head) => panel.update(now[head], level, state.budgets[head], head === last));
     scrub.limit(total());
     scrub.set(given);
-    const names = (list) => list.map((x, head) => `head ${headNames?.[head] ?? head}: ${count(x)}`).join(", ");
+    const names = (list) => list.map((x, head) => `${count(x)} to head ${headNames?.[head] ?? head}`).join(", ");
     if (!total()) story.textContent = "The budget is no larger than the recent window: there is no slot to give.";
     else if (given === total()) {
       const moved = state.budgets.some((b, head) => b !== now[head]);
-      story.textContent = `All ${count(total())} slots are given. ${names(now)}.` +
-        (moved ? ` With the safeguard, and equal scores shared, the budgets are ${names(state.budgets)} (▼).` : "");
+      story.textContent = `All ${count(total())} slots are given: ${names(now)}.` +
+        (moved ? ` With the safeguard, and equal scores shared, ${names(state.budgets)} (▼).` : "");
     } else {
       const next = ownerOf(given);
       story.textContent = `${count(given)} of ${count(total())} slots given. The next one goes to head ` +
@@ -87,12 +87,12 @@ function racePanel(name, m) {
     scale(ranked, head, slots) {
       top = ranked.pooled[ranked.order[0]] || 1;
       bottom = top * 1e-4;
-      let path = "M0 100";
+      let path = "M0 100"; // a step an entry
       ranked.heads[head].best.forEach((position, i) => {
-        path += `L${i} ${y(ranked.pooled[head * m + position]).toFixed(1)}`;
+        path += `V${y(ranked.pooled[head * m + position]).toFixed(1)}H${i + 1}`;
       });
-      area.setAttribute("d", `${path}L${m} 100z`);
-      filled.setAttribute("d", `${path}L${m} 100z`);
+      area.setAttribute("d", `${path}V100z`);
+      filled.setAttribute("d", `${path}V100z`);
       even.setAttribute("x1", slots);
       even.setAttribute("x2", slots);
     },
@@ -104,7 +104,7 @@ function racePanel(name, m) {
         level.setAttribute("y2", y(score));
       }
       safe.style.left = `${(100 * budget) / m}%`;
-      title.textContent = `head ${name}: ${count(given)} ${given === 1 ? "slot" : "slots"}`;
+      title.textContent = `head ${name}: ${times(given, "slot")}`;
       title.classList.toggle("hk-last", isLast);
       svg.setAttribute("aria-label", `Head ${name} has ${count(given)} slots, ${count(budget)} after the safeguard`);
     },

@@ -11,20 +11,23 @@ function factOfEntry(facts, n) {
 /** Running text of n entries; `update(mask, recent)` redraws only what changed. */
 function textStrip({ n, tokens, facts }) {
   const factOf = factOfEntry(facts, n);
-  const root = h("div.strip", { tabindex: 0, role: "region", "aria-label": "The document, entry by entry" });
+  const root = h(`div.strip${n < 60 ? ".short" : ""}`, { tabindex: 0, role: "region", "aria-label": "The document, entry by entry" });
   const spans = [];
   let parent = root;
   for (let i = 0; i < n; i++) {
+    const text = tokens ? tokens[i] : "";
+    const [, space, word] = /^( *)([^]*)$/.exec(text);
     if (factOf[i] >= 0 && (i === 0 || factOf[i] !== factOf[i - 1])) {
       parent = h("span.fact", { "data-fact": factOf[i] });
-      root.append(parent);
-    } else if (factOf[i] < 0) parent = root;
-    const text = tokens ? tokens[i] : "";
+      root.append(space, parent); // the blank before a fact is not underlined
+    } else {
+      if (factOf[i] < 0) parent = root;
+      parent.append(space);
+    }
     const span = h(tokens ? "span.token" : "span.token.bare", { "data-entry": i });
-    const [, space, word] = /^( *)([^]*)$/.exec(text);
     span.textContent = word.trim() === "" && tokens ? word.replace(/\n/g, "↵\n") || "·" : word;
     spans.push(span);
-    parent.append(space, span);
+    parent.append(span);
   }
   let shown = null;
   let edge = -1;
@@ -43,9 +46,11 @@ function textStrip({ n, tokens, facts }) {
         edge = recent;
       }
     },
+    /** Scroll entry i into the upper third. */
+    show: (i) => (root.scrollTop += spans[i].getBoundingClientRect().top - root.getBoundingClientRect().top - root.clientHeight / 3),
     reveal(i) {
       const target = spans[Math.max(0, Math.min(n - 1, i))];
-      root.scrollTop += target.getBoundingClientRect().top - root.getBoundingClientRect().top - root.clientHeight / 3;
+      this.show(spans.indexOf(target));
       spans.forEach((span) => span.classList.remove("hk-found"));
       target.classList.add("hk-found");
     },

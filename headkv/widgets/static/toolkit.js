@@ -35,6 +35,7 @@ let idsGiven = 0;
 const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
 
 const count = (x) => Math.round(x).toLocaleString("en-US");
+const times = (x, one, many = `${one}s`) => `${count(x)} ${x === 1 ? one : many}`;
 const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)}%`;
 
 /** Decimal units, as bills are written: 46,080 B, 41.5 MB, 17.2 GB. */
