@@ -18,7 +18,7 @@ MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test test-floor test-gpu lint format bench bench-cpu constraints clean
+.PHONY: help setup book test test-floor test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,11 @@ test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest 
 test-gpu: setup ## the tests marked gpu; needs a CUDA device
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
+sanitize-gpu: setup ## the fused decode step under compute-sanitizer: memory, races, uninitialised reads
+	for tool in memcheck racecheck initcheck; do echo "== $$tool"; \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton.py \
+	  -k "test_any_cut_of_a_fused_step or test_steps_in_a_row or test_append" || exit 1; done
+
 lint: $(VENV)/.rust ## ruff, mypy, cargo fmt, clippy
 	ruff check .
 	ruff format --check .
@@ -58,7 +63,11 @@ format: $(VENV)/.deps ## write the style that lint asks for
 bench-cpu: setup ## side-by-side measurements on this CPU: one table, medians, ratios
 	$(PY) benchmarks/cpu.py
 
-bench: bench-cpu ## every benchmark that this machine can run
+bench-gpu: setup ## one layer's decode step, and an 8B-shaped model's, side by side on this GPU (SMALL=1: under two minutes)
+	$(PY) benchmarks/gpu_attention.py $(if $(SMALL),--only "C 64x3 w4")
+	$(PY) benchmarks/gpu_model.py $(if $(SMALL),--contexts 8192,--compile-layers)
+
+bench: bench-cpu ## every benchmark that needs no GPU
 
 constraints: $(VENV)/.deps ## write constraints.txt anew: the newest versions that fit together
 	tools/constraints.sh

@@ -40,6 +40,52 @@ def test_extend_equals_decode_after_decode(case):
     torch.testing.assert_close(at_once[:, :, 0], first)
 
 
+@pytest.mark.parametrize("backend", ["reference", "rust", "auto"])
+def test_a_step_is_append_and_decode(backend):
+    """Far enough for the pools to grow and the windowed row to be trimmed."""
+    torch.manual_seed(2)
+    rows = [[tuple(torch.randn(2, n, 32)) for n in (1, 30)]]
+    sinks, recent = torch.tensor([[0, 2]]), torch.tensor([[0, 9]])
+    once, twice = (RaggedLayer.from_rows(rows, sinks=sinks, recent=recent) for _ in range(2))
+    for _ in range(150):
+        q, keys, values = torch.randn(1, 6, 32), torch.randn(1, 2, 32), torch.randn(1, 2, 32)
+        got = headkv.ragged_step(q, keys, values, once, backend=backend)
+        twice.append(keys[:, :, None], values[:, :, None])
+        assert torch.equal(got, headkv.ragged_decode(q, twice, backend=backend))
+    assert once.seen == twice.seen == 180 and torch.equal(once.lengths(), twice.lengths())
+
+
+STEPS = {
+    "keys of 4 dimensions": (
+        {"keys": torch.zeros(1, 2, 1, 32)},
+        ValueError,
+        r"keys must have shape \[B, H, D\]",
+    ),
+    "values no tensor": ({"values": None}, ValueError, r"values must have shape \[B, H, D\]"),
+    "keys of another dtype": ({"keys": torch.zeros(1, 2, 32).half()}, TypeError, "dtype"),
+    "too many heads": (
+        {"keys": torch.zeros(1, 3, 32), "values": torch.zeros(1, 3, 32)},
+        ValueError,
+        "keys must have",
+    ),
+    "seen on a CPU": (
+        {"seen": torch.zeros(1).long()},
+        ValueError,
+        "seen must be None with the backend 'rust'",
+    ),
+    "another backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
+}
+
+
+@pytest.mark.parametrize("given, error, message", STEPS.values(), ids=STEPS)
+def test_bad_steps_leave_the_layer_as_it_was(given, error, message):
+    layer = RaggedLayer.from_rows([[(torch.zeros(3, 32),) * 2] * 2])
+    good = {"q": torch.zeros(1, 4, 32), "keys": torch.zeros(1, 2, 32), "values": torch.zeros(1, 2, 32)}
+    with pytest.raises(error, match=message):
+        headkv.ragged_step(**{**good, "layer": layer, "backend": "rust", **given})
+    assert layer.seen == 3 and layer.lengths().tolist() == [[3, 3]]
+
+
 @pytest.mark.parametrize("backend", ["reference", "rust"])
 def test_trimming_never_changes_attention(backend):
     """A windowed row gives the same output whether what it hides was dropped already or not."""

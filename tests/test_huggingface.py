@@ -281,6 +281,7 @@ BAD = {
     "an all-padding row": (lambda: call(inputs={"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.tensor([[1] * 4, [0] * 4])}), ValueError, "all padding"),
     "output_attentions": (lambda: call(output_attentions=True), ValueError, "output_attentions=True is not supported"),
     "no model": (lambda: headkv.compress("llama", headkv.FullCache()).__enter__(), TypeError, "model must be a transformers model, got str"),
+    "a class": (lambda: call(method=headkv.AdaKV), TypeError, "method must be a headkv method"),
     "no method": (lambda: call(method=0.2), TypeError, "method must be a headkv method"),
     "an encoder-decoder": (lambda: headkv.RaggedCache.for_model(t5(), headkv.FullCache()), ValueError, "encoder-decoder"),
     "a model of linear attention": (lambda: headkv.RaggedCache.for_model(sized("Mamba"), headkv.FullCache()), ValueError, "MambaForCausalLM"),

@@ -296,7 +296,7 @@ class RaggedCache(Cache):
         config = supported_config(model)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if not callable(getattr(method, "plan", None)):
+        if isinstance(method, type) or not callable(getattr(method, "plan", None)):
             raise TypeError(
                 f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}"
             )
