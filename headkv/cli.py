@@ -206,7 +206,7 @@ def _print_table(results: Sequence[Result], facts: Sequence[Any], tokens: int) -
             f"{result.right_unseen} / {result.asked}",
             " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
         )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 165).print(table)
 
 
 if __name__ == "__main__":
