@@ -52,6 +52,7 @@ class DecodeGraph:
             )
         if cache.seen == 0:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
+        cache.finalize_prefill()
         self.model, self.cache = model, cache
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
