@@ -61,6 +61,7 @@ def global_top_counts(scores: Tensor, k: int) -> Tensor:
         return torch.zeros(scores.shape[0], dtype=torch.float64)
     ranked = scores.float()
     threshold = ranked.flatten().kthvalue(scores.numel() - k + 1).values
-    above = (ranked > threshold).sum(1).cpu().double()  # counted on the device, which may lack float64
+    # Counted where the scores are; that device may lack float64.
+    above = (ranked > threshold).sum(1).cpu().double()
     level = (ranked == threshold).sum(1).cpu().double()
     return above + (k - above.sum()) * level / level.sum()
