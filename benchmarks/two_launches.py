@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headkv_kernels import DecodeConfig, Rows
 from headkv_kernels.rows import FUSED, padded
+from headkv_kernels.shares import sums_outside
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(16)  # shares are whole units, so that segments begin at multiples of 16 entries
@@ -36,21 +37,6 @@ def units_of_rows(length, sinks, recent, count, rows, window, PAD: tl.constexpr,
     if COMPENSATE:
         visible += (tl.load(count + r, mask=r < rows, other=-1) >= 0).to(tl.int64)
     return tl.cdiv(visible, UNIT).to(tl.int32)
-
-
-@triton.jit
-def sums_outside(
-    key_sum, value_sum, row, keys, values, begin, end,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`[D_PAD]` twice: the sums over what a row dropped and over what it hides, the slots `begin .. end`."""
-    d, n = tl.arange(0, D_PAD), tl.arange(0, BLOCK)
-    key = tl.load(key_sum + row * D + d, mask=d < D, other=0.0)
-    value = tl.load(value_sum + row * D + d, mask=d < D, other=0.0)
-    for i in range(begin, end, BLOCK):
-        key += tl.sum(load_entries(keys, i + n, i + n < end, D, D_PAD, tl.float32), 0)
-        value += tl.sum(load_entries(values, i + n, i + n < end, D, D_PAD, tl.float32), 0)
-    return key, value
 
 
 @triton.jit

@@ -114,7 +114,10 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
                 layer.capacity,
                 backend.kernels().new_tickets(rows),
             )
-            backend.kernels().ragged_step(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
+            fused = backend.kernels().ragged_step
+            fused(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
+            config = replace(backend.kernels().DecodeConfig.default(rows), split=True)
+            fused(q[:, :, 0], *step, layer.length[:1], config=config, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
             backend.kernels().ragged_extend(q, rows, query_positions=where, **options)

@@ -278,13 +278,10 @@ class RaggedLayer:
         moves.append(self, keys, values, valid)
         self.advance(tokens)
 
-    def reserve(self, tokens: int) -> bool:
-        """Make sure that every row has room for `tokens` more; True when the entries moved to new pools for it."""
-        if tokens <= self._free:
-            return False
-        pool = self.keys
-        self._make_room(tokens)
-        return self.keys is not pool
+    def reserve(self, tokens: int) -> None:
+        """Make sure that every row has room for `tokens` more; the entries move to new pools if need be."""
+        if tokens > self._free:
+            self._make_room(tokens)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a kernel has stored, on the device, in room that was reserved."""

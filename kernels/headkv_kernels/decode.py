@@ -36,7 +36,7 @@ class DecodeConfig:
     stages: int = 3
     warps: int = 4
     early: bool = False
-    split: bool = False
+    split: bool = True
     prefetch: int = 0
     ring: int = 0
 
@@ -50,7 +50,7 @@ class DecodeConfig:
         programs, early = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
         stages = 3 if block * entry <= 32768 else 2
-        return cls(programs, block, stages, early=early, ring=3 if early else 0)
+        return cls(programs, block, stages, early=early, split=False, ring=3 if early else 0)
 
 
 @cache
