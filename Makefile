@@ -64,7 +64,7 @@ bench-cpu: setup ## side-by-side measurements on this CPU: one table, medians, r
 	$(PY) benchmarks/cpu.py
 
 bench-gpu: setup ## one layer's decode step, and an 8B-shaped model's, side by side on this GPU (SMALL=1: under two minutes)
-	$(PY) benchmarks/gpu_attention.py $(if $(SMALL),--only "C 64x3 w4")
+	$(PY) benchmarks/gpu_attention.py $(if $(SMALL),--replays 10)
 	$(PY) benchmarks/gpu_model.py $(if $(SMALL),--contexts 8192,--compile-layers)
 
 bench: bench-cpu ## every benchmark that needs no GPU

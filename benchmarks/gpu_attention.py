@@ -1,6 +1,6 @@
 """One layer's decode step on a GPU, beside a launch that only reads the same bytes and dense attention.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--out FILE.json] [--only PART] [--profile NAME]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--out FILE.json] [--profile NAME]
 
 Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. The rows' lengths are skewed (Dirichlet 1), as
 head-specific budgets leave them; dense attention gets as many entries, in rows of equal length. Medians of CUDA graph
@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from two_launches import decode_in_two
+from torch.nn.attention.varlen import varlen_attn
 
-from headkv_kernels import DecodeConfig, Rows, new_tickets, ragged_append, ragged_step
+from headkv_kernels import DecodeConfig, Rows, new_ticket, ragged_step
 
 HEADS, GROUP, DIM, LAYERS, HEADROOM = 8, 4, 128, 16, 512
 ENTRIES = (26214, 6553, 1638)  # kept entries a head: 20% of 128k, 32k and 8k
@@ -45,7 +45,7 @@ class Layer:
     q: Tensor
     new: Tensor
     seen: Tensor
-    tickets: Tensor
+    ticket: Tensor
     begun: Tensor
 
     def rewind(self) -> None:
@@ -66,7 +66,7 @@ def make_layer(entries: int, device: str) -> Layer:
     q = torch.randn(1, HEADS * GROUP, DIM, device=device).to(torch.bfloat16)
     new = torch.randn(2, 1, HEADS, DIM, device=device).to(torch.bfloat16)
     seen = torch.tensor([int(length.max())], device=device)
-    return Layer(rows, capacity.to(device), q, new, seen, new_tickets(rows), rows.length.clone())
+    return Layer(rows, capacity.to(device), q, new, seen, new_ticket(rows), rows.length.clone())
 
 
 Step = Callable[[Layer], Tensor]
@@ -76,9 +76,9 @@ def error(layer: Layer, step: Step) -> float:
     """Relative distance of one step from attention in float64, over what the rows hold after it."""
     before = layer.rows.length.clone()
     got = step(layer)[0].double()
-    if not torch.equal(layer.rows.length, before + 1) or layer.tickets.any():
+    if not torch.equal(layer.rows.length, before + 1) or layer.ticket.any():
         raise AssertionError(
-            f"lengths {before.tolist()} -> {layer.rows.length.tolist()}, {layer.tickets.tolist()}"
+            f"lengths {before.tolist()} -> {layer.rows.length.tolist()}, {layer.ticket.tolist()}"
         )
     want = []
     for r, (begin, n) in enumerate(zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)):
@@ -164,62 +164,66 @@ def time_dense(entries: int, backend: SDPBackend, replays: int) -> float:
         return math.nan
 
 
-def in_two(config: DecodeConfig) -> Step:
-    """The step in three launches: append, shares, combine."""
+def time_varlen(layers: list[Layer], replays: int) -> float:
+    """Flash attention over rows as sequences of unequal length, as published code decodes; stored tokens only."""
+    q = [layer.q.view(HEADS, GROUP, DIM) for layer in layers]
+    one_each = torch.arange(HEADS + 1, device="cuda", dtype=torch.int32)
+    rows = []
+    for layer in layers:  # rows without free slots between them
+        slots = torch.cat(
+            [
+                torch.arange(b, b + n)
+                for b, n in zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)
+            ]
+        ).to("cuda")
+        pools = [pool[slots, None].expand(-1, GROUP, -1) for pool in (layer.rows.keys, layer.rows.values)]
+        ends = F.pad(layer.rows.length.cumsum(0), (1, 0)).to(torch.int32)
+        rows.append((*pools, one_each, ends, 1, int(layer.rows.length.max())))
+
+    def step() -> None:
+        for query, row in zip(q, rows, strict=True):
+            varlen_attn(query, *row)
+
+    return microseconds(step, max(3, replays // 6))
+
+
+def stepping(config: DecodeConfig, ahead: bool) -> Step:
+    """The step under a configuration. Two layers lie in two places, so what `ahead` asks for holds."""
 
     def step(layer: Layer) -> Tensor:
-        ragged_append(layer.rows, layer.capacity, *layer.new[:, :, :, None], seen=layer.seen)
-        return decode_in_two(layer.q, layer.rows, SCALE, config)
-
-    return step
-
-
-def in_one(config: DecodeConfig, ahead: bool) -> Step:
-    """The step in one launch. Two layers lie in two places, so what `ahead` asks for holds."""
-
-    def step(layer: Layer) -> Tensor:
-        tensors = (*layer.new, layer.rows, layer.capacity, layer.tickets, layer.seen)
+        tensors = (*layer.new, layer.rows, layer.capacity, layer.ticket, layer.seen)
         return ragged_step(layer.q, *tensors, scale=SCALE, ahead=ahead, config=config)
 
     return step
 
 
-def variants() -> dict[str, Step]:
-    """What is compared, by name. C is for Hopper; where it does not exist, it is not listed."""
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    hopper = torch.cuda.get_device_capability()[0] >= 9
-    base = DecodeConfig(processors, 64, early=hopper)
-    shapes = {f"B 64x3 w4, prefetch {n}": replace(base, prefetch=n) for n in (0, 64, 128, 256)}
-    shapes |= {
-        "B 64x3 w4, warps together": replace(base, split=False, prefetch=128),
-        "B 64x4 w4": replace(base, stages=4, prefetch=128),
-        "B 128x2 w8": replace(base, block=128, stages=2, warps=8, prefetch=128),
-        "B 128x3 w8": replace(base, block=128, warps=8, prefetch=128),
-        "B 32x4 w2, 2 a SM": replace(base, programs=2 * processors, block=32, stages=4, warps=2, prefetch=64),
-        "B 64x2 w4, 2 a SM": replace(base, programs=2 * processors, stages=2, prefetch=64),
-    }
+# Entries a block, blocks in the ring (0: the portable kernel), warps, programs a multiprocessor, gap.
+SEARCH = (
+    *((64, 3, 4, 1, 0), (64, 3, 4, 1, 32), (64, 3, 4, 1, 96), (64, 3, 4, 1, 128)),
+    *((64, 3, 4, 2, 32), (64, 2, 4, 1, 64), (64, 2, 4, 2, 32), (32, 3, 2, 2, 64), (32, 6, 2, 1, 64)),
+    *((32, 3, 2, 4, 32), (64, 6, 4, 1, 64), (128, 2, 8, 1, 64), (64, 0, 4, 1, 0), (128, 0, 8, 1, 64)),
+)
+
+
+def variants(search: bool) -> dict[str, Step]:
+    """What is compared, by name: the default, what it is without its parts, and with `search` other cuts."""
+    config, hopper = default_config(), torch.cuda.get_device_capability()[0] >= 9
+    found = {"headkv": stepping(config, ahead=hopper)}
     if hopper:
-        for block, ring, warps, times, prefetch in RINGS:
-            config = replace(base, programs=times * processors, block=block, warps=warps, prefetch=prefetch)
-            more = ("" if times == 1 else f", {times} a SM") + (f", prefetch {prefetch}" if prefetch else "")
-            shapes[f"C {block}x{ring} w{warps}{more}"] = replace(config, ring=ring)
-    found = {"A two launches + append": in_two(base)}
-    if hopper:
-        found["A, no early start"] = in_two(replace(base, early=False))
-    for name, config in shapes.items():
-        found[name] = in_one(config, ahead=hopper)
-    for name, config in shapes.items() if hopper else ():
-        if name in ("B 64x3 w4, prefetch 0", "C 64x3 w4"):
-            found[f"{name}, early but safe"] = in_one(config, ahead=False)
-            found[f"{name}, no early start"] = in_one(replace(config, early=False), ahead=False)
+        found["headkv, after the launch before"] = stepping(config, ahead=False)
+        found["headkv, no early start"] = stepping(replace(config, early=False), ahead=False)
+        found["headkv, portable kernel"] = stepping(replace(config, ring=0), ahead=True)
+    for block, ring, warps, times, gap in SEARCH if search else ():
+        other = replace(
+            config, block=block, ring=ring, warps=warps, gap=gap, programs=times * config.programs
+        )
+        found[f"  {block} x {ring}, {warps} warps, {times} a SM, gap {gap}"] = stepping(other, ahead=hopper)
     return found
 
 
-# Of C: entries a block, blocks in the ring, warps, programs a multiprocessor, entries asked for after the ring's.
-RINGS = (
-    *((64, 3, 4, 1, 0), (64, 3, 4, 1, 64), (64, 3, 4, 1, 256), (64, 2, 4, 1, 128), (64, 6, 4, 1, 0)),
-    *((32, 6, 2, 1, 0), (32, 3, 2, 2, 0), (32, 3, 2, 2, 64), (64, 3, 4, 2, 0), (128, 2, 8, 1, 0)),
-)
+def default_config() -> DecodeConfig:
+    """What `ragged_step` takes for these rows."""
+    return DecodeConfig.default(make_layer(64, "cuda").rows)
 
 
 def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
@@ -233,16 +237,14 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
         column[name] = time
         print(f"  {name:42s}{time:9.2f}" + "".join(f"{e:10.1e}" for e in errors), flush=True)
 
-    if not options.only:
-        note("a launch that only reads", time_read(layers, options.replays))
-        for name, backend in DENSE.items():
-            note(name, time_dense(entries, backend, options.replays))
-    for name, step in variants().items():
-        if not name.startswith(options.only):
-            continue
+    note("a launch that only reads", time_read(layers, options.replays))
+    for name, backend in DENSE.items():
+        note(name, time_dense(entries, backend, options.replays))
+    note("flash varlen, one KV head a sequence", time_varlen(layers, options.replays))
+    for name, step in variants(options.search).items():
         for layer in layers:
             layer.rewind()
-            layer.tickets.zero_()
+            layer.ticket.zero_()
         try:
             first = error(layers[0], step)
             time = microseconds(lambda step=step: [step(layer) for layer in layers], options.replays)
@@ -261,7 +263,7 @@ def profile(name: str) -> None:
     for entries in ENTRIES:
         layers = [make_layer(entries, "cuda") for _ in range(4)]
         for layer in layers:
-            variants()[name](layer)
+            variants(search=True)[name](layer)
         torch.cuda.synchronize()
 
 
@@ -271,8 +273,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--replays", type=int, default=30, help="graph replays, of which the median counts")
-    parser.add_argument("--only", default="", help="only variants whose name begins so")
-    parser.add_argument("--profile", help="only launch this variant, by its full name, a few times")
+    parser.add_argument("--search", action="store_true", help="also other ways to cut the work")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="only launch this variant a few times, for a profiler"
+    )
     parser.add_argument("--out", type=Path, help="write the table as JSON, with the machine's name")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -94,13 +94,14 @@ WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=Tr
 
 
 @device
+@pytest.mark.parametrize("gap", [0, 8, 500])
 @pytest.mark.parametrize("programs", [1, 2, 5, 200])
 @pytest.mark.parametrize("case", [UNEVEN, WINDOWS], ids=lambda case: case.name)
-def test_any_number_of_shares(case, programs):
+def test_any_number_of_shares(case, programs, gap):
     """However the entries are cut, also into more shares than there are entries."""
     q, layer = case.build(DEVICE)
     kernels = backend.kernels()
-    config = kernels.DecodeConfig(programs, 32)
+    config = kernels.DecodeConfig(programs, 32, gap=gap)
     got = kernels.ragged_decode(q[:, :, 0], backend.rows_of(layer), scale=case.dim**-0.5, config=config)
     assert_close(got, truth(case, q, layer)[:, :, 0], case.dtype)
 
@@ -281,27 +282,27 @@ RINGS = [case for case in RINGS if not case.compensate] + [
 @device
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
 def test_fused_steps(case):
-    """Append and attention in one launch, again and again until no row has room: as append, then the truth."""
+    """Append and attention in one go, again and again until no row has room: as append, then the truth."""
     fused_steps(case, None)
 
 
 @compiled
 @pytest.mark.gpu
 @pytest.mark.parametrize("programs", [5, 132])
-@pytest.mark.parametrize("block, ring, warps", [(64, 3, 4), (32, 2, 2)])
+@pytest.mark.parametrize("block, ring, warps, gap", [(64, 3, 4, 64), (32, 2, 2, 0)])
 @pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
-def test_fused_steps_through_a_ring(case, block, ring, warps, programs):
+def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
     """The kernel for Hopper, which has no interpreter."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0: the kernel is for Hopper")
     config = backend.kernels().DecodeConfig
-    fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, prefetch=64))
+    fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, gap=gap))
 
 
 def fused_steps(case, config):
     q, layer = case.build(DEVICE)
     kernels, options = backend.kernels(), case.options | {"scale": case.scale or case.dim**-0.5}
-    rows, tickets = backend.rows_of(layer), backend.kernels().new_tickets(backend.rows_of(layer))
+    rows, ticket = backend.rows_of(layer), backend.kernels().new_ticket(backend.rows_of(layer))
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         same = RaggedLayer.from_snapshot(layer.snapshot())
@@ -312,13 +313,13 @@ def fused_steps(case, config):
             backend.rows_of(same), same.capacity, keys[:, :, None], values[:, :, None], seen=seen
         )
         same.seen += 1
-        step = (q[:, :, 0], keys, values, rows, layer.capacity, tickets, seen)
+        step = (q[:, :, 0], keys, values, rows, layer.capacity, ticket, seen)
         got = kernels.ragged_step(*step, config=config, **options)
         layer.seen += 1
         for name in ("keys", "values", "positions", "length"):
             mine, wanted = getattr(layer, name), getattr(same, name)
             torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)
-        assert not tickets.any()
+        assert not ticket.any()
         assert_true(got[:, :, None], case, q, layer)
     assert torch.equal(layer.length, layer.capacity)
 
@@ -333,14 +334,14 @@ def test_any_cut_of_a_fused_step(programs, warps):
     kernels, rows = backend.kernels(), backend.rows_of(layer)
     config = kernels.DecodeConfig(programs, 16 * warps, warps=warps)
     keys, values = torch.randn(2, 2, 5, 64, device=DEVICE).to(FP16)
-    tickets, seen = kernels.new_tickets(rows), torch.tensor([layer.seen], device=DEVICE)
+    ticket, seen = kernels.new_ticket(rows), torch.tensor([layer.seen], device=DEVICE)
     q_now = q[:, :, 0]
     got = kernels.ragged_step(
-        q_now, keys, values, rows, layer.capacity, tickets, seen, scale=0.125, config=config
+        q_now, keys, values, rows, layer.capacity, ticket, seen, scale=0.125, config=config
     )
     layer.seen += 1
     assert_true(got[:, :, None], case, q, layer)
-    assert not tickets.any()
+    assert not ticket.any()
 
 
 SMALL = Case("small", ((5, 9),))
@@ -367,10 +368,10 @@ BAD = {
     "append of another D": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None, :8], q[:, :2, None, :8], seen=0), ValueError, "keys must have shape"),
     "append of another dtype": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None].half()] * 2, seen=0), TypeError, "keys must be torch.float32"),
     "append elsewhere": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None], q[:, :2, None].to("meta"), seen=0), TypeError, "values must be torch.float32 on"),
-    "step with keys of another dtype": (lambda k, q, r: k.ragged_step(q, *[q[:, :2].half()] * 2, r, r.length, k.new_tickets(r), r.length[:1], scale=1.0), TypeError, "new_keys must be torch.float32"),
-    "step with keys of T 1": (lambda k, q, r: k.ragged_step(q, *[q[:, :2, None]] * 2, r, r.length, k.new_tickets(r), r.length[:1], scale=1.0), ValueError, r"new_keys must have shape \[1, 2, 64\]"),
-    "step with a number seen": (lambda k, q, r: k.ragged_step(q, *[q[:, :2]] * 2, r, r.length, k.new_tickets(r), r.length, scale=1.0), ValueError, r"seen must be int64 \[1\]"),
-    "step with too few tickets": (lambda k, q, r: k.ragged_step(q, *[q[:, :2]] * 2, r, r.length, k.new_tickets(r)[1:], r.length[:1], scale=1.0), ValueError, r"tickets must be int32 \[3\]"),
+    "step with keys of another dtype": (lambda k, q, r: k.ragged_step(q, *[q[:, :2].half()] * 2, r, r.length, k.new_ticket(r), r.length[:1], scale=1.0), TypeError, "new_keys must be torch.float32"),
+    "step with keys of T 1": (lambda k, q, r: k.ragged_step(q, *[q[:, :2, None]] * 2, r, r.length, k.new_ticket(r), r.length[:1], scale=1.0), ValueError, r"new_keys must have shape \[1, 2, 64\]"),
+    "step with a number seen": (lambda k, q, r: k.ragged_step(q, *[q[:, :2]] * 2, r, r.length, k.new_ticket(r), r.length, scale=1.0), ValueError, r"seen must be int64 \[1\]"),
+    "step without a ticket": (lambda k, q, r: k.ragged_step(q, *[q[:, :2]] * 2, r, r.length, k.new_ticket(r)[1:], r.length[:1], scale=1.0), ValueError, r"ticket must be int32 \[1\]"),
     "valid of ints": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None]] * 2, seen=0, valid=torch.ones(1, 1)), ValueError, "valid must be bool"),
 }  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
                 *layer.keys.new_zeros(2, 2, 2, case.dim),
                 rows,
                 layer.capacity,
-                backend.kernels().new_tickets(rows),
+                backend.kernels().new_ticket(rows),
             )
             fused = backend.kernels().ragged_step
             fused(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
@@ -164,7 +164,7 @@ def test_the_ring_compiles(
     new = layer.keys.new_zeros(2, batch, layer.rows // batch, case.dim)
     options = {"scale": 1.0, "softcap": case.softcap, "ahead": True, "config": config}
     kernels.ragged_step(
-        q[:, :, 0], *new, ragged, layer.capacity, kernels.new_tickets(ragged), layer.length[:1], **options
+        q[:, :, 0], *new, ragged, layer.capacity, kernels.new_ticket(ragged), layer.length[:1], **options
     )
     (compiled,) = stand.compiled
     assert compiled.metadata.shared + 1024 <= 228 * 1024 // 2 or case.group > 8

@@ -60,7 +60,7 @@ def ragged_step(
     softcap: float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Store one new token a sequence, and attend over all: `layer.append` and `ragged_decode`, on a GPU in one launch.
+    """Store one new token a sequence, and attend over all: `layer.append` and `ragged_decode`, on a GPU in one go.
 
     Args:
         q: `[B, HQ, D]`.

@@ -32,11 +32,7 @@ def decode(
     if sliding_window is not None:
         last = torch.full((q.shape[0],), layer.seen - 1, device=q.device)
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    rows = rows_of(layer)
-    out = kernels().ragged_decode(
-        _storable(q), rows, query_positions=last, tickets=_tickets(layer, rows), **options
-    )
-    return out.to(q.dtype)
+    return kernels().ragged_decode(_storable(q), rows_of(layer), query_positions=last, **options).to(q.dtype)
 
 
 def step(
@@ -50,7 +46,7 @@ def step(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """One new token a sequence, stored and attended to in one launch. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
+    """One new token a sequence, stored and attended to. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
 
     Args:
         keys, values: `[B, H, D]` of the new token; the layer has room for it.
@@ -63,7 +59,7 @@ def step(
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     rows, new = rows_of(layer), (_storable(keys), _storable(values))
     out = kernels().ragged_step(
-        _storable(q), *new, rows, layer.capacity, _tickets(layer, rows), seen, ahead=ahead, **options
+        _storable(q), *new, rows, layer.capacity, _ticket(layer, rows), seen, ahead=ahead, **options
     )
     return out.to(q.dtype)
 
@@ -88,10 +84,10 @@ def extend(
     return kernels().ragged_extend(_storable(q), rows_of(layer), query_positions=where, **options).to(q.dtype)
 
 
-def _tickets(layer: RaggedLayer, rows: Any) -> Tensor:
-    if layer.tickets is None:
-        layer.tickets = kernels().new_tickets(rows)
-    return layer.tickets
+def _ticket(layer: RaggedLayer, rows: Any) -> Tensor:
+    if layer.ticket is None:
+        layer.ticket = kernels().new_ticket(rows)
+    return layer.ticket
 
 
 def _storable(x: Tensor) -> Tensor:

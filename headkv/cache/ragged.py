@@ -52,7 +52,7 @@ class RaggedLayer:
         evicted_end: `[rows]` int64, one more than the last position that was ever dropped from the row (0: none).
         seen: logical tokens so far, also those that are no longer stored.
         rollback: hidden entries that a trimmed windowed row still holds, so that `crop` can undo as many tokens.
-        tickets: what the Triton kernels count with, made when they first run; no part of the contents.
+        ticket: `[1]` int32 that the Triton kernels count with, made when they first run; no part of the contents.
     """
 
     _TENSORS = (
@@ -77,7 +77,7 @@ class RaggedLayer:
     num_kv_heads: int
     seen: int
     rollback: int
-    tickets: Tensor | None = None
+    ticket: Tensor | None = None
     _free: int  # tokens that fit into every row for certain: a lower bound kept on the host, so that nothing waits
 
     # -- making one -------------------------------------------------------------------------------------------------
@@ -447,7 +447,6 @@ class RaggedLayer:
             setattr(self, name, None if tensor is None else tensor[rows])
         self.start = layout.starts(self.capacity)
         self.batch_size = index.numel()
-        self.tickets = None
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""
@@ -474,11 +473,11 @@ class RaggedLayer:
         for name in self._TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
-        self.tickets = None
+        self.ticket = None
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies that a kernel reads or writes: what a recorded CUDA graph relies on."""
-        names = (*self._TENSORS, "tickets")
+        names = (*self._TENSORS, "ticket")
         tensors = (getattr(self, name) for name in names if name != "evicted_end")
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
@@ -492,4 +491,4 @@ class RaggedLayer:
         self.keys, self.values, self.positions = pools
 
     def _held(self) -> list[Tensor]:
-        return [t for name in (*self._TENSORS, "tickets") if (t := getattr(self, name)) is not None]
+        return [t for name in (*self._TENSORS, "ticket") if (t := getattr(self, name)) is not None]

@@ -88,7 +88,7 @@ class DecodeGraph:
                 raise ValueError(f"{name} must have shape {list(self._ids.shape)}, got {list(given.shape)}")
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
-        if not self._warm or any(layer.filled().tickets is None for layer in self.cache.layers):
+        if not self._warm or any(layer.filled().ticket is None for layer in self.cache.layers):
             self._warm = True
             return self._forward(input_ids, position_ids)
         self.reserve(1)

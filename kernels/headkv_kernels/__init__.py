@@ -7,14 +7,14 @@ can be captured in a CUDA graph.
 """
 
 from headkv_kernels.append import ragged_append
-from headkv_kernels.decode import DecodeConfig, new_tickets, ragged_decode, ragged_step
+from headkv_kernels.decode import DecodeConfig, new_ticket, ragged_decode, ragged_step
 from headkv_kernels.extend import ragged_extend
 from headkv_kernels.rows import Rows
 
 __all__ = [
     "DecodeConfig",
     "Rows",
-    "new_tickets",
+    "new_ticket",
     "ragged_append",
     "ragged_decode",
     "ragged_extend",

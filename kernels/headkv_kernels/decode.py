@@ -9,8 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from headkv_kernels.combine import combine_segments
 from headkv_kernels.rows import FUSED, INTERPRETED, Rows, check_positions, check_queries, guard, padded
-from headkv_kernels.shares import decode_shares
+from headkv_kernels.shares import UNIT, decode_shares
 
 NO_WINDOW = 2**31 - 1
 
@@ -28,7 +29,7 @@ class DecodeConfig:
         split: each warp takes whole entries where these are of 16 bits and its registers suffice (up to 8 warps).
         ring: blocks of the ring of `ring.py`, at least 2, where that kernel serves (`ring_serves`); 0 or
             elsewhere: the portable kernel.
-        prefetch: entries that a program asks for into the L2 cache before it starts (Hopper on).
+        gap: entries that could be read in the time that one more segment takes a program.
     """
 
     programs: int
@@ -37,8 +38,8 @@ class DecodeConfig:
     warps: int = 4
     early: bool = False
     split: bool = True
-    prefetch: int = 0
     ring: int = 0
+    gap: int = 64
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
@@ -68,10 +69,10 @@ def ring_serves(config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, 
     return config.ring > 1 and plain and config.block >= 16 * config.warps and not INTERPRETED
 
 
-def new_tickets(rows: Rows) -> Tensor:
-    """`[rows + 1]` int32 zeros: where the programs of a launch over these rows count what is done. They are
-    zero again after every launch; launches that may run at the same time need tickets of their own."""
-    return torch.zeros(rows.number + 1, dtype=torch.int32, device=rows.keys.device)
+def new_ticket(rows: Rows) -> Tensor:
+    """`[1]` int32 zero: counts, in a step over these rows, the programs that have read the lengths. It is zero
+    again after every step; steps that may run at the same time need tickets of their own."""
+    return torch.zeros(1, dtype=torch.int32, device=rows.keys.device)
 
 
 def ragged_decode(
@@ -82,7 +83,6 @@ def ragged_decode(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    tickets: Tensor | None = None,
     ahead: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
@@ -92,7 +92,6 @@ def ragged_decode(
         query_positions: `[B]` int, on the device; only read, and then needed, with a sliding window.
         scale, softcap: logits are `softcap * tanh(scale * q k / softcap)`.
         sliding_window: entries at a distance of `sliding_window` or more positions are not visible.
-        tickets: from `new_tickets(rows)`; default: new ones, which costs a launch more.
         ahead: read the rows even before the launches before this one in the stream have ended. Right only
             if none of those that may still run (kernels that let the next one start early) writes them.
         config: default: `DecodeConfig.default(rows)`.
@@ -106,10 +105,9 @@ def ragged_decode(
             raise ValueError("query_positions must be given with a sliding window, got None")
         check_positions(query_positions, (q.shape[0],), rows)
         query_positions = query_positions.contiguous()
-    tickets = new_tickets(rows) if tickets is None else check_tickets(tickets, rows)
     new = (None, 0, 0, None, 0, 0, None)
     options = (scale, sliding_window, softcap)
-    return _launch(q, rows, group, None, query_positions, tickets, new, options, ahead, config)
+    return _launch(q, rows, group, None, query_positions, None, new, options, ahead, config)
 
 
 def ragged_step(
@@ -118,7 +116,7 @@ def ragged_step(
     new_values: Tensor,
     rows: Rows,
     capacity: Tensor,
-    tickets: Tensor,
+    ticket: Tensor,
     seen: Tensor,
     *,
     scale: float,
@@ -127,13 +125,13 @@ def ragged_step(
     ahead: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """`ragged_append` of one token and `ragged_decode` in one launch. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
+    """`ragged_append` of one token and `ragged_decode`, together. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
 
     Args:
         new_keys, new_values: `[B, H, D]` in the dtype of the pools; any strides, but 1 along D.
         rows: `rows.length` grows by one, in place, except for rows without room: these lose the token.
         capacity: `[rows]` int64, slots that each row owns; contiguous.
-        tickets: from `new_tickets(rows)`.
+        ticket: from `new_ticket(rows)`.
         seen: `[1]` int64 on the device, the position of the new token; only read.
         scale, softcap, sliding_window, ahead, config: as in `ragged_decode`.
 
@@ -150,25 +148,16 @@ def ragged_step(
         if new.shape != shape or new.stride(2) != 1:
             got = f"{list(new.shape)} with strides {list(new.stride())}"
             raise ValueError(f"{name} must have shape {list(shape)} and stride 1 along D, got {got}")
-    for name, tensor, number in (("capacity", capacity, rows.number), ("seen", seen, 1)):
-        if tensor.dtype != torch.int64 or tensor.shape != (number,) or tensor.device != device:
+    whole = (("capacity", capacity, torch.int64, rows.number), ("seen", seen, torch.int64, 1))
+    for name, tensor, dtype, number in (*whole, ("ticket", ticket, torch.int32, 1)):
+        if tensor.dtype != dtype or tensor.shape != (number,) or tensor.device != device:
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} must be int64 [{number}] on {device}, got {got}")
+            raise ValueError(f"{name} must be {str(dtype)[6:]} [{number}] on {device}, got {got}")
     if not capacity.is_contiguous():
         raise ValueError(f"capacity must be contiguous, got strides {list(capacity.stride())}")
-    check_tickets(tickets, rows)
     new = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
     options = (scale, sliding_window, softcap)
-    return _launch(q, rows, group, capacity, None, tickets, new, options, ahead, config)
-
-
-def check_tickets(tickets: Tensor, rows: Rows) -> Tensor:
-    """Tickets that fit these rows."""
-    size, device = (rows.number + 1,), rows.keys.device
-    if tickets.dtype != torch.int32 or tickets.shape != size or tickets.device != device:
-        got = f"{tickets.dtype} {list(tickets.shape)} on {tickets.device}"
-        raise ValueError(f"tickets must be int32 {list(size)} on {device}, got {got}")
-    return tickets
+    return _launch(q, rows, group, capacity, None, ticket, new, options, ahead, config)
 
 
 def _launch(
@@ -177,7 +166,7 @@ def _launch(
     group: int,
     capacity: Tensor | None,
     query_positions: Tensor | None,
-    tickets: Tensor,
+    ticket: Tensor | None,
     new: tuple[Tensor | int | None, ...],
     options: tuple[float, int | None, float | None],
     ahead: bool,
@@ -186,46 +175,49 @@ def _launch(
     config = config or DecodeConfig.default(rows)
     scale, window, softcap = options
     dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
-    size = rows.keys.element_size()
-    narrow = size == 2 and q.dtype == rows.keys.dtype
+    narrow = rows.keys.element_size() == 2 and q.dtype == rows.keys.dtype
     parts = (
         config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
     )
-    heads = padded(group, 1)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # Of every segment an output and, behind all outputs, a log-sum-exp.
-    partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
     kernel, stages = decode_shares, config.stages
     if ring_serves(config, rows, narrow, group_pad, window):
         from headkv_kernels.ring import ring_shares  # Gluon is there on GPUs only
 
         kernel, stages, parts = ring_shares, config.ring, config.warps
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # Of every segment an output and, behind all outputs, a log-sum-exp.
+    partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
+    line = (rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number, window or NO_WINDOW)
+    line = (*line, config.gap // UNIT.value)
+    shape = {"PAD": padded(rows.number), "G": group, "D": dim, "EARLY": config.early}
+    shape |= {"COMPENSATE": rows.count is not None, "APPEND": capacity is not None}
+    # Not all targets know launch_pdl.
+    launch = FUSED | ({"launch_pdl": True} if config.early else {})
+    columns = min(dim_pad, 64)
     with guard(q):
         kernel[(config.programs,)](
-            *(rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number, window or NO_WINDOW),
-            *(q, q.stride(0), q.stride(1), query_positions, rows.number // q.shape[0]),
-            *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum, tickets),
-            *(*new, partial, out, scale, softcap or 1.0),
-            PAD=padded(rows.number),
-            G=group,
+            *(*line, q, q.stride(0), q.stride(1), query_positions, rows.number // q.shape[0]),
+            *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum),
+            *(*new, partial, scale, softcap or 1.0),
+            **shape,
             G_PAD=group_pad,
-            HEADS=heads,
-            D=dim,
             D_PAD=dim_pad,
             PARTS=parts,
             BLOCK=config.block,
             STAGES=stages,
-            COMBINE=max(1, 2048 * config.warps // (heads * dim_pad)),
-            THREADS=32 * config.warps,
-            PREFETCH=0 if INTERPRETED or dim * size % 16 else config.prefetch,
             OPERAND=rows.operand(q),
-            COMPENSATE=rows.count is not None,
             SLIDING=window is not None,
             SOFTCAP=softcap is not None,
-            APPEND=capacity is not None,
-            EARLY=config.early,
             AHEAD=config.early and ahead,
             num_warps=config.warps,
-            **FUSED | ({"launch_pdl": True} if config.early else {}),  # not all targets know launch_pdl
+            **launch,
+        )
+        combine_segments[(rows.number * group, dim_pad // columns)](
+            *(*line, config.programs, ticket, partial, out),
+            **shape,
+            BLOCK=64,
+            COLUMNS=columns,
+            num_warps=4,
+            **launch,
         )
     return out

@@ -1,4 +1,4 @@
-"""The launch of `shares.py` once more, for Hopper, in Triton's Gluon dialect, which says where data lies.
+"""The shares of `shares.py` once more, for Hopper, in Triton's Gluon dialect, which says where data lies.
 
 The keys and values of a share pass through a ring of blocks in shared memory. A cursor of its own fetches
 them, on across the ends of rows, and begins before the launch before this one has ended. Each warp computes
@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from headkv_kernels.shares import ask_for, plan_rows, segment_at
+from headkv_kernels.shares import plan_rows, segment_at, share_of
 from headkv_kernels.softmax import add_entry, base_two, raise_top
 
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -26,7 +26,7 @@ def fetch(
     """Begin to copy the cursor's next block, zeros after the last one; returns the cursor behind it."""
     while (at >= end) & (unit < stop):
         unit = gl.minimum(row_end, stop)
-        row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
+        unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
             unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
         )
     here = at + n  # [PARTS, BLOCK // PARTS]
@@ -37,35 +37,6 @@ def fetch(
     copy(v_slot, values + offsets, mask=real)
     async_copy.commit_group()
     return unit, at + BLOCK, end, base, early, first, late, row_end
-
-
-@gluon.jit
-def combine_in_registers(
-    partial, lse, out, row, first, last, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
-    BLOCK: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """`shares.combine_row`; `LAYOUT` is that of `[BLOCK, HEADS, D]`."""
-    lines: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    head_of: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, LAYOUT))
-    n = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, lines))[:, None]
-    g = gl.arange(0, HEADS, layout=gl.SliceLayout(0, lines))[None, :]
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    top = gl.full([HEADS], -float("inf"), gl.float32, layout=gl.SliceLayout(0, lines))
-    total = gl.zeros_like(top)
-    acc = gl.zeros([HEADS, D], gl.float32, layout=gl.SliceLayout(0, LAYOUT))
-    for program in range(first, last, BLOCK):
-        here = (program + n < last) & (g < G)
-        at = (program + n + row) * G + g
-        offsets = at[:, :, None] * D + d
-        parts = gl.load(partial + offsets, mask=here[:, :, None], other=0.0, cache_modifier=".cg")
-        part_lse = gl.load(lse + at, mask=here, other=-float("inf"), cache_modifier=".cg")
-        top_now = gl.maximum(top, gl.max(part_lse, 0))
-        base = gl.where(top_now == -float("inf"), 0.0, top_now)
-        weight, shrink = gl.exp2(part_lse - base[None, :]), gl.exp2(top - base)
-        total = total * shrink + gl.sum(weight, 0)
-        acc = acc * gl.convert_layout(shrink, head_of)[:, None] + gl.sum(parts * weight[:, :, None], 0)
-        top = top_now
-    write_rows(out, row, gl.convert_layout(total, head_of), acc, G, D)
 
 
 @gluon.jit
@@ -81,24 +52,12 @@ def lower_half(x, HALF: gl.constexpr):
 
 
 @gluon.jit
-def write_rows(out, row, total, acc, G: gl.constexpr, D: gl.constexpr):
-    """`softmax.write_result`."""
-    layout: gl.constexpr = acc.type.layout
-    g = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))[:, None]
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))[None, :]
-    result = acc / gl.where(total > 0, total, 1.0)[:, None]
-    target = out + (row.to(gl.int64) * G + g) * D + d
-    gl.store(target, result.to(out.dtype.element_ty), mask=g < G)
-
-
-@gluon.jit
 def ring_shares(
-    length, sinks, recent, count, capacity, rows, window, q, q_batch, q_head, query_positions, heads,
-    keys, values, positions, start, key_sum, value_sum, tickets,
-    new_keys, k_batch, k_head, new_values, v_batch, v_head, seen, partial, out, scale, softcap,
-    PAD: gl.constexpr, G: gl.constexpr, G_PAD: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-    D_PAD: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    COMBINE: gl.constexpr, THREADS: gl.constexpr, PREFETCH: gl.constexpr, OPERAND: gl.constexpr,
+    length, sinks, recent, count, capacity, rows, window, gap, q, q_batch, q_head, query_positions, heads,
+    keys, values, positions, start, key_sum, value_sum,
+    new_keys, k_batch, k_head, new_values, v_batch, v_head, seen, partial, scale, softcap,
+    PAD: gl.constexpr, G: gl.constexpr, G_PAD: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr,
+    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, OPERAND: gl.constexpr,
     COMPENSATE: gl.constexpr, SLIDING: gl.constexpr, SOFTCAP: gl.constexpr, APPEND: gl.constexpr,
     EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
@@ -119,10 +78,6 @@ def ring_shares(
     rest: gl.constexpr = gl.SliceLayout(0, merged)  # [M, D]
     HALVED: gl.constexpr = G <= G_PAD // 2
     M: gl.constexpr = G_PAD // 2 if HALVED else G_PAD
-    warps_by_head: gl.constexpr = min(HEADS, PARTS)
-    combined: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 4], [1, 128 // D, D // 4], [PARTS // warps_by_head, warps_by_head, 1], [2, 1, 0]
-    )
 
     program, programs = gl.program_id(0), gl.num_programs(0)
     lse = partial + (programs + rows) * G * D
@@ -130,17 +85,14 @@ def ring_shares(
     v_ring = gl.allocate_shared_memory(OPERAND, [STAGES, PARTS, N, D], ring)
     r = gl.arange(0, PAD, layout=flat)
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         if not AHEAD:
             tl.extra.cuda.gdc_wait()
-    lengths, grown, units = plan_rows(
-        r, length, sinks, recent, count, capacity, rows, window, COMPENSATE, APPEND
+        tl.extra.cuda.gdc_launch_dependents()
+    lengths, grown, units, ends = plan_rows(
+        r, length, sinks, recent, count, capacity, rows, window, gap, COMPENSATE, APPEND
     )
-    ends = tl.cumsum(units, 0)
-    share = gl.cdiv(gl.sum(units), programs)
-    unit = program * share
-    stop = gl.minimum(unit + share, gl.sum(units))
-    row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
+    unit, stop, share = share_of(program, programs, ends)
+    unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
         unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
     )
 
@@ -156,17 +108,6 @@ def ring_shares(
             f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, d,
             r, lengths, grown, units, ends, start, sinks, recent, rows, window, D, BLOCK,
         )  # fmt: skip
-    if PREFETCH > 0:
-        each: gl.constexpr = (PREFETCH + THREADS - 1) // THREADS
-        soon = f_at + gl.arange(0, THREADS, layout=flat) * each
-        soon_slots = f_base + gl.where(soon < f_early, f_first + soon, f_late + soon - f_early)
-        number = gl.minimum(gl.minimum(f_end, f_at + PREFETCH) - soon, each)
-        number = gl.where(f_unit < stop, number, 0)
-        ask_for(keys, soon_slots, number, D)
-        ask_for(values, soon_slots, number, D)
-    if APPEND:
-        barrier()  # all threads of this program have read the lengths, so it counts without a fence
-        arrived = gl.atomic_add(tickets + rows, 1, sem="relaxed")
     if AHEAD:
         tl.extra.cuda.gdc_wait()
 
@@ -187,11 +128,11 @@ def ring_shares(
         operand = gl.load(
             query + (part_q + g_q * q_head + d_q), mask=(part_q + g_q < G) & (d_q < D), other=0.0
         )
-        if APPEND:  # noqa: SIM102 (APPEND is known to the compiler)
-            if arrived == programs - 1:  # every program has read the lengths
-                gl.store(length + r, lengths, mask=r < rows)
-                gl.store(tickets + rows, 0)
-                arrived = programs
+        if APPEND:  # asked for before the loop, so that nothing waits for them behind it
+            new = (segment_end == row_end) & (grows > 0)
+            asked = gl.load(query + g[:, None] * q_head + d_rest[None, :], mask=real & new, other=0.0)
+            new_key = gl.load(new_keys + batch * k_batch + head * k_head + d_rest, mask=new, other=0.0)
+            new_value = gl.load(new_values + batch * v_batch + head * v_head + d_rest, mask=new, other=0.0)
         top = gl.full([PARTS, G_PAD], -float("inf"), gl.float32, layout=by_head)
         total = gl.zeros_like(top)
         acc = gl.zeros([PARTS, G_PAD, D], gl.float32, layout=mma)
@@ -227,10 +168,7 @@ def ring_shares(
         top = gl.convert_layout(top_all, rows_of)
         acc = gl.sum(acc * shrink[:, :, None], 0)
         if APPEND:  # noqa: SIM102
-            if (segment_end == row_end) & (grows > 0):  # from where it was made, then into the pools
-                asked = gl.load(query + g[:, None] * q_head + d_rest[None, :], mask=real, other=0.0)
-                new_key = gl.load(new_keys + batch * k_batch + head * k_head + d_rest)
-                new_value = gl.load(new_values + batch * v_batch + head * v_head + d_rest)
+            if new:  # from where it was made, then into the pools
                 target = base + entries - 1
                 gl.store(keys + target * D + d_rest, new_key)
                 gl.store(values + target * D + d_rest, new_value)
@@ -239,27 +177,13 @@ def ring_shares(
                 logit = base_two(logit, softcap, SOFTCAP)
                 top, total, acc = add_entry(logit, new_value.to(gl.float32)[None, :], top, total, acc)
 
-        if (unit == row_begin) & (segment_end == row_end):  # the whole row
-            write_rows(out, row, total, acc, G, D)
-        else:
-            at = (program + row) * G + g
-            weight = gl.where(total > 0, total, 1.0)
-            gl.store(lse + at, gl.where(total > 0, top + gl.log2(weight), -float("inf")), mask=g < G)
-            gl.store(partial + at[:, None] * D + d_rest[None, :], acc / weight[:, None], mask=real)
-            barrier()  # all threads have stored before one of them counts
-            done = gl.atomic_add(tickets + row, segment_end - unit, sem="acq_rel")
-            if done + segment_end - unit == row_end - row_begin:
-                combine_in_registers(
-                    partial, lse, out, row, row_begin // share, gl.cdiv(row_end, share),
-                    G, D, HEADS, COMBINE, combined,
-                )  # fmt: skip
-                gl.store(tickets + row, 0)
+        at = (program + row) * G + g
+        weight = gl.where(total > 0, total, 1.0)
+        gl.store(lse + at, gl.where(total > 0, top + gl.log2(weight), -float("inf")), mask=g < G)
+        gl.store(partial + at[:, None] * D + d_rest[None, :], acc / weight[:, None], mask=real)
         unit = segment_end
-        row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
-            unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-        )
-    if APPEND:  # noqa: SIM102
-        if arrived == programs - 1:  # a program without a share came last
-            gl.store(length + r, lengths, mask=r < rows)
-            gl.store(tickets + rows, 0)
+        if unit < stop:
+            unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
+                unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
+            )
     async_copy.wait_group(0)

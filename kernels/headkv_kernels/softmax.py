@@ -89,17 +89,6 @@ def sum_parts(acc):
 
 
 @triton.jit
-def write_result(out, row, total, acc, G: tl.constexpr, D: tl.constexpr):
-    """`out[row]` `[G, D]` from a finished softmax; 0 if it saw no entry."""
-    M: tl.constexpr = acc.shape[0]
-    D_PAD: tl.constexpr = acc.shape[1]
-    g, d = tl.arange(0, M), tl.arange(0, D_PAD)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    target = out + (row.to(tl.int64) * G + g[:, None]) * D + d[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
 def load_entries(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND: tl.constexpr):
     """`[..., D_PAD]`: the pool's slots `[...]` int64, 0 where not `here` and beyond D."""
     d = tl.arange(0, D_PAD)
