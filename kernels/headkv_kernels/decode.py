@@ -39,7 +39,7 @@ class DecodeConfig:
     early: bool = False
     split: bool = True
     ring: int = 0
-    gap: int = 64
+    gap: int = 96
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:

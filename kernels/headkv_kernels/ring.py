@@ -2,7 +2,8 @@
 
 The keys and values of a share pass through a ring of blocks in shared memory. A cursor of its own fetches
 them, on across the ends of rows, and begins before the launch before this one has ended. Each warp computes
-on entries of its own. For 16-bit rows without compensation and sliding window.
+on entries of its own, with a block's values as the left operand of the second product, so that only a
+group's queries need padding, to 8. For 16-bit rows without compensation and sliding window.
 """
 
 import triton.language as tl
@@ -11,43 +12,43 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from headkv_kernels.shares import plan_rows, segment_at, share_of
-from headkv_kernels.softmax import add_entry, base_two, raise_top
+from headkv_kernels.softmax import base_two
 
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-WIDE = gl.constexpr(8)  # bytes of a 16-byte access in entries of 2 bytes
+WIDE = gl.constexpr(8)  # numbers of 2 bytes in an access of 16
+
+
+@gluon.jit
+def block_at(at, end, early):
+    """Entries of the block at entry `at` of a row: up to the end of its span."""
+    return gl.where(at < early, gl.minimum(early.to(gl.int32), end), end) - at
 
 
 @gluon.jit
 def fetch(
-    k_slot, v_slot, keys, values, unit, stop, at, end, base, early, first, late, row_end, n, d,
+    k_slot, v_slot, keys, values, unit, stop, at, end, base, early, first, late, row_end, n, offsets,
     r, lengths, grown, units, ends, start, sinks, recent, rows, window, D: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy the cursor's next block, zeros after the last one; returns the cursor behind it."""
+    """Begin to copy the cursor's next block, zeros behind its end; returns the cursor behind it."""
     while (at >= end) & (unit < stop):
         unit = gl.minimum(row_end, stop)
         unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
             unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
         )
-    here = at + n  # [PARTS, BLOCK // PARTS]
-    slots = base + gl.where(here < early, first + here, late + here - early)
-    real = ((here < end) & (unit < stop))[:, :, None]
-    offsets = slots[:, :, None] * D + d[None, None, :]
-    copy(k_slot, keys + offsets, mask=real)
-    copy(v_slot, values + offsets, mask=real)
+    number = gl.where(unit < stop, block_at(at, end, early), 0)
+    begin = (base + gl.where(at < early, first + at, late + at - early)) * D
+    real = (n < number)[:, :, None]
+    copy(k_slot, keys + begin + offsets, mask=real)
+    copy(v_slot, values + begin + offsets, mask=real)
     async_copy.commit_group()
-    return unit, at + BLOCK, end, base, early, first, late, row_end
+    return unit, at + gl.minimum(number, BLOCK), end, base, early, first, late, row_end
 
 
 @gluon.jit
-def lower_half(x, HALF: gl.constexpr):
-    """The first half `HALF` along dimension 1 of `[PARTS, 2 * HALF]` or `[PARTS, 2 * HALF, D]`: in registers."""
-    P: gl.constexpr = x.shape[0]
-    if len(x.shape) == 2:
-        low, high = gl.split(gl.permute(gl.reshape(x, [P, 2, HALF]), (0, 2, 1)))
-    else:
-        D: gl.constexpr = x.shape[2]
-        low, high = gl.split(gl.permute(gl.reshape(x, [P, 2, HALF, D]), (0, 2, 3, 1)))
+def first_half(x, HALF: gl.constexpr):
+    """The first `HALF` of dimension 1 of `[PARTS, 2 * HALF, N]`: stays in registers."""
+    low, high = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, HALF, x.shape[2]]), (0, 2, 3, 1)))
     return low
 
 
@@ -63,6 +64,7 @@ def ring_shares(
 ):  # fmt: skip
     """`shares.decode_shares`, whose arguments these are, with a ring of `STAGES` blocks."""
     N: gl.constexpr = BLOCK // PARTS
+    M: gl.constexpr = G_PAD // 2 if G <= G_PAD // 2 else G_PAD
     lanes: gl.constexpr = D // WIDE  # that copy one entry
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [PARTS], [0])
     copied: gl.constexpr = gl.BlockedLayout([1, 1, WIDE], [1, 32 // lanes, lanes], [PARTS, 1, 1], [2, 1, 0])
@@ -70,42 +72,39 @@ def ring_shares(
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [PARTS, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    by_head: gl.constexpr = gl.SliceLayout(2, mma)  # [PARTS, G_PAD]
+    by_query: gl.constexpr = gl.SliceLayout(1, mma)  # [PARTS, M] of [PARTS, D, M]
     # A thread holds all parts of a number: sums over parts stay inside of it.
-    merged: gl.constexpr = gl.BlockedLayout([PARTS, 1, 4], [1, 128 // D, D // 4], [1, PARTS, 1], [2, 1, 0])
+    merged: gl.constexpr = gl.BlockedLayout([PARTS, 4, 1], [1, D // 4, 128 // D], [1, 1, PARTS], [1, 2, 0])
+    rest: gl.constexpr = gl.SliceLayout(0, merged)  # [D, M]
     if D > 128:
         gl.static_assert(False, "D must be 64 or 128")
-    rest: gl.constexpr = gl.SliceLayout(0, merged)  # [M, D]
-    HALVED: gl.constexpr = G <= G_PAD // 2
-    M: gl.constexpr = G_PAD // 2 if HALVED else G_PAD
 
     program, programs = gl.program_id(0), gl.num_programs(0)
     lse = partial + (programs + rows) * G * D
     k_ring = gl.allocate_shared_memory(OPERAND, [STAGES, PARTS, N, D], ring)
     v_ring = gl.allocate_shared_memory(OPERAND, [STAGES, PARTS, N, D], ring)
     r = gl.arange(0, PAD, layout=flat)
-    if EARLY:
-        if not AHEAD:
-            tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if EARLY and not AHEAD:
+        tl.extra.cuda.gdc_wait()
     lengths, grown, units, ends = plan_rows(
         r, length, sinks, recent, count, capacity, rows, window, gap, COMPENSATE, APPEND
     )
     unit, stop, share = share_of(program, programs, ends)
-    unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
+    unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
         unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
     )
 
     pairs: gl.constexpr = gl.SliceLayout(2, copied)
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, pairs))[:, None]
-    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]
+    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]  # [PARTS, N]
     d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, copied)))
-    f_unit, f_at, f_end, f_row_end = unit, begin, end, row_end
+    offsets = n[:, :, None] * D + d[None, None, :]
+    f_unit, f_at, f_end, f_row_end = unit, at, end, row_end
     f_base, f_early, f_first, f_late = base, early, first, late
     for ahead in gl.static_range(STAGES - 1):
         f_unit, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end = fetch(
             k_ring.index(ahead), v_ring.index(ahead), keys, values,
-            f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, d,
+            f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, offsets,
             r, lengths, grown, units, ends, start, sinks, recent, rows, window, D, BLOCK,
         )  # fmt: skip
     if AHEAD:
@@ -116,10 +115,9 @@ def ring_shares(
     d_q = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :]
     part_l = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(1, mma)))[:, None]
     n_logit = part_l * N + gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, :]
-    rows_of: gl.constexpr = gl.SliceLayout(1, rest)
-    g = gl.arange(0, M, layout=rows_of)
-    d_rest = gl.arange(0, D, layout=gl.SliceLayout(0, rest))
-    real = (g < G)[:, None]
+    g = gl.arange(0, M, layout=gl.SliceLayout(0, rest))
+    d_rest = gl.arange(0, D, layout=gl.SliceLayout(1, rest))
+    real = (g < G)[None, :]
     slot = 0
     while unit < stop:
         segment_end = gl.minimum(row_end, stop)
@@ -130,60 +128,81 @@ def ring_shares(
         )
         if APPEND:  # asked for before the loop, so that nothing waits for them behind it
             new = (segment_end == row_end) & (grows > 0)
-            asked = gl.load(query + g[:, None] * q_head + d_rest[None, :], mask=real & new, other=0.0)
+            asked = gl.load(query + g[None, :] * q_head + d_rest[:, None], mask=real & new, other=0.0)
             new_key = gl.load(new_keys + batch * k_batch + head * k_head + d_rest, mask=new, other=0.0)
             new_value = gl.load(new_values + batch * v_batch + head * v_head + d_rest, mask=new, other=0.0)
-        top = gl.full([PARTS, G_PAD], -float("inf"), gl.float32, layout=by_head)
+        acc = gl.zeros([PARTS, D, M], gl.float32, layout=mma)
+        logits = gl.zeros([PARTS, G_PAD, N], gl.float32, layout=mma)
+        if M < G_PAD:
+            logits = first_half(logits, M)
+        top = gl.max(logits, 2) - float("inf")
         total = gl.zeros_like(top)
-        acc = gl.zeros([PARTS, G_PAD, D], gl.float32, layout=mma)
-        for i in range(begin, end, BLOCK):
+        while at < end:
             async_copy.wait_group(STAGES - 2)  # this block has come
             barrier()  # to all warps, and all have done with the block before it, whose place is next
             free = gl.where(slot == 0, STAGES - 1, slot - 1)
             f_unit, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end = fetch(
                 k_ring.index(free), v_ring.index(free), keys, values,
-                f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, d,
+                f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, offsets,
                 r, lengths, grown, units, ends, start, sinks, recent, rows, window, D, BLOCK,
             )  # fmt: skip
+            if EARLY:  # noqa: SIM102
+                if f_unit >= stop:  # all is asked for: the next launches may begin
+                    tl.extra.cuda.gdc_launch_dependents()
+            number = gl.minimum(block_at(at, end, early), BLOCK)
             k = k_ring.index(slot).permute((0, 2, 1)).load(right)
             logits = mma_v2(operand, k, gl.zeros([PARTS, G_PAD, N], gl.float32, layout=mma)) * scale
-            visible = (i + n_logit < end)[:, None, :]
-            logits = gl.where(visible, base_two(logits, softcap, SOFTCAP), -float("inf"))
-            lost, top, total, acc = raise_top(gl.max(logits, 2), top, total, acc)
+            logits = base_two(logits, softcap, SOFTCAP)
+            logits = gl.where((n_logit < number)[:, None, :], logits, -float("inf"))
+            if M < G_PAD:  # the other queries are padding
+                logits = first_half(logits, M)
+            top_now = gl.maximum(top, gl.max(logits, 2))
+            lost = gl.where(top_now == -float("inf"), 0.0, top_now)
+            shrink = gl.exp2(top - lost)
             weights = gl.exp2(logits - lost[:, :, None])
-            total += gl.sum(weights, 2)
-            v = v_ring.index(slot).load(right)
-            acc = mma_v2(gl.convert_layout(weights.to(OPERAND), left), v, acc)
+            total, top = total * shrink + gl.sum(weights, 2), top_now
+            weights = gl.convert_layout(gl.permute(weights.to(OPERAND), (0, 2, 1)), right)  # [PARTS, N, M]
+            v = v_ring.index(slot).permute((0, 2, 1)).load(left)  # [PARTS, D, N]
+            acc = mma_v2(v, weights, acc * gl.convert_layout(shrink, by_query)[:, None, :])
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            at += number
 
-        if HALVED:  # queries 8 .. 16 are padding, and need not be merged
-            top, total, acc = lower_half(top, M), lower_half(total, M), lower_half(acc, M)
-        top = gl.convert_layout(top, gl.SliceLayout(2, merged))
-        total = gl.convert_layout(total, gl.SliceLayout(2, merged))
+        # One softmax out of all parts, in base two like every part.
         acc = gl.convert_layout(acc, merged)
+        top = gl.convert_layout(top, gl.SliceLayout(1, merged))
+        total = gl.convert_layout(total, gl.SliceLayout(1, merged))
         top_all = gl.max(top, 0)
+        if APPEND:
+            logit = gl.sum(asked.to(gl.float32) * new_key.to(gl.float32)[:, None], 0) * scale
+            logit = gl.where(new, base_two(logit, softcap, SOFTCAP), -float("inf"))
+            logit = gl.convert_layout(logit, gl.SliceLayout(0, gl.SliceLayout(1, merged)))
+            top_all = gl.maximum(top_all, logit)
         lost = gl.where(top_all == -float("inf"), 0.0, top_all)
         shrink = gl.exp2(top - lost[None, :])
-        total = gl.convert_layout(gl.sum(total * shrink, 0), rows_of)
-        top = gl.convert_layout(top_all, rows_of)
-        acc = gl.sum(acc * shrink[:, :, None], 0)
-        if APPEND:  # noqa: SIM102
-            if new:  # from where it was made, then into the pools
+        total = gl.sum(total * shrink, 0)
+        acc = gl.sum(acc * shrink[:, None, :], 0)  # [D, M]
+        if APPEND:
+            weight = gl.exp2(logit - lost)
+            total += weight
+            weight = gl.convert_layout(weight, gl.SliceLayout(0, rest))
+            acc += new_value.to(gl.float32)[:, None] * weight[None, :]
+            if new:  # and into the pools
                 target = base + entries - 1
                 gl.store(keys + target * D + d_rest, new_key)
                 gl.store(values + target * D + d_rest, new_value)
                 gl.store(positions + target, gl.load(seen).to(gl.int32))
-                logit = gl.sum(asked.to(gl.float32) * new_key.to(gl.float32)[None, :], 1) * scale
-                logit = base_two(logit, softcap, SOFTCAP)
-                top, total, acc = add_entry(logit, new_value.to(gl.float32)[None, :], top, total, acc)
 
-        at = (program + row) * G + g
+        segment = (program + row) * G + g
+        total = gl.convert_layout(total, gl.SliceLayout(0, rest))
+        top_all = gl.convert_layout(top_all, gl.SliceLayout(0, rest))
         weight = gl.where(total > 0, total, 1.0)
-        gl.store(lse + at, gl.where(total > 0, top + gl.log2(weight), -float("inf")), mask=g < G)
-        gl.store(partial + at[:, None] * D + d_rest[None, :], acc / weight[:, None], mask=real)
+        gl.store(lse + segment, gl.where(total > 0, top_all + gl.log2(weight), -float("inf")), mask=g < G)
+        gl.store(partial + segment[None, :] * D + d_rest[:, None], acc / weight[None, :], mask=real)
         unit = segment_end
         if unit < stop:
-            unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
+            unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
                 unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
             )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     async_copy.wait_group(0)
