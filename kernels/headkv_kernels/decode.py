@@ -39,7 +39,7 @@ class DecodeConfig:
     early: bool = False
     split: bool = True
     ring: int = 0
-    gap: int = 96
+    gap: int = 128
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
@@ -51,7 +51,7 @@ class DecodeConfig:
         programs, early = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
         stages = 3 if block * entry <= 32768 else 2
-        return cls(programs, block, stages, early=early, split=False, ring=3 if early else 0)
+        return cls(programs, block, stages, early=early, split=False, ring=4 if early else 0)
 
 
 @cache

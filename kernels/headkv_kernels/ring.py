@@ -107,8 +107,6 @@ def ring_shares(
             f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, offsets,
             r, lengths, grown, units, ends, start, sinks, recent, rows, window, D, BLOCK,
         )  # fmt: skip
-    if AHEAD:
-        tl.extra.cuda.gdc_wait()
 
     part_q = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * 0
     g_q = gl.arange(0, G_PAD, layout=gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :][:, :, None]
@@ -119,9 +117,11 @@ def ring_shares(
     d_rest = gl.arange(0, D, layout=gl.SliceLayout(1, rest))
     real = (g < G)[None, :]
     slot = 0
+    batch, head = (row // heads).to(gl.int64), row % heads
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
     while unit < stop:
         segment_end = gl.minimum(row_end, stop)
-        batch, head = (row // heads).to(gl.int64), row % heads
         query = q + batch * q_batch + head * G * q_head
         operand = gl.load(
             query + (part_q + g_q * q_head + d_q), mask=(part_q + g_q < G) & (d_q < D), other=0.0
@@ -203,6 +203,7 @@ def ring_shares(
             unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
                 unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
             )
+            batch, head = (row // heads).to(gl.int64), row % heads
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     async_copy.wait_group(0)
