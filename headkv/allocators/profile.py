@@ -64,7 +64,7 @@ class ProfileAllocator:
                 f"scores of the head profile must have shape [{num_layers}, {heads}] for this model, "
                 f"got {list(self.scores.shape)}"
             )
-        return self.budgets(budget, m)[layer_idx].to(scores.device)
+        return self.budgets(budget, m)[layer_idx]
 
     def budgets(self, budget: int, m: int) -> Tensor:
         """Entries of every head where m compete, `[L, H]` int64, with the sum `L * H * min(budget, m)`."""

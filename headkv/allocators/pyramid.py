@@ -39,7 +39,7 @@ class PyramidAllocator:
         """Budgets `[H]` of one layer for scores `[H, m]`: see `Allocator.allocate`."""
         heads, m = scores.shape
         layers = self.layers(budget, m, num_layers)
-        return torch.full((heads,), int(layers[layer_idx]), dtype=torch.int64, device=scores.device)
+        return torch.full((heads,), int(layers[layer_idx]), dtype=torch.int64)
 
     def layers(self, budget: int, m: int, num_layers: int) -> Tensor:
         """Entries a head in each layer, `[num_layers]` int64, with the sum `num_layers * min(budget, m)`."""

@@ -82,15 +82,19 @@ class DecodeGraph:
         Raises:
             ValueError: another shape.
             RuntimeError: a model that can not be recorded, e.g. because it waits for the device.
+            torch.OutOfMemoryError: no room to grow, or to record anew. No token is counted then, except in the first
+                step (see `RaggedCache`): free memory and call again.
         """
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
             if given is not None and given.shape != self._ids.shape:
                 raise ValueError(f"{name} must have shape {list(self._ids.shape)}, got {list(given.shape)}")
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
+        self.cache.check_even()
         if not self._warm or any(layer.filled().tickets is None for layer in self.cache.layers):
+            logits = self._forward(input_ids, position_ids)
             self._warm = True
-            return self._forward(input_ids, position_ids)
+            return logits
         self.reserve(1)
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
@@ -111,6 +115,8 @@ class DecodeGraph:
         try:
             with torch.cuda.graph(graph):
                 logits = self._forward(self._ids, self._positions)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"a decode step of {type(self.model).__name__} can not be recorded as a CUDA graph ({error}); "

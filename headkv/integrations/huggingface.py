@@ -124,9 +124,9 @@ class RaggedCacheLayer(CacheLayerMixin):
             seen = Observation.of(q, valid, self.method.observed_queries, **options)
             if self.chunked_prefill:
                 empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
-                self.ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
-                self.ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
-                self._observed = seen
+                ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
+                ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
+                self.ragged, self._observed = ragged, seen
             else:
                 self._store(keys, values, valid, seen)
             self.is_initialized = True
@@ -257,6 +257,10 @@ class RaggedCache(Cache):
     """A transformers cache that stores, for every KV head, only the entries that a method keeps.
 
     Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
+
+    A forward call that fails, e.g. for want of memory, leaves its tokens in the layers that it came through. Take them
+    out before the call is repeated: `cache.crop(n)`, with n the tokens seen before it; `cache.reset()` if it was the
+    prompt.
     """
 
     layers: list[RaggedCacheLayer]  # type: ignore[assignment]
@@ -311,6 +315,36 @@ class RaggedCache(Cache):
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         return cls(layers)
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hand the new tokens of one layer to the attention function; see `RaggedCacheLayer.update`.
+
+        Raises:
+            RuntimeError: an earlier call got through some of the layers only; the message says what to do.
+        """
+        if layer_idx == 0:
+            self.check_even()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_even(self) -> None:
+        """All layers have seen the same tokens.
+
+        Raises:
+            RuntimeError: they have not, as a forward call failed on its way; the message says what to do.
+        """
+        seen = {layer.get_seq_length() for layer in self.layers}
+        if len(seen) == 1:
+            return
+        least = min(seen)
+        prompt = least == 0 or any(layer._observed is not None for layer in self.layers)
+        cure = "cache.reset()" if prompt else f"cache.crop({least})"
+        raise RuntimeError(
+            f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
+            f"call {cure}, then repeat that call"
+        )
 
     @property
     def seen(self) -> int:
