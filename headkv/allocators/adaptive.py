@@ -58,7 +58,7 @@ def global_top_counts(scores: Tensor, k: int) -> Tensor:
     fraction.
     """
     if k == 0:
-        return torch.zeros(scores.shape[0], dtype=torch.float64)
+        return torch.zeros(scores.shape[0], dtype=torch.float64, device="cpu")
     ranked = scores.float()
     threshold = ranked.flatten().kthvalue(scores.numel() - k + 1).values
     # Counted where the scores are, which may lack float64, and fetched at once.

@@ -74,6 +74,6 @@ class ProfileAllocator:
         weights = (weights / weights.max()) ** self.temperature  # the largest stays 1: no underflow of all
         total = weights.numel()
         targets = weights / weights.sum() * (pooled * total) + (average - pooled)
-        caps = torch.full((total,), m)
+        caps = torch.full((total,), m, device="cpu")
         filled = water_fill(targets, weights, caps)
         return largest_remainder(filled, total * average, caps).view(self.scores.shape)

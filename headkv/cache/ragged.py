@@ -137,7 +137,7 @@ class RaggedLayer:
         length = torch.tensor([k.shape[0] for k, _ in pairs], device=keys.device)
         seen = int(length.max())
         if positions is None:
-            where = [torch.arange(seen - k.shape[0], seen) for k, _ in pairs]
+            where = [torch.arange(seen - k.shape[0], seen, device="cpu") for k, _ in pairs]
         else:
             where = checks.positions(positions, pairs, batch_size, num_kv_heads)
             seen = max((int(p[-1]) + 1 for p in where if p.numel()), default=0)
@@ -477,6 +477,7 @@ class RaggedLayer:
                 f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) would be empty, or has evicted entries "
                 f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
+        self._let_go()
         self.length, self.seen = length, seen
 
     # -- batch and copies -------------------------------------------------------------------------------------------
@@ -530,7 +531,14 @@ class RaggedLayer:
 
     @pools.setter
     def pools(self, pools: Pools) -> None:
+        self._let_go()
         self.keys, self.values, self.positions = pools
 
+    def _let_go(self) -> None:
+        """Before tensors are replaced, which another stream may have made: their memory waits for this stream."""
+        if self.device.type == "cuda":
+            for tensor in self._held():
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+
     def _held(self) -> list[Tensor]:
-        return [t for name in (*self._TENSORS, "tickets") if (t := getattr(self, name)) is not None]
+        return [t for name in (*self._TENSORS, "tickets") if (t := getattr(self, name, None)) is not None]

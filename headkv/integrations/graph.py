@@ -88,9 +88,15 @@ class DecodeGraph:
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
             if given is not None and given.shape != self._ids.shape:
                 raise ValueError(f"{name} must have shape {list(self._ids.shape)}, got {list(given.shape)}")
+        self.cache.check_even()
+        with torch.cuda.device(
+            self._ids.device
+        ):  # whichever is current, graphs are recorded and replayed there
+            return self._step(input_ids, position_ids)
+
+    def _step(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
-        self.cache.check_even()
         if not self._warm or any(layer.filled().tickets is None for layer in self.cache.layers):
             logits = self._forward(input_ids, position_ids)
             self._warm = True
@@ -113,7 +119,7 @@ class DecodeGraph:
         for layer in self.cache.layers:
             layer.clock = self._clock
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=capture_stream(self._ids.device)):
                 logits = self._forward(self._ids, self._positions)
         except torch.OutOfMemoryError:
             raise
@@ -133,6 +139,12 @@ class DecodeGraph:
 
     def _addresses(self) -> tuple[int, ...]:
         return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs are recorded on; torch's own default is one for all devices."""
+    return torch.cuda.Stream(device)
 
 
 class Replaying:

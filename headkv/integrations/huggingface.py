@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from headkv.attention import dense
 from headkv.attention.api import BACKENDS, Backend, ragged_extend, ragged_step
-from headkv.cache import LayerSnapshot, RaggedLayer
+from headkv.cache import LayerSnapshot, RaggedLayer, layout, moves
 from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.planning import ROLLBACK, Observation, keep_entries
@@ -147,15 +147,18 @@ class RaggedCacheLayer(CacheLayerMixin):
         if self.ragged is None or self._observed is None:
             return
         layer, n = self.ragged, self.ragged.seen
+        rows, offsets = layout.rows_of_slots(layer.length)
+        slots = layer.start[rows] + offsets
+        where = layer.positions[slots].long()
+        source = torch.zeros(layer.rows * n, dtype=torch.int64, device=layer.device)
+        source[rows * n + where] = slots  # padding takes any slot, and is not read
+        valid = None
+        if slots.numel() < source.numel():
+            valid = torch.zeros(layer.batch_size, n, dtype=torch.bool, device=layer.device)
+            valid[rows // layer.num_kv_heads, where] = True
+        keys, values, _ = moves.gather(layer.pools, source)
         shape = (layer.batch_size, layer.num_kv_heads, n, layer.head_dim)
-        keys, values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
-        valid = torch.zeros(layer.batch_size, n, dtype=torch.bool, device=layer.device)
-        for b in range(layer.batch_size):
-            for h in range(layer.num_kv_heads):
-                row = layer.row(b, h)
-                keys[b, h, row.positions], values[b, h, row.positions] = row.keys, row.values
-                valid[b, row.positions] = True
-        self._store(keys, values, valid, self._observed)
+        self._store(keys.view(shape), values.view(shape), valid, self._observed)
         self._observed = None
 
     def _store(self, keys: Tensor, values: Tensor, valid: Tensor | None, observed: Observation) -> None:
@@ -220,7 +223,8 @@ class RaggedCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry."""
         if self.ragged is not None:
-            self.reorder_cache(torch.arange(self.ragged.batch_size).repeat_interleave(repeats))
+            every = torch.arange(self.ragged.batch_size, device=self.ragged.device)
+            self.reorder_cache(every.repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Move the layer to the CPU."""
