@@ -168,6 +168,8 @@ def check_tickets(tickets: Tensor, rows: Rows) -> Tensor:
     if tickets.dtype != torch.int32 or tickets.shape != size or tickets.device != device:
         got = f"{tickets.dtype} {list(tickets.shape)} on {tickets.device}"
         raise ValueError(f"tickets must be int32 {list(size)} on {device}, got {got}")
+    if not tickets.is_contiguous():
+        raise ValueError(f"tickets must be contiguous, got strides {list(tickets.stride())}")
     return tickets
 
 
