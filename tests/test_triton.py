@@ -384,6 +384,65 @@ def test_bad_input_is_named_before_any_launch(call, error, message):
         call(backend.kernels(), q[:, :, 0], backend.rows_of(layer))
 
 
+ARGUMENTS = {
+    "ragged_decode": ("q", "query_positions"),
+    "ragged_step": ("q", "new_keys", "new_values", "capacity", "ticket", "seen"),
+    "ragged_extend": ("q", "query_positions"),
+    "ragged_append": ("capacity", "keys", "values", "seen", "valid"),
+}
+ROWS = ("keys", "values", "positions", "start", "length", "sinks", "recent", "key_sum", "value_sum", "count")
+FAULTS = {
+    "elsewhere": lambda x: x.to("meta"),
+    "of another dtype": lambda x: x.int() if x.dtype == torch.bool else x.bool(),
+    "apart": lambda x: torch.stack([x, x], -1)[..., 0],
+    "of another D": lambda x: x[..., :8],
+    "of nothing": lambda x: x[:0],
+}
+if not INTERPRETED:
+    FAULTS["on the CPU"] = lambda x: x.cpu()
+FREE = {  # what has no D, and what is read by its strides or made dense
+    "of another D": ("query_positions", "capacity", "ticket", "seen", "valid"),
+    "apart": ("query_positions", "ticket", "seen", "valid", "ragged_append capacity"),
+}
+FAULTY = [
+    (launcher, name, fault)
+    for launcher, names in ARGUMENTS.items()
+    for name in names
+    for fault in FAULTS
+    if not {name, f"{launcher} {name}"} & set(FREE.get(fault, ()))
+]
+
+
+@device
+@pytest.mark.parametrize("launcher, name, fault", FAULTY, ids=map(" ".join, FAULTY))
+def test_each_argument_is_checked_before_any_launch(launcher, name, fault):
+    """Spoilt one at a time; without a fault the same call runs."""
+    kernels, (q, layer) = backend.kernels(), SMALL.build(DEVICE)
+    rows, new = backend.rows_of(layer), torch.ones(1, 2, 64, device=DEVICE)
+    last = torch.tensor([layer.seen - 1], device=DEVICE)
+    given = {"new_keys": new, "new_values": new, "keys": new[:, :, None], "values": new[:, :, None]}
+    given |= {"capacity": layer.capacity, "ticket": kernels.new_ticket(rows), "seen": last + 1}
+    given |= {"q": q[:, :, 0], "query_positions": last, "valid": last[None] > 0}
+    if launcher == "ragged_extend":
+        given |= {"q": q, "query_positions": last[None]}
+    given = {name: given[name] for name in ARGUMENTS[launcher]}
+    options = {} if launcher == "ragged_append" else {"scale": 1.0, "sliding_window": 9}
+    run, length = getattr(kernels, launcher), layer.length.clone()
+    with pytest.raises((TypeError, ValueError), match=f"^{'' if fault == 'of nothing' else name}.* must "):
+        run(rows=rows, **given | {name: FAULTS[fault](given[name])}, **options)
+    assert torch.equal(layer.length, length)
+    run(rows=rows, **given, **options)
+
+
+@device
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "of another D"])
+@pytest.mark.parametrize("name", ROWS)
+def test_each_tensor_of_the_rows_is_checked(name, fault):
+    rows = backend.rows_of(WINDOWS.build(DEVICE)[1])
+    with pytest.raises((TypeError, ValueError), match=" must "):
+        replace(rows, **{name: FAULTS[fault](getattr(rows, name))})
+
+
 @compiled
 def test_a_cpu_layer_is_refused_without_the_interpreter():
     pytest.importorskip("triton", reason="needs Triton: pip install triton")

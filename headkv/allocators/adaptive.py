@@ -48,7 +48,7 @@ class AdaptiveAllocator:
         counts = global_top_counts(scores, total)
         # torch multiplies a number and whole numbers in float32, hence the double.
         targets = (1 - self.safeguard) * counts + self.safeguard * base.double()
-        return largest_remainder(targets, total, torch.full_like(base, scores.shape[1])).to(scores.device)
+        return largest_remainder(targets, total, torch.full_like(base, scores.shape[1]))
 
 
 def global_top_counts(scores: Tensor, k: int) -> Tensor:
@@ -58,10 +58,9 @@ def global_top_counts(scores: Tensor, k: int) -> Tensor:
     fraction.
     """
     if k == 0:
-        return torch.zeros(scores.shape[0], dtype=torch.float64)
+        return torch.zeros(scores.shape[0], dtype=torch.float64, device="cpu")
     ranked = scores.float()
     threshold = ranked.flatten().kthvalue(scores.numel() - k + 1).values
-    # Counted where the scores are; that device may lack float64.
-    above = (ranked > threshold).sum(1).cpu().double()
-    level = (ranked == threshold).sum(1).cpu().double()
+    # Counted where the scores are, which may lack float64, and fetched at once.
+    above, level = torch.stack([(ranked > threshold).sum(1), (ranked == threshold).sum(1)]).cpu().double()
     return above + (k - above.sum()) * level / level.sum()

@@ -21,6 +21,6 @@ class Allocator(Protocol):
             num_layers: layers of the model.
 
         Returns:
-            `[H]` int64, each in `[0, m]`. The sum is exactly `H * min(budget, m)`, over this layer or, for
-            an allocator that weighs layers, over all of them.
+            `[H]` int64, each in `[0, m]`, best on the CPU: what is elsewhere is fetched. The sum is exactly
+            `H * min(budget, m)`, over this layer or, for an allocator that weighs layers, over all of them.
         """

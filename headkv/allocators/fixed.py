@@ -45,7 +45,7 @@ class FixedAllocator:
         Raises:
             ValueError: given for another number of layers or heads.
         """
-        given = torch.tensor(self.budgets, dtype=torch.int64, device=scores.device)
+        given = torch.tensor(self.budgets, dtype=torch.int64, device="cpu")
         heads, m = scores.shape
         if given.shape[1] != heads or given.shape[0] not in (1, num_layers):
             allowed = f"[{heads}] or [{num_layers}, {heads}]"

@@ -64,7 +64,7 @@ class ProfileAllocator:
                 f"scores of the head profile must have shape [{num_layers}, {heads}] for this model, "
                 f"got {list(self.scores.shape)}"
             )
-        return self.budgets(budget, m)[layer_idx].to(scores.device)
+        return self.budgets(budget, m)[layer_idx]
 
     def budgets(self, budget: int, m: int) -> Tensor:
         """Entries of every head where m compete, `[L, H]` int64, with the sum `L * H * min(budget, m)`."""
@@ -74,6 +74,6 @@ class ProfileAllocator:
         weights = (weights / weights.max()) ** self.temperature  # the largest stays 1: no underflow of all
         total = weights.numel()
         targets = weights / weights.sum() * (pooled * total) + (average - pooled)
-        caps = torch.full((total,), m)
+        caps = torch.full((total,), m, device="cpu")
         filled = water_fill(targets, weights, caps)
         return largest_remainder(filled, total * average, caps).view(self.scores.shape)

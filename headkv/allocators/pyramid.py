@@ -39,7 +39,7 @@ class PyramidAllocator:
         """Budgets `[H]` of one layer for scores `[H, m]`: see `Allocator.allocate`."""
         heads, m = scores.shape
         layers = self.layers(budget, m, num_layers)
-        return torch.full((heads,), int(layers[layer_idx]), dtype=torch.int64, device=scores.device)
+        return torch.full((heads,), int(layers[layer_idx]), dtype=torch.int64, device="cpu")
 
     def layers(self, budget: int, m: int, num_layers: int) -> Tensor:
         """Entries a head in each layer, `[num_layers]` int64, with the sum `num_layers * min(budget, m)`."""
@@ -48,7 +48,7 @@ class PyramidAllocator:
         high = 2 * average - low
         if high > m:
             low, high = 2 * average - m, m
-        step = torch.linspace(high, low, num_layers, dtype=torch.float64)
+        step = torch.linspace(high, low, num_layers, dtype=torch.float64, device="cpu")
         if num_layers == 1:
-            step = torch.tensor([average], dtype=torch.float64)
-        return largest_remainder(step, num_layers * average, torch.full((num_layers,), m))
+            step = torch.tensor([average], dtype=torch.float64, device="cpu")
+        return largest_remainder(step, num_layers * average, torch.full_like(step, m, dtype=torch.int64))

@@ -19,4 +19,4 @@ class UniformAllocator:
     def allocate(self, scores: Tensor, budget: int, *, layer_idx: int, num_layers: int) -> Tensor:
         """Budgets `[H]` of one layer for scores `[H, m]`: see `Allocator.allocate`."""
         heads, m = scores.shape
-        return torch.full((heads,), min(budget, m), dtype=torch.int64, device=scores.device)
+        return torch.full((heads,), min(budget, m), dtype=torch.int64, device="cpu")

@@ -39,7 +39,7 @@ def decode(
     softcap: float | None = None,
 ) -> Tensor:
     """One new token a sequence, already appended. `q` `[B, HQ, D]` -> `[B, HQ, D]`."""
-    last = torch.full((q.shape[0], 1), layer.seen - 1)
+    last = torch.full((q.shape[0], 1), layer.seen - 1, device=q.device)
     out = extend(
         q[:, :, None],
         layer,

@@ -95,7 +95,7 @@ def window_tensors(
     shape: tuple[int, int],
     device: torch.device,
 ) -> None:
-    """`sinks`, `recent` (int, or `[B, H]` whole numbers of at least 0) and `compensate` (`[B, H]` bool or None)."""
+    """`sinks`, `recent` (int, or `[B, H]` whole numbers) and `compensate` (`[B, H]` bool or None); see `contents`."""
     for name, value in (("sinks", sinks), ("recent", recent)):
         if not isinstance(value, Tensor):
             count(name, value)
@@ -104,10 +104,26 @@ def window_tensors(
             raise TypeError(f"{name} must be an int tensor, got {value.dtype}")
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-        if bool((value < 0).any()):
-            raise ValueError(f"{name} must be at least 0 everywhere, got {int(value.min())}")
     if compensate is not None:
         mask("compensate", compensate, shape, device)
+
+
+def contents(
+    length: Tensor, sinks: Tensor, recent: Tensor, compensate: Tensor | None = None
+) -> tuple[bool, bool]:
+    """What only the values of a layer's tensors tell, all in one transfer from the device: no window is negative.
+
+    Returns:
+        Whether a row of these lengths is empty, and whether any row compensates.
+    """
+    facts = [length.min(), sinks.min(), recent.min()]
+    if compensate is not None:
+        facts.append(compensate.any().long())
+    shortest, *least, folds = [*torch.stack(facts).tolist(), 0][:4]
+    for name, low in zip(("sinks", "recent"), least, strict=True):
+        if low < 0:
+            raise ValueError(f"{name} must be at least 0 everywhere, got {low}")
+    return shortest == 0, folds == 1
 
 
 def rows(given: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[list[tuple[Tensor, Tensor]], int, int]:

@@ -41,13 +41,38 @@ def rows_of_slots(capacity: Tensor) -> tuple[Tensor, Tensor]:
     return rows, offsets
 
 
-def source_of_kept(start: Tensor, keep: Tensor, headroom: int) -> tuple[Tensor, Tensor]:
+def of_dense(keys: Tensor, values: Tensor) -> tuple[Pools, Tensor, int]:
+    """Dense keys and values `[B, H, n, D]` as pools, not copied where they lie as models make them: `[B, n, H, D]`.
+
+    Returns:
+        The pools, `start` `[rows]` int64, and `step`: entry `j` of row `r` is slot `start[r] + j * step`.
+
+    >>> keys = torch.arange(12.0).view(1, 3, 2, 2).transpose(1, 2)  # 2 heads, 3 tokens
+    >>> pools, start, step = of_dense(keys, keys)
+    >>> pools.keys.data_ptr() == keys.data_ptr(), pools.positions.tolist(), start.tolist(), step
+    (True, [0, 0, 1, 1, 2, 2], [0, 1], 2)
+    """
+    batch_size, heads, n, head_dim = keys.shape
+    text = torch.arange(n, dtype=torch.int32, device=keys.device)
+    sequence = torch.arange(batch_size, device=keys.device)[:, None] * (heads * n)
+    turned = keys.transpose(1, 2), values.transpose(1, 2)
+    if not keys.is_contiguous() and all(side.is_contiguous() for side in turned):
+        keys, values = turned
+        positions, between, step = text.repeat_interleave(heads), 1, heads
+    else:
+        positions, between, step = text.repeat(heads), n, 1
+    pools = Pools(keys.reshape(-1, head_dim), values.reshape(-1, head_dim), positions.repeat(batch_size))
+    return pools, (sequence + torch.arange(heads, device=keys.device) * between).reshape(-1), step
+
+
+def source_of_kept(start: Tensor, keep: Tensor, headroom: int, step: int = 1) -> tuple[Tensor, Tensor]:
     """The move that keeps some entries of each row and leaves `headroom` free slots behind them.
 
     Args:
         start: `[rows]` int64, the present layout.
         keep: `[rows, L]` bool, which entries of each row stay (column `j` is the row's `j`-th entry).
         headroom: free slots to leave at the end of each row.
+        step: slots from one entry of a row to its next.
 
     Returns:
         `source` `[new slots]` int64, the old slot that each new slot takes (slot 0 where nothing is asked for), and the
@@ -59,11 +84,11 @@ def source_of_kept(start: Tensor, keep: Tensor, headroom: int) -> tuple[Tensor, 
     ([0, 2, 0, 4, 0], [2, 1])
     """
     length = keep.sum(1)
-    rows, entries = keep.nonzero(as_tuple=True)
+    rows, entries = keep.nonzero(as_tuple=True)  # the one thing here that waits for the device
     rank = torch.arange(rows.numel(), device=keep.device) - starts(length)[rows]
-    capacity = length + headroom
-    source = torch.zeros(int(capacity.sum()), dtype=torch.int64, device=keep.device)
-    source[starts(capacity)[rows] + rank] = start[rows] + entries
+    slots = rows.numel() + headroom * length.numel()
+    source = torch.zeros(slots, dtype=torch.int64, device=keep.device)
+    source[starts(length + headroom)[rows] + rank] = start[rows] + entries * step
     return source, length
 
 

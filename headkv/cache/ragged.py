@@ -24,6 +24,32 @@ class Row(NamedTuple):
     positions: Tensor
 
 
+class Sums(NamedTuple):
+    """What compensating rows have dropped: sums `[rows, D]` float32, and how many `[rows]` int64, -1 for other rows."""
+
+    keys: Tensor
+    values: Tensor
+    number: Tensor
+
+    @classmethod
+    def none(cls, compensate: Tensor, head_dim: int) -> Sums:
+        """Nothing yet, for the rows where `compensate`, `[B, H]` bool."""
+        number = compensate.reshape(-1).long() - 1
+        keys = torch.zeros(number.numel(), head_dim, device=number.device)
+        return cls(keys, torch.zeros_like(keys), number)
+
+    @torch.no_grad()
+    def including(self, pools: Pools, rows: Tensor, slots: Tensor) -> Sums:
+        """A copy with the entries at `slots` of the compensating `rows`, `[m]` each, added."""
+        new = Sums(*(old.clone() for old in self))
+        # In parts, which bounds the float32 copies.
+        for some_rows, some_slots in zip(rows.split(8192), slots.split(8192), strict=True):
+            new.keys.index_add_(0, some_rows, pools.keys[some_slots].float())
+            new.values.index_add_(0, some_rows, pools.values[some_slots].float())
+        new.number.index_add_(0, rows, torch.ones_like(rows))
+        return new
+
+
 @dataclass(frozen=True)
 class LayerSnapshot:
     """A copy of everything that `RaggedLayer.restore` needs."""
@@ -39,6 +65,9 @@ class LayerSnapshot:
 
 class RaggedLayer:
     """The flattened cache of one decoder layer. A row is one (batch, KV head) pair, `row = b * H + h`.
+
+    Every change is all or nothing: what needs memory comes first, so that a layer is as it was after an
+    `OutOfMemoryError`, and the call can be made again.
 
     Attributes (all tensors on one device):
         keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools.
@@ -108,7 +137,7 @@ class RaggedLayer:
         length = torch.tensor([k.shape[0] for k, _ in pairs], device=keys.device)
         seen = int(length.max())
         if positions is None:
-            where = [torch.arange(seen - k.shape[0], seen) for k, _ in pairs]
+            where = [torch.arange(seen - k.shape[0], seen, device="cpu") for k, _ in pairs]
         else:
             where = checks.positions(positions, pairs, batch_size, num_kv_heads)
             seen = max((int(p[-1]) + 1 for p in where if p.numel()), default=0)
@@ -152,19 +181,22 @@ class RaggedLayer:
             ValueError, TypeError: on tensors that do not fit together, or on a row that would be left empty.
         """
         checks.dense(keys, values)
-        batch_size, num_kv_heads, n, head_dim = keys.shape
+        batch_size, num_kv_heads, n, _ = keys.shape
+        grid, rows = (batch_size, num_kv_heads), batch_size * num_kv_heads
         valid = checks.valid(valid, keys)
-        keep = checks.keep(keep, (batch_size, num_kv_heads, n), keys.device)
-        checks.window_tensors(sinks, recent, compensate, (batch_size, num_kv_heads), keys.device)
-        rows = batch_size * num_kv_heads
-        everything = (
-            keys.new_ones((batch_size, num_kv_heads, n), dtype=torch.bool)
-            if valid is None
-            else valid[:, None]
-        )
-        everything = everything.expand(batch_size, num_kv_heads, n).reshape(rows, n)
+        keep = checks.keep(keep, (*grid, n), keys.device)
+        headroom, rollback = checks.count("headroom", headroom), checks.count("rollback", rollback)
+        checks.window_tensors(sinks, recent, compensate, grid, keys.device)
+        everything = keys.new_ones((), dtype=torch.bool) if valid is None else valid[:, None]
+        everything = everything.expand(*grid, n).reshape(rows, n)
         wanted = everything if keep is None else everything & keep.reshape(rows, n)
-        if not bool(wanted.any(1).all()):
+
+        pools, start, step = layout.of_dense(keys, values)
+        layer = cls._bare(*pools, batch_size, num_kv_heads, n)
+        layer.rollback, layer.start = rollback, start
+        layer.sinks, layer.recent = (layer._per_row(x) for x in (sinks, recent))
+        empty, folds = checks.contents(wanted.sum(1), layer.sinks, layer.recent, compensate)
+        if empty:
             batch, head = divmod(int((~wanted.any(1)).nonzero()[0]), num_kv_heads)
             why = (
                 "is all padding"
@@ -174,18 +206,8 @@ class RaggedLayer:
             raise ValueError(
                 f"row (batch {batch}, head {head}) {why}; every row must store at least one entry"
             )
-
-        positions = torch.arange(n, dtype=torch.int32, device=keys.device).repeat(rows)
-        layer = cls._bare(
-            keys.reshape(-1, head_dim), values.reshape(-1, head_dim), positions, batch_size, num_kv_heads, n
-        )
-        layer.rollback = checks.count("rollback", rollback)
-        layer.start = torch.arange(rows, device=keys.device) * n
-        layer.length = torch.full_like(layer.start, n)
-        layer.capacity = layer.length.clone()
-        layer.set_windows(sinks, recent)
-        layer._set_compensation(compensate)
-        layer._evict(wanted, everything, checks.count("headroom", headroom))
+        sums = None if compensate is None or not folds else Sums.none(compensate, layer.head_dim)
+        layer._keep_only(wanted, everything & ~wanted, headroom, sums, step)
         return layer
 
     @classmethod
@@ -203,19 +225,14 @@ class RaggedLayer:
     def set_windows(self, sinks: int | Tensor, recent: int | Tensor) -> None:
         """Make rows windowed: `sinks` and `recent` for all rows (int) or for each, `[B, H]`; `recent=0`: ordinary."""
         checks.window_tensors(sinks, recent, None, (self.batch_size, self.num_kv_heads), self.device)
-        self.sinks, self.recent = (
-            x.reshape(-1).to(self.device, torch.int64).clone()
-            if isinstance(x, Tensor)
-            else torch.full((self.rows,), x, dtype=torch.int64, device=self.device)
-            for x in (sinks, recent)
-        )
+        new_sinks, new_recent = self._per_row(sinks), self._per_row(recent)
+        checks.contents(self.length, new_sinks, new_recent)
+        self.sinks, self.recent = new_sinks, new_recent
 
-    def _set_compensation(self, compensate: Tensor | None) -> None:
-        if compensate is None or not bool(compensate.any()):
-            return
-        self.key_sum = torch.zeros(self.rows, self.head_dim, device=self.device)
-        self.value_sum = torch.zeros_like(self.key_sum)
-        self.count = compensate.reshape(-1).to(self.device, torch.int64) - 1
+    def _per_row(self, given: int | Tensor) -> Tensor:
+        if isinstance(given, Tensor):
+            return given.reshape(-1).to(self.device, torch.int64, copy=True)
+        return torch.full((self.rows,), given, dtype=torch.int64, device=self.device)
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -289,31 +306,38 @@ class RaggedLayer:
         self._free -= tokens
 
     def _make_room(self, tokens: int) -> None:
-        self._free = int((self.capacity - self.length).min())
+        skip = self._trimmable()
+        length = self.length - skip
+        free, free_trimmed = (self.capacity - self.length).min(), (self.capacity - length).min()
+        figures = torch.stack([free, free_trimmed, skip.sum(), length.sum()]).tolist()
+        self._free, most_free, skipped, stored = figures
         if tokens <= self._free:
             return
-        skip = self._trimmable()
-        self._fold_window(skip)
-        length = self.length - skip
-        headroom = max(MIN_HEADROOM, int(float(length.float().mean()) * HEADROOM_SHARE), tokens)
-        # A windowed row is trimmed again when its room is used up, so that it needs no room in proportion.
-        room = torch.where(self.recent > 0, max(MIN_HEADROOM, tokens), headroom)
-        if bool((self.capacity - length >= tokens).all()):
+        noted = self._without_window(skip) if skipped else None
+        if tokens <= most_free:
             self._trim_in_place(skip)
+            self._free = most_free
         else:
+            headroom = max(MIN_HEADROOM, int(stored / self.rows * HEADROOM_SHARE), tokens)
+            # A windowed row is trimmed again when its room is used up, so that it needs no room in proportion.
+            room = torch.where(self.recent > 0, max(MIN_HEADROOM, tokens), headroom)
             self._rewrite(length + room, skip)
-        self._free = int((self.capacity - self.length).min())
+        if noted is not None:
+            self._note(*noted)
 
     def _trimmable(self) -> Tensor:
         """Entries `[rows]` that windowed rows hide for good: all hidden ones but the last `rollback`."""
         hidden = self.length - self.sinks - self.recent - self.rollback
         return torch.where(self.recent > 0, hidden.clamp(min=0), 0)
 
-    def _fold_window(self, skip: Tensor) -> None:
-        """Before `skip[r]` entries behind the sinks of row `r` go: note how far, and add them to the row's sums."""
-        rows, offsets = layout.rows_of_slots(skip)
-        slots = (self.start + self.sinks)[rows] + offsets
-        self._note_dropped(rows, slots)
+    def _without_window(self, skip: Tensor) -> tuple[Tensor, Sums | None]:
+        """What `evicted_end` and the sums will be once `skip[r]` entries behind the sinks of row `r` are gone."""
+        behind = self.start + self.sinks
+        end, sums = self._evicted_end(behind + skip - 1, skip > 0), self._sums()
+        if sums is not None:
+            rows, offsets = layout.rows_of_slots(torch.where(sums.number >= 0, skip, 0))
+            sums = sums.including(self.pools, rows, behind[rows] + offsets)
+        return end, sums
 
     def _trim_in_place(self, skip: Tensor) -> None:
         moved = torch.where(skip > 0, self.length - self.sinks - skip, 0)
@@ -327,10 +351,10 @@ class RaggedLayer:
     def _rewrite(self, capacity: Tensor, skip: Tensor | None = None) -> None:
         """Move every row into new pools with the given capacities `[rows]`, without the trimmed entries."""
         length = self.length if skip is None else self.length - skip
+        start, free = layout.starts(capacity), int((capacity - length).min())
         source = layout.source_of_rows(self.start, length, capacity, self.sinks, skip)
         self.pools = moves.gather(self.pools, source)
-        self.start, self.length, self.capacity = layout.starts(capacity), length, capacity
-        self._free = int((capacity - length).min())
+        self.start, self.length, self.capacity, self._free = start, length, capacity, free
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 
@@ -353,52 +377,74 @@ class RaggedLayer:
         Raises:
             ValueError, TypeError: on a mask that does not fit or would leave a row empty; the layer is unchanged then.
         """
-        longest = int(self.length.max())
-        mask = checks.keep(keep, (self.batch_size, self.num_kv_heads, longest), self.device)
+        grid, longest = (self.batch_size, self.num_kv_heads), int(self.length.max())
+        mask = checks.keep(keep, (*grid, longest), self.device)
         assert mask is not None
         headroom = checks.count("headroom", headroom)
+        new_sinks, new_recent = 0 if sinks is None else sinks, 0 if recent is None else recent
+        checks.window_tensors(new_sinks, new_recent, compensate, grid, self.device)
+        windows = self.sinks, self.recent
+        if sinks is not None or recent is not None:
+            windows = self._per_row(new_sinks), self._per_row(new_recent)
         stored = torch.arange(longest, device=self.device) < self.length[:, None]
         wanted = mask.reshape(self.rows, longest) & stored
-        if not bool(wanted.any(1).all()):
+        empty, folds = checks.contents(wanted.sum(1), *windows, compensate)
+        if empty:
             batch, head = divmod(int((~wanted.any(1)).nonzero()[0]), self.num_kv_heads)
             raise ValueError(
                 f"keep would leave row (batch {batch}, head {head}) empty; keep at least one entry of each"
             )
-        new_sinks, new_recent = 0 if sinks is None else sinks, 0 if recent is None else recent
-        checks.window_tensors(
-            new_sinks, new_recent, compensate, (self.batch_size, self.num_kv_heads), self.device
-        )
-        if sinks is not None or recent is not None:
-            self.set_windows(new_sinks, new_recent)
-        if self.count is None:
-            self._set_compensation(compensate)
-        self._evict(wanted, stored, headroom)
+        sums = self._sums()
+        if sums is None and compensate is not None and folds:
+            sums = Sums.none(compensate, self.head_dim)
+        self._keep_only(wanted, stored & ~wanted, headroom, sums)
+        self.sinks, self.recent = windows
 
-    def _evict(self, wanted: Tensor, stored: Tensor, headroom: int) -> None:
-        rows, entries = (stored & ~wanted).nonzero(as_tuple=True)
-        self._note_dropped(rows, self.start[rows] + entries)
-        source, length = layout.source_of_kept(self.start, wanted, headroom)
+    def _keep_only(
+        self, wanted: Tensor, dropped: Tensor, headroom: int, sums: Sums | None, step: int = 1
+    ) -> None:
+        """Move the `wanted` entries into tight pools and note the `dropped` ones, both `[rows, L]` bool.
+
+        Args:
+            headroom: free slots behind each row.
+            sums: of what compensating rows dropped before.
+            step: slots from one entry of a row to its next.
+        """
+        # Positions increase along a row, so that its last dropped entry tells.
+        place = torch.arange(1, dropped.shape[1] + 1, dtype=torch.int32, device=self.device)
+        last = torch.where(dropped, place, 0).amax(1).long() - 1
+        end = self._evicted_end(self.start + last * step, last >= 0)
+        if sums is not None:
+            rows, entries = (dropped & (sums.number >= 0)[:, None]).nonzero(as_tuple=True)
+            sums = sums.including(self.pools, rows, self.start[rows] + entries * step)
+        source, length = layout.source_of_kept(self.start, wanted, headroom, step)
+        capacity = length + headroom
+        start = layout.starts(capacity)
         self.pools = moves.gather(self.pools, source)
-        self.length, self.capacity = length, length + headroom
-        self.start = layout.starts(self.capacity)
-        self._free = headroom
+        self.start, self.length, self.capacity, self._free = start, length, capacity, headroom
+        self._note(end, sums)
 
-    def _note_dropped(self, rows: Tensor, slots: Tensor) -> None:
-        """Entries at `slots` of `rows` (both `[m]`) are about to go."""
-        if rows.numel() == 0:
+    def _evicted_end(self, last: Tensor, some: Tensor) -> Tensor:
+        """`evicted_end` once the entries until slot `last[r]` have gone from the rows `r` where `some[r]`."""
+        position = self.positions[torch.where(some, last, 0)].long()
+        return torch.where(some, torch.maximum(self.evicted_end, position + 1), self.evicted_end)
+
+    def _sums(self) -> Sums | None:
+        if self.key_sum is None or self.value_sum is None or self.count is None:
+            return None
+        return Sums(self.key_sum, self.value_sum, self.count)
+
+    def _note(self, evicted_end: Tensor, sums: Sums | None) -> None:
+        """Entries have gone: take over what was computed while they were there. Allocates nothing."""
+        self.evicted_end, held = evicted_end, self._sums()
+        if sums is None:
             return
-        self.evicted_end = self.evicted_end.scatter_reduce(0, rows, self.positions[slots].long() + 1, "amax")
-        if self.count is None or self.key_sum is None or self.value_sum is None:
+        if held is None:
+            self.key_sum, self.value_sum, self.count = sums
             return
-        folded = self.count[rows] >= 0
-        rows, slots = rows[folded], slots[folded]
-        with torch.inference_mode():  # in place, whoever made the tensors
-            for some_rows, some_slots in zip(
-                rows.split(8192), slots.split(8192), strict=True
-            ):  # bounds the float32 copies
-                self.key_sum.index_add_(0, some_rows, self.keys[some_slots].float())
-                self.value_sum.index_add_(0, some_rows, self.values[some_slots].float())
-            self.count.index_add_(0, rows, torch.ones_like(rows))
+        with torch.inference_mode():  # in place, as a CUDA graph may hold the tensors, and whoever made them
+            for old, new in zip(held, sums, strict=True):
+                old.copy_(new)
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of the text (speculative decoding's rollback).
@@ -431,6 +477,7 @@ class RaggedLayer:
                 f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) would be empty, or has evicted entries "
                 f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
+        self._let_go()
         self.length, self.seen = length, seen
 
     # -- batch and copies -------------------------------------------------------------------------------------------
@@ -441,12 +488,11 @@ class RaggedLayer:
         heads = torch.arange(self.num_kv_heads, device=self.device)
         rows = (index[:, None] * self.num_kv_heads + heads).reshape(-1)
         source = layout.source_of_rows(self.start[rows], self.length[rows], self.capacity[rows])
+        names = ("length", "capacity", "sinks", "recent", "key_sum", "value_sum", "count", "evicted_end")
+        tensors = {name: None if (old := getattr(self, name)) is None else old[rows] for name in names}
+        start = layout.starts(self.capacity[rows])
         self.pools = moves.gather(self.pools, source)
-        for name in ("length", "capacity", "sinks", "recent", "key_sum", "value_sum", "count", "evicted_end"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor[rows])
-        self.start = layout.starts(self.capacity)
-        self.batch_size = index.numel()
+        vars(self).update(tensors, start=start, batch_size=index.numel())
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""
@@ -456,10 +502,8 @@ class RaggedLayer:
 
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Become what the layer was when `snapshot` was taken."""
-        for name, tensor in snapshot.tensors.items():
-            setattr(self, name, None if tensor is None else tensor.clone())
-        for name, number in snapshot.numbers.items():
-            setattr(self, name, number)
+        copies = {name: None if t is None else t.clone() for name, t in snapshot.tensors.items()}
+        vars(self).update(copies, ticket=None, **snapshot.numbers)
 
     @classmethod
     def from_snapshot(cls, snapshot: LayerSnapshot) -> RaggedLayer:
@@ -470,10 +514,9 @@ class RaggedLayer:
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to `device`."""
-        for name in self._TENSORS:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(device))
-        self.ticket = None
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        moved = {name: None if t is None else t.to(device) for name, t in tensors.items()}
+        vars(self).update(moved, ticket=None)
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies that a kernel reads or writes: what a recorded CUDA graph relies on."""
@@ -488,7 +531,14 @@ class RaggedLayer:
 
     @pools.setter
     def pools(self, pools: Pools) -> None:
+        self._let_go()
         self.keys, self.values, self.positions = pools
 
+    def _let_go(self) -> None:
+        """Before tensors are replaced, which another stream may have made: their memory waits for this stream."""
+        if self.device.type == "cuda":
+            for tensor in self._held():
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+
     def _held(self) -> list[Tensor]:
-        return [t for name in (*self._TENSORS, "ticket") if (t := getattr(self, name)) is not None]
+        return [t for name in (*self._TENSORS, "ticket") if (t := getattr(self, name, None)) is not None]

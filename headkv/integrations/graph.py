@@ -82,15 +82,25 @@ class DecodeGraph:
         Raises:
             ValueError: another shape.
             RuntimeError: a model that can not be recorded, e.g. because it waits for the device.
+            torch.OutOfMemoryError: no room to grow, or to record anew. No token is counted then, except in the first
+                step (see `RaggedCache`): free memory and call again.
         """
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
             if given is not None and given.shape != self._ids.shape:
                 raise ValueError(f"{name} must have shape {list(self._ids.shape)}, got {list(given.shape)}")
+        self.cache.check_even()
+        with torch.cuda.device(
+            self._ids.device
+        ):  # whichever is current, graphs are recorded and replayed there
+            return self._step(input_ids, position_ids)
+
+    def _step(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
         if not self._warm or any(layer.filled().ticket is None for layer in self.cache.layers):
+            logits = self._forward(input_ids, position_ids)
             self._warm = True
-            return self._forward(input_ids, position_ids)
+            return logits
         self.reserve(1)
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
@@ -109,8 +119,10 @@ class DecodeGraph:
         for layer in self.cache.layers:
             layer.clock = self._clock
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=capture_stream(self._ids.device)):
                 logits = self._forward(self._ids, self._positions)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"a decode step of {type(self.model).__name__} can not be recorded as a CUDA graph ({error}); "
@@ -127,6 +139,12 @@ class DecodeGraph:
 
     def _addresses(self) -> tuple[int, ...]:
         return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs are recorded on; torch's own default is one for all devices."""
+    return torch.cuda.Stream(device)
 
 
 class Replaying:

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from headkv.attention import dense
 from headkv.attention.api import BACKENDS, Backend, ragged_extend, ragged_step
-from headkv.cache import LayerSnapshot, RaggedLayer
+from headkv.cache import LayerSnapshot, RaggedLayer, layout, moves
 from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.planning import ROLLBACK, Observation, keep_entries
@@ -124,9 +124,9 @@ class RaggedCacheLayer(CacheLayerMixin):
             seen = Observation.of(q, valid, self.method.observed_queries, **options)
             if self.chunked_prefill:
                 empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
-                self.ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
-                self.ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
-                self._observed = seen
+                ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
+                ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
+                self.ragged, self._observed = ragged, seen
             else:
                 self._store(keys, values, valid, seen)
             self.is_initialized = True
@@ -147,15 +147,18 @@ class RaggedCacheLayer(CacheLayerMixin):
         if self.ragged is None or self._observed is None:
             return
         layer, n = self.ragged, self.ragged.seen
+        rows, offsets = layout.rows_of_slots(layer.length)
+        slots = layer.start[rows] + offsets
+        where = layer.positions[slots].long()
+        source = torch.zeros(layer.rows * n, dtype=torch.int64, device=layer.device)
+        source[rows * n + where] = slots  # padding takes any slot, and is not read
+        valid = None
+        if slots.numel() < source.numel():
+            valid = torch.zeros(layer.batch_size, n, dtype=torch.bool, device=layer.device)
+            valid[rows // layer.num_kv_heads, where] = True
+        keys, values, _ = moves.gather(layer.pools, source)
         shape = (layer.batch_size, layer.num_kv_heads, n, layer.head_dim)
-        keys, values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
-        valid = torch.zeros(layer.batch_size, n, dtype=torch.bool, device=layer.device)
-        for b in range(layer.batch_size):
-            for h in range(layer.num_kv_heads):
-                row = layer.row(b, h)
-                keys[b, h, row.positions], values[b, h, row.positions] = row.keys, row.values
-                valid[b, row.positions] = True
-        self._store(keys, values, valid, self._observed)
+        self._store(keys.view(shape), values.view(shape), valid, self._observed)
         self._observed = None
 
     def _store(self, keys: Tensor, values: Tensor, valid: Tensor | None, observed: Observation) -> None:
@@ -220,7 +223,8 @@ class RaggedCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry."""
         if self.ragged is not None:
-            self.reorder_cache(torch.arange(self.ragged.batch_size).repeat_interleave(repeats))
+            every = torch.arange(self.ragged.batch_size, device=self.ragged.device)
+            self.reorder_cache(every.repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Move the layer to the CPU."""
@@ -257,6 +261,10 @@ class RaggedCache(Cache):
     """A transformers cache that stores, for every KV head, only the entries that a method keeps.
 
     Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
+
+    A forward call that fails, e.g. for want of memory, leaves its tokens in the layers that it came through. Take them
+    out before the call is repeated: `cache.crop(n)`, with n the tokens seen before it; `cache.reset()` if it was the
+    prompt.
     """
 
     layers: list[RaggedCacheLayer]  # type: ignore[assignment]
@@ -311,6 +319,36 @@ class RaggedCache(Cache):
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         return cls(layers)
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hand the new tokens of one layer to the attention function; see `RaggedCacheLayer.update`.
+
+        Raises:
+            RuntimeError: an earlier call got through some of the layers only; the message says what to do.
+        """
+        if layer_idx == 0:
+            self.check_even()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_even(self) -> None:
+        """All layers have seen the same tokens.
+
+        Raises:
+            RuntimeError: they have not, as a forward call failed on its way; the message says what to do.
+        """
+        seen = {layer.get_seq_length() for layer in self.layers}
+        if len(seen) == 1:
+            return
+        least = min(seen)
+        prompt = least == 0 or any(layer._observed is not None for layer in self.layers)
+        cure = "cache.reset()" if prompt else f"cache.crop({least})"
+        raise RuntimeError(
+            f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
+            f"call {cure}, then repeat that call"
+        )
 
     @property
     def seen(self) -> int:

@@ -79,7 +79,9 @@ class Observation:
 
     def of_sequence(self, batch: int) -> Tensor:
         """The valid queries of one sequence, `[HQ, w, D]`, at most `wanted` of them."""
-        queries = self.queries[batch] if self.valid is None else self.queries[batch][:, self.valid[batch]]
+        queries = self.queries[batch]
+        if self.valid is not None:
+            queries = queries.index_select(1, self.valid[batch].nonzero()[:, 0])
         begin = 0 if self.wanted is None else max(0, queries.shape[1] - self.wanted)
         return queries[:, begin:]
 
@@ -108,17 +110,17 @@ def keep_entries(
     keep = torch.zeros(batch_size, num_kv_heads, n, dtype=torch.bool, device=keys.device)
     sinks = torch.zeros(batch_size, num_kv_heads, dtype=torch.int64, device=keys.device)
     recent = torch.zeros_like(sinks)
-    compensate = torch.zeros_like(sinks, dtype=torch.bool)
+    compensate: Tensor | None = None
     for b in range(batch_size):
-        where = slice(None) if valid is None else valid[b]
-        if valid is not None and not bool(valid[b].any()):
+        text = None if valid is None else valid[b].nonzero()[:, 0]
+        if text is not None and text.numel() == 0:
             raise ValueError(
                 f"attention_mask must leave every sequence at least one token, but row {b} is all padding"
             )
         prefill = Prefill(
             queries=observed.of_sequence(b),
-            keys=keys[b][:, where],
-            values=values[b][:, where],
+            keys=keys[b] if text is None else keys[b].index_select(1, text),
+            values=values[b] if text is None else values[b].index_select(1, text),
             layer_idx=layer_idx,
             num_layers=num_layers,
             scale=observed.scale,
@@ -126,10 +128,14 @@ def keep_entries(
             softcap=observed.softcap,
         )
         chosen = method.plan(prefill)
-        keep[b][:, where] = chosen.mask
+        if text is None:
+            keep[b] = chosen.mask
+        else:
+            keep[b].index_copy_(1, text, chosen.mask)
         if chosen.sinks is not None and chosen.recent is not None:
             sinks[b], recent[b] = chosen.sinks, chosen.recent
         if chosen.compensate is not None and window is None:  # a sliding layer forgets by itself
+            compensate = torch.zeros_like(sinks, dtype=torch.bool) if compensate is None else compensate
             compensate[b] = chosen.compensate
     age = torch.arange(n - 1, -1, -1, device=keys.device)
     keep |= (recent[..., None] > 0) & (age < recent[..., None] + rollback)
@@ -138,9 +144,4 @@ def keep_entries(
         newest = age == (0 if valid is None else valid.flip(1).int().argmax(1)[:, None, None])
         keep = torch.where(in_reach.any(2, keepdim=True), in_reach, newest)
         recent = torch.where(recent > 0, recent.clamp(max=window), window)
-    return {
-        "keep": keep,
-        "sinks": sinks,
-        "recent": recent,
-        "compensate": compensate if compensate.any() else None,
-    }
+    return {"keep": keep, "sinks": sinks, "recent": recent, "compensate": compensate}

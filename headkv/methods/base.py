@@ -192,8 +192,14 @@ def select(scores: Tensor, budgets: Tensor, *, source: str = "select") -> Tensor
     shape = (scores.shape[0], scores.shape[-1])
     check_scores(scores, shape, source)
     check_budgets(budgets, shape, source)
+    return _best(scores, budgets)
+
+
+def _best(scores: Tensor, budgets: Tensor) -> Tensor:
+    """`select` without its checks, each of which would wait for the device once more."""
     order = torch.sort(scores.float(), dim=1, descending=True, stable=True).indices
-    chosen = torch.arange(shape[1], device=scores.device) < budgets[:, None].to(scores.device)
+    budgets = budgets.to(scores.device, non_blocking=True)
+    chosen = torch.arange(scores.shape[1], device=scores.device) < budgets[:, None]
     return torch.zeros_like(chosen).scatter(1, order, chosen)
 
 
@@ -202,7 +208,7 @@ def at_least_one(budgets: Tensor, most: int) -> Tensor:
     if not bool((budgets == 0).any()):
         return budgets
     total = max(int(budgets.sum()), len(budgets)) - len(budgets)
-    spare = (budgets.clamp(min=1) - 1).double().cpu()
+    spare = (budgets.cpu().clamp(min=1) - 1).double()
     target = spare * total / spare.sum() if total else spare * 0
     more = largest_remainder(target, total, torch.full_like(spare, most - 1, dtype=torch.int64))
     return 1 + more.to(budgets.device)
@@ -231,9 +237,9 @@ def plan_by_scores(prefill: Prefill, scorer: Scorer, allocator: Allocator, budge
     check_scores(scores, shape, f"{scorer} in layer {prefill.layer_idx}")
     budgets = allocator.allocate(
         scores, capacity - window, layer_idx=prefill.layer_idx, num_layers=prefill.num_layers
-    )
+    ).cpu()
     check_budgets(budgets, shape, f"{allocator} in layer {prefill.layer_idx}")
     if window == 0:
         budgets = at_least_one(budgets, shape[1])
-    mask[:, : n - window] = select(scores, budgets)
+    mask[:, : n - window] = _best(scores, budgets)
     return Keep(mask)

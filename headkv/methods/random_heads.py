@@ -53,8 +53,8 @@ class RandomHeads:
 
     def retrieval_heads(self, num_layers: int, num_kv_heads: int) -> Tensor:
         """The heads that keep all, `[L, H]` bool."""
-        generator = torch.Generator().manual_seed(self.seed)
-        lots = torch.randperm(num_layers * num_kv_heads, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        lots = torch.randperm(num_layers * num_kv_heads, generator=generator, device="cpu")
         return top_heads(lots.view(num_layers, num_kv_heads), round(self.share * lots.numel()))
 
     def stored_share(self, length: int) -> float:

@@ -39,5 +39,5 @@ class StreamingLLM:
         """Keep the first `sinks` entries and the last of the budget."""
         capacity = budget_capacity(self.budget, prefill.length)
         sinks = min(self.sinks, capacity - 1)
-        none = torch.zeros(prefill.num_kv_heads, dtype=torch.bool)
+        none = torch.zeros(prefill.num_kv_heads, dtype=torch.bool, device="cpu")
         return windowed(prefill, none, sinks, capacity - sinks)

@@ -61,7 +61,7 @@ def top_heads(scores: Tensor, count: int) -> Tensor:
     [[True, True], [False, False]]
     """
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device="cpu")
     chosen[order[:count].cpu()] = True
     return chosen.view(scores.shape)
 

@@ -38,5 +38,5 @@ class RandomScorer:
     def score(self, prefill: Prefill) -> Tensor:
         """Scores `[H, n - window]` float32 in [0, 1)."""
         m = max(0, prefill.length - self.window)
-        generator = torch.Generator().manual_seed((self.seed << 16) + prefill.layer_idx)
-        return torch.rand(prefill.num_kv_heads, m, generator=generator).to(prefill.keys.device)
+        generator = torch.Generator("cpu").manual_seed((self.seed << 16) + prefill.layer_idx)
+        return torch.rand(prefill.num_kv_heads, m, generator=generator, device="cpu").to(prefill.keys.device)
