@@ -183,8 +183,7 @@ class RaggedLayer:
         layer.start = torch.arange(rows, device=keys.device) * n
         layer.length = torch.full_like(layer.start, n)
         layer.capacity = layer.length.clone()
-        layer.set_windows(sinks, recent)
-        layer._set_compensation(compensate)
+        layer.set_windows(sinks, recent, compensate)
         layer._evict(wanted, everything, checks.count("headroom", headroom))
         return layer
 
@@ -200,15 +199,22 @@ class RaggedLayer:
         layer.rollback = layer._free = 0
         return layer
 
-    def set_windows(self, sinks: int | Tensor, recent: int | Tensor) -> None:
-        """Make rows windowed: `sinks` and `recent` for all rows (int) or for each, `[B, H]`; `recent=0`: ordinary."""
-        checks.window_tensors(sinks, recent, None, (self.batch_size, self.num_kv_heads), self.device)
+    def set_windows(
+        self, sinks: int | Tensor, recent: int | Tensor, compensate: Tensor | None = None
+    ) -> None:
+        """Make rows windowed: `sinks` and `recent` for all rows (int) or for each, `[B, H]`; `recent=0`: ordinary.
+
+        Args:
+            compensate: `[B, H]` bool, rows that remember the mean of what they drop from now on; default: as they were.
+        """
+        checks.window_tensors(sinks, recent, compensate, (self.batch_size, self.num_kv_heads), self.device)
         self.sinks, self.recent = (
             x.reshape(-1).to(self.device, torch.int64).clone()
             if isinstance(x, Tensor)
             else torch.full((self.rows,), x, dtype=torch.int64, device=self.device)
             for x in (sinks, recent)
         )
+        self._set_compensation(compensate)
 
     def _set_compensation(self, compensate: Tensor | None) -> None:
         if compensate is None or not bool(compensate.any()):
@@ -373,6 +379,13 @@ class RaggedLayer:
         if self.count is None:
             self._set_compensation(compensate)
         self._evict(wanted, stored, headroom)
+
+    def trim(self, headroom: int = MIN_HEADROOM) -> None:
+        """Drop now what windowed rows hide for good, and leave `headroom` free slots behind each row."""
+        headroom = checks.count("headroom", headroom)
+        skip = self._trimmable()
+        self._fold_window(skip)
+        self._rewrite(self.length - skip + headroom, skip)
 
     def _evict(self, wanted: Tensor, stored: Tensor, headroom: int) -> None:
         rows, entries = (stored & ~wanted).nonzero(as_tuple=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from headkv.methods.base import Prefill
 
 if TYPE_CHECKING:
-    from headkv.methods.base import Method
+    from headkv.methods.base import Method, Windows
 
 
 ROLLBACK = (
@@ -82,6 +83,51 @@ class Observation:
         queries = self.queries[batch] if self.valid is None else self.queries[batch][:, self.valid[batch]]
         begin = 0 if self.wanted is None else max(0, queries.shape[1] - self.wanted)
         return queries[:, begin:]
+
+
+def prefill_windows(
+    method: Method,
+    lengths: Sequence[int | None],
+    *,
+    layer_idx: int,
+    num_layers: int,
+    num_kv_heads: int,
+    sliding_window: int | None,
+) -> dict[str, Tensor] | None:
+    """Ask `method`, if it can be asked, which heads stream while prompts of these lengths are read.
+
+    Returns:
+        `sinks`, `recent` `[B, H]` int64 and `compensate` `[B, H]` bool, on the CPU: arguments of `dense.prefill` and
+        `RaggedLayer.set_windows`. None when every head sees all.
+
+    As in `keep_entries`, rows of a layer with a sliding window drop what leaves that window.
+    """
+    ask = getattr(method, "prefill_windows", None)
+    if ask is None:
+        return None
+    where = {"layer_idx": layer_idx, "num_layers": num_layers, "num_kv_heads": num_kv_heads}
+    answers: list[Windows | None] = [ask(**where, length=length) for length in lengths]
+    windows = [answer for answer in answers if answer is not None]
+    if not windows:
+        return None
+    for answer in windows:
+        if answer.recent.shape[0] != num_kv_heads:
+            raise ValueError(f"recent must have shape [{num_kv_heads}], got {list(answer.recent.shape)}")
+    if len(windows) < len(answers):
+        raise ValueError(f"{method} must give windows for all lengths {list(lengths)} or for none")
+    sinks, recent = (
+        torch.stack([getattr(w, name) for w in windows]).long().cpu() for name in ("sinks", "recent")
+    )
+    compensate = torch.stack(
+        [
+            torch.zeros_like(w.recent, dtype=torch.bool) if w.compensate is None else w.compensate
+            for w in windows
+        ]
+    ).cpu()
+    if sliding_window is not None:
+        compensate &= False  # a sliding layer forgets by itself
+        recent = torch.where(recent > 0, recent.clamp(max=sliding_window), sliding_window)
+    return {"sinks": sinks, "recent": recent, "compensate": compensate}
 
 
 def keep_entries(
