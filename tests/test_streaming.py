@@ -13,6 +13,7 @@ from torch import Tensor
 import headkv
 from headkv.attention import dense, reference, streaming
 from headkv.cache import RaggedLayer
+from headkv.methods import Keep, Prefill, Windows
 from headkv.models.tiny import FAMILIES, tiny_model
 
 BF16, FP64 = torch.bfloat16, torch.float64
@@ -301,3 +302,99 @@ def test_memory_of_a_chunked_prefill(method):
         stored = layer.filled()
         assert (stored.length[stored.recent > 0] == windowed).all()
         assert (stored.length[stored.recent == 0] == 2000).all()
+
+
+class Mine:
+    """A method of a user: the second head streams, and says so or not."""
+
+    observed_queries = 0
+
+    def __init__(self, heads=2, compensate=None):
+        self.windows = Windows(torch.tensor([0, 2])[:heads], torch.tensor([0, 6])[:heads], compensate)
+
+    def plan(self, prefill):
+        mask = torch.ones(2, prefill.length, dtype=torch.bool)
+        return Keep(mask, self.windows.sinks, self.windows.recent)
+
+    def prefill_windows(self, *, layer_idx, num_layers, num_kv_heads, length):
+        assert (num_layers, num_kv_heads) == (3, 2) and layer_idx < 3
+        assert length is None or length in (60, 54, 47), "padding is not counted"
+        return self.windows
+
+
+def test_a_method_of_a_user():
+    model = tiny_model("llama")
+    with headkv.compress(model, Mine()):
+        want = generate(model)
+    with headkv.compress(model, Mine(), chunked_prefill=True):
+        same(generate(model, prefill_chunk_size=17), want)
+
+
+@pytest.mark.parametrize("length", [1, 300, None])
+@pytest.mark.parametrize("method", [DUO, RAZOR], ids=["DuoAttention", "RazorAttention"])
+def test_windows_are_those_of_the_plan(method, length):
+    where = {"layer_idx": 2, "num_layers": 3}
+    windows = method.prefill_windows(**where, num_kv_heads=2, length=length)
+    keys = torch.zeros(2, length or 40, 16)
+    plan = method.plan(Prefill(torch.zeros(4, 0, 16), keys, keys, **where, scale=1.0))
+    assert 0 < int((windows.recent > 0).sum()) < 2
+    assert torch.equal(windows.sinks, plan.sinks) and torch.equal(windows.recent, plan.recent)
+    assert method is DUO or torch.equal(windows.compensate, plan.compensate)
+    assert (
+        replace(method, streaming_prefill=False).prefill_windows(**where, num_kv_heads=2, length=length)
+        is None
+    )
+
+
+def test_for_share_passes_it_on():
+    gates, echo, induction = DUO.profile, RAZOR.echo, RAZOR.induction
+    for on in (True, False):
+        razor = headkv.RazorAttention.for_share(
+            echo, induction, 0.9, 500, num_kv_heads=2, streaming_prefill=on
+        )
+        duo = headkv.DuoAttention.for_share(gates, 0.5, 500, streaming_prefill=on)
+        assert razor.streaming_prefill is duo.streaming_prefill is on
+
+
+def chunked(method):
+    headkv.compress(tiny_model("llama"), method, chunked_prefill=True).__enter__()
+
+
+def all_padding(**options):
+    model, ids = tiny_model("llama"), torch.ones(2, 4).long()
+    with headkv.compress(model, DUO, **options) as session:
+        model(ids, attention_mask=torch.tensor([[1] * 4, [0] * 4]))
+        session.cache.finalize_prefill()
+
+
+def cropped():
+    model = tiny_model("llama")
+    with headkv.compress(model, DUO, chunked_prefill=True) as session:
+        model(prompts(1)["input_ids"])
+        session.cache.crop(-1)
+
+
+BAD = {
+    "a word for Duo": (lambda: replace(DUO, streaming_prefill="yes"), TypeError, "streaming_prefill must be True or False, got 'yes'"),
+    "a number for Razor": (lambda: replace(RAZOR, streaming_prefill=1), TypeError, "streaming_prefill must be True or False, got 1"),
+    "a share in chunks": (lambda: chunked(replace(RAZOR, window_share=0.2)), ValueError, "window_share must be 0 .* got 0.2: .* set window_share=0 and min_recent"),
+    "other heads": (lambda: chunked(Mine(heads=1)), ValueError, r"must answer recent \[2\], or all None, got \[\[1\]\]"),
+    "shapes of sinks": (lambda: Windows(torch.ones(2), torch.ones(3)), ValueError, r"sinks must have shape \[3\], got \[2\]"),
+    "shapes of recent": (lambda: Windows(torch.ones(2, 2), torch.ones(2, 2)), ValueError, r"recent must have shape \[H\], got \[2, 2\]"),
+    "shapes of compensate": (lambda: Mine(compensate=torch.ones(3).bool()), ValueError, r"compensate must have shape \[2\], got \[3\]"),
+    "a negative window": (lambda: Windows(torch.zeros(2), torch.tensor([1, -1])), ValueError, r"recent must be at least 0 everywhere, got \[1, -1\]"),
+    "a sequence of padding": (all_padding, ValueError, "row 1 is all padding"),
+    "a sequence of padding in chunks": (lambda: all_padding(chunked_prefill=True), ValueError, "row 1 is all padding"),
+    "a crop between chunks": (cropped, ValueError, "finalize_prefill"),
+    "negative headroom": (lambda: RaggedLayer.from_rows([[(torch.ones(2, 4), torch.ones(2, 4))]]).trim(-1), ValueError, "headroom must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_without_the_option_a_share_may_be_read_in_chunks():
+    chunked(replace(RAZOR, window_share=0.2, streaming_prefill=False))

@@ -110,20 +110,15 @@ def prefill_windows(
     windows = [answer for answer in answers if answer is not None]
     if not windows:
         return None
-    for answer in windows:
-        if answer.recent.shape[0] != num_kv_heads:
-            raise ValueError(f"recent must have shape [{num_kv_heads}], got {list(answer.recent.shape)}")
-    if len(windows) < len(answers):
-        raise ValueError(f"{method} must give windows for all lengths {list(lengths)} or for none")
-    sinks, recent = (
-        torch.stack([getattr(w, name) for w in windows]).long().cpu() for name in ("sinks", "recent")
-    )
-    compensate = torch.stack(
-        [
-            torch.zeros_like(w.recent, dtype=torch.bool) if w.compensate is None else w.compensate
-            for w in windows
-        ]
-    ).cpu()
+    got = [None if answer is None else list(answer.recent.shape) for answer in answers]
+    if any(shape != [num_kv_heads] for shape in got):
+        raise ValueError(
+            f"prefill_windows of {method} must answer recent [{num_kv_heads}], or all None, got {got}"
+        )
+    no_head = torch.zeros(num_kv_heads, dtype=torch.bool)
+    sinks = torch.stack([w.sinks.cpu() for w in windows]).long()
+    recent = torch.stack([w.recent.cpu() for w in windows]).long()
+    compensate = torch.stack([no_head if w.compensate is None else w.compensate.cpu() for w in windows])
     if sliding_window is not None:
         compensate &= False  # a sliding layer forgets by itself
         recent = torch.where(recent > 0, recent.clamp(max=sliding_window), sliding_window)
