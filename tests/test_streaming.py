@@ -126,6 +126,15 @@ def test_prefill_is_the_reference_over_windowed_rows(case):
     check(case)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.softcap is c.sliding_window is None], ids=lambda case: case.name
+)
+def test_blocks_by_hand(case, monkeypatch):
+    """What float32 on a GPU takes."""
+    monkeypatch.setattr(streaming, "_fused", lambda *block: streaming._plain(*block, None))
+    check(case)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_prefill_on_a_gpu(case):
@@ -333,7 +342,7 @@ def test_a_method_of_a_user():
 @pytest.mark.parametrize("length", [1, 300, None])
 @pytest.mark.parametrize("method", [DUO, RAZOR], ids=["DuoAttention", "RazorAttention"])
 def test_windows_are_those_of_the_plan(method, length):
-    where = {"layer_idx": 2, "num_layers": 3}
+    where = {"layer_idx": 2 if method is DUO else 1, "num_layers": 3}
     windows = method.prefill_windows(**where, num_kv_heads=2, length=length)
     keys = torch.zeros(2, length or 40, 16)
     plan = method.plan(Prefill(torch.zeros(4, 0, 16), keys, keys, **where, scale=1.0))

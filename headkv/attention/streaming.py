@@ -2,7 +2,7 @@
 
 A query after the sinks sees two sets of keys that never meet: the sinks, and the window among the keys behind them.
 Each is a softmax of its own, with its log-sum-exp (LSE); so is the one entry that stands for what lies between. Their
-LSEs say how much each part weighs. A part is flash attention of torch where that runs, and blocks of queries elsewhere.
+LSEs say how much each part weighs. A part is torch's flash attention where that runs, and blocks of queries elsewhere.
 """
 
 from __future__ import annotations
@@ -108,27 +108,45 @@ def _blocks(
     where: tuple[Tensor, Tensor] | None,
 ) -> Part:
     """The same as `_flash`, in a loop; with `where` (`[m]`, `[k]`) a query does not see keys that are not after it."""
-    work = torch.promote_types(q.dtype, torch.float32)
-    rows, group, m, _ = q.shape
-    place = torch.arange(max(m, keys.shape[1]), device=q.device)
-    outs, lses = [], []
+    m, device = q.shape[2], q.device
+    fused = device.type == "cpu" and softcap is None and where is None
+    parts = []
     for begin in range(0, m, BLOCK):
         end = min(begin + BLOCK, m)
-        seen = slice(0, None) if window is None else slice(max(0, begin - window + 1), end)
-        block = q[:, :, begin:end].flatten(1, 2).to(work)  # [R, G * block, D]
-        logits = block @ keys[:, seen].to(work).mT * scale
-        logits = _capped(logits, softcap).unflatten(1, (group, -1))  # [R, G, block, seen]
+        first, last = (0, keys.shape[1]) if window is None else (max(0, begin - window + 1), end)
+        hidden = None  # [block, seen]
         if window is not None:
-            age = place[begin:end, None] - place[None, seen]
-            logits.masked_fill_((age < 0) | (age >= window), float("-inf"))
+            age = torch.arange(begin, end, device=device)[:, None] - torch.arange(first, last, device=device)
+            hidden = (age < 0) | (age >= window)
         if where is not None:
-            logits.masked_fill_(where[1][seen] <= where[0][begin:end, None], float("-inf"))
-        lse = logits.logsumexp(-1)
-        least = torch.finfo(work).min  # a query that sees none has weights of 0
-        weights = (logits - lse.clamp(min=least)[..., None]).exp_()
-        outs.append((weights.flatten(1, 2) @ values[:, seen].to(work)).unflatten(1, (group, -1)))
-        lses.append(lse)
-    return Part(torch.cat(outs, 2), torch.cat(lses, 2))
+            old = where[1][first:last] <= where[0][begin:end, None]
+            hidden = old if hidden is None else hidden | old
+        block = q[:, :, begin:end], keys[:, first:last], values[:, first:last]
+        parts.append(_fused(*block, hidden, scale) if fused else _plain(*block, hidden, scale, softcap))
+    return Part(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+
+def _fused(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, scale: float) -> Part:
+    """One block by what `F.scaled_dot_product_attention` is on a CPU, which knows LSEs; no query may see nothing."""
+    keys, values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
+    mask = None if hidden is None else q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return Part(*run(q, keys, values, 0.0, False, attn_mask=mask, scale=scale))
+
+
+def _plain(
+    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
+) -> Part:
+    """One block by hand."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    together = q.flatten(1, 2).to(work)  # [R, G * block, D]
+    logits = _capped(together @ keys.to(work).mT * scale, softcap).unflatten(1, q.shape[1:3])
+    if hidden is not None:
+        logits.masked_fill_(hidden, float("-inf"))
+    lse = logits.logsumexp(-1)
+    least = torch.finfo(work).min  # a query that sees none has weights of 0
+    weights = (logits - lse.clamp(min=least)[..., None]).exp_()
+    return Part((weights.flatten(1, 2) @ values.to(work)).unflatten(1, q.shape[1:3]), lse)
 
 
 def _dropped(
