@@ -26,13 +26,13 @@ from headkv.cache import RaggedLayer
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(layers: int = LAYERS) -> LlamaForCausalLM:
     """Random weights, made where they are needed."""
     config = LlamaConfig(
         **{
             "hidden_size": 4096,
             "intermediate_size": 14336,
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": layers,
             "vocab_size": 128256,
         },
         **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 140_000},

@@ -32,6 +32,12 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def has(name: str, value: Any, *members: str) -> None:
     """An object that offers these attributes, as a scorer, an allocator or a profile does."""
     missing = [m for m in members if isinstance(value, type) or not hasattr(value, m)]

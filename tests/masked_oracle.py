@@ -65,6 +65,18 @@ class OracleLayer(DynamicLayer):
         ]  # windowed rows evict nothing for good: they see less
         self.plan = [keep, sinks, recent, compensate]
 
+    def make_windows(self, valid, sliding_window):
+        """The plan of a method whose heads stream from the first token: nothing is evicted, rows see less."""
+        batch, heads = self.keys.shape[:2]
+        where = {"layer_idx": self.layer_idx, "num_layers": self.num_layers, "num_kv_heads": heads}
+        lengths = [None if self.chunked else int(n) for n in valid.sum(1)]
+        windows = [self.method.prefill_windows(**where, length=n) for n in lengths]
+        none = torch.zeros(heads, dtype=torch.bool)
+        compensate = torch.stack([none if w.compensate is None else w.compensate for w in windows])
+        keep = valid[:, None].expand(batch, heads, -1)
+        sinks, recent = (torch.stack([getattr(w, name) for w in windows]) for name in ("sinks", "recent"))
+        self.plan = [keep, sinks, recent, compensate & (sliding_window is None)]
+
     def crop(self, tokens_to_remove):
         if tokens_to_remove > 0:  # older transformers give the length to keep
             tokens_to_remove -= self.keys.shape[2]
@@ -97,6 +109,8 @@ def attention(
     )
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
         layer.make_plan(valid[:, : total - 1], scale, sliding_window, softcap)
+    if layer.plan is None and getattr(layer.method, "streaming_prefill", False):
+        layer.make_windows(valid, sliding_window)
     first = layer.plan is None
     layer.queries = query if layer.queries is None else torch.cat([layer.queries, query], 2)
 

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headkv.attention import streaming
+
 BLOCK = 256  # queries at a time where a mask is needed
+TOKENS = 1 << 17  # of all rows that are served at once where rows differ: bounds what is copied
 
 
 def prefill(
@@ -17,6 +20,9 @@ def prefill(
     values: Tensor,
     *,
     valid: Tensor | None = None,
+    sinks: Tensor | None = None,
+    recent: Tensor | None = None,
+    compensate: Tensor | None = None,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -27,22 +33,61 @@ def prefill(
         q: `[B, HQ, n, D]`.
         keys, values: `[B, H, n, D]`.
         valid: `[B, n]` bool, False where the prompt is padding: such tokens neither ask nor are seen, and get 0.
+        sinks, recent: `[B, H]` int: rows with `recent > 0` stream, they only see the first `sinks` and last `recent`
+            tokens, see `streaming.attend`. Default: every row sees all.
+        compensate: `[B, H]` bool: streaming rows whose mean entry stands for what they do not see. Default: none.
         scale, sliding_window, softcap: as in `ragged_decode`.
 
     Returns:
         `[B, HQ, n, D]` in the dtype of `q`.
     """
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    windows = None
+    if sinks is not None and recent is not None:
+        compensate = torch.zeros_like(recent) if compensate is None else compensate
+        windows = torch.stack([sinks, recent, compensate], -1).tolist()
     if valid is None or bool(valid.all()):
-        return _causal(q, keys, values, torch.arange(q.shape[2], device=q.device), **options)
+        return _by_kind(q, keys, values, torch.arange(q.shape[2], device=q.device), windows, **options)
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):
         where = valid[b].nonzero()[:, 0]
         if where.numel() == 0:
             continue
         sequence = (q[b : b + 1, :, where], keys[b : b + 1, :, where], values[b : b + 1, :, where])
-        out[b, :, where] = _causal(*sequence, where, **options)[0]
+        own = None if windows is None else windows[b : b + 1]
+        out[b, :, where] = _by_kind(*sequence, where, own, **options)[0]
     return out
+
+
+def _by_kind(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    windows: list[list[list[int]]] | None,
+    **options: Any,
+) -> Tensor:
+    """Rows of one kind together: `windows[batch][head] = [sinks, recent, compensate]`, or None."""
+    n, everything = q.shape[2], (0, 0, 0)
+    kinds: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for b, heads in enumerate(windows or ()):
+        for h, window in enumerate(heads):
+            streams = window[1] > 0 and window[0] + window[1] < n
+            kinds.setdefault(tuple(window) if streams else everything, []).append((b, h))
+    if kinds.keys() <= {everything}:
+        return _causal(q, keys, values, positions, **options)
+    q = q.unflatten(1, (keys.shape[1], -1))
+    out = torch.empty_like(q)
+    for kind, pairs in kinds.items():
+        for rows in torch.tensor(pairs, device=q.device).split(max(1, TOKENS // n)):
+            b, h = rows.unbind(1)
+            some_q, some_keys, some_values = q[b, h], keys[b, h], values[b, h]  # [R, G, n, D], [R, n, D]
+            if kind == everything:
+                out[b, h] = _causal(some_q, some_keys[:, None], some_values[:, None], positions, **options)
+                continue
+            own: dict[str, Any] = dict(zip(("sinks", "recent", "compensate"), kind, strict=True))
+            out[b, h] = streaming.attend(some_q, some_keys, some_values, positions, **own, **options)
+    return out.flatten(1, 2)
 
 
 def _causal(

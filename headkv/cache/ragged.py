@@ -222,12 +222,22 @@ class RaggedLayer:
         layer.rollback = layer._free = 0
         return layer
 
-    def set_windows(self, sinks: int | Tensor, recent: int | Tensor) -> None:
-        """Make rows windowed: `sinks` and `recent` for all rows (int) or for each, `[B, H]`; `recent=0`: ordinary."""
-        checks.window_tensors(sinks, recent, None, (self.batch_size, self.num_kv_heads), self.device)
-        new_sinks, new_recent = self._per_row(sinks), self._per_row(recent)
-        checks.contents(self.length, new_sinks, new_recent)
-        self.sinks, self.recent = new_sinks, new_recent
+    def set_windows(
+        self, sinks: int | Tensor, recent: int | Tensor, compensate: Tensor | None = None
+    ) -> None:
+        """Make rows windowed: `sinks` and `recent` for all rows (int) or for each, `[B, H]`; `recent=0`: ordinary.
+
+        Args:
+            compensate: `[B, H]` bool, rows that remember the mean of what they drop from now on; default: as they were.
+        """
+        grid = (self.batch_size, self.num_kv_heads)
+        checks.window_tensors(sinks, recent, compensate, grid, self.device)
+        windows = self._per_row(sinks), self._per_row(recent)
+        _, folds = checks.contents(self.length, *windows, compensate)
+        sums = None if compensate is None or not folds else Sums.none(compensate, self.head_dim)
+        self.sinks, self.recent = windows
+        if sums is not None:
+            self.key_sum, self.value_sum, self.count = sums
 
     def _per_row(self, given: int | Tensor) -> Tensor:
         if isinstance(given, Tensor):
@@ -399,6 +409,14 @@ class RaggedLayer:
             sums = Sums.none(compensate, self.head_dim)
         self._keep_only(wanted, stored & ~wanted, headroom, sums)
         self.sinks, self.recent = windows
+
+    def trim(self, headroom: int = MIN_HEADROOM) -> None:
+        """Drop now what windowed rows hide for good, and leave `headroom` free slots behind each row."""
+        headroom = checks.count("headroom", headroom)
+        skip = self._trimmable()
+        noted = self._without_window(skip)
+        self._rewrite(self.length - skip + headroom, skip)
+        self._note(*noted)
 
     def _keep_only(
         self, wanted: Tensor, dropped: Tensor, headroom: int, sums: Sums | None, step: int = 1

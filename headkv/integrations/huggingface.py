@@ -24,7 +24,7 @@ from headkv.attention.api import BACKENDS, Backend, ragged_extend, ragged_step
 from headkv.cache import LayerSnapshot, RaggedLayer, layout, moves
 from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
-from headkv.integrations.planning import ROLLBACK, Observation, keep_entries
+from headkv.integrations.planning import ROLLBACK, Observation, keep_entries, prefill_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -93,6 +93,7 @@ class RaggedCacheLayer(CacheLayerMixin):
             None  # the next token's position on the device, while a `DecodeGraph` records a step
         )
         self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
+        self._streams = False  # and whether heads stream in it
 
     # -- the new tokens' way ----------------------------------------------------------------------------------------
 
@@ -117,16 +118,21 @@ class RaggedCacheLayer(CacheLayerMixin):
         """Store T new tokens and attend over everything kept: `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
         The first call is the prefill: dense attention, then the method chooses what stays, and only that is stored.
+        Where heads stream in a chunked prefill, their rows are windowed from its first chunk on.
         """
         options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
         if self.ragged is None:
-            out = dense.prefill(q, keys, values, valid=valid, **options)
+            windows: dict[str, Any] | None = self._windows(keys, valid, sliding_window)
+            out = dense.prefill(q, keys, values, valid=valid, **(windows or {}), **options)
             seen = Observation.of(q, valid, self.method.observed_queries, **options)
             if self.chunked_prefill:
                 empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
                 ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
+                if windows is not None:
+                    ragged.rollback = self.storage["rollback"]
+                    ragged.set_windows(**{name: x.to(keys.device) for name, x in windows.items()})
                 ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
-                self.ragged, self._observed = ragged, seen
+                self.ragged, self._observed, self._streams = ragged, seen, windows is not None
             else:
                 self._store(keys, values, valid, seen)
             self.is_initialized = True
@@ -142,11 +148,35 @@ class RaggedCacheLayer(CacheLayerMixin):
             self._observed = self._observed.extend(q, valid)
         return ragged_extend(q, self.ragged, backend=self.backend, **options)
 
+    def _windows(
+        self, keys: Tensor, valid: Tensor | None, sliding_window: int | None
+    ) -> dict[str, Tensor] | None:
+        """What heads see while this prompt is read, if the method says that they stream."""
+        batch_size, num_kv_heads, n, _ = keys.shape
+        lengths: list[int | None] = [None if self.chunked_prefill else n] * batch_size
+        if valid is not None and not self.chunked_prefill:
+            lengths = valid.sum(1).tolist()
+        where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+        shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "sliding_window": sliding_window}
+        return prefill_windows(self.method, lengths, **where, **shape)
+
     def finalize_prefill(self) -> None:
-        """End a chunked prefill: choose what stays of everything stored so far. Does nothing when that is done."""
+        """End a chunked prefill: choose what stays of everything stored so far. Does nothing when that is done.
+
+        Where heads stream, that is chosen already; what windowed rows hide then goes.
+        """
         if self.ragged is None or self._observed is None:
             return
         layer, n = self.ragged, self.ragged.seen
+        if self._streams:
+            if bool((layer.length == 0).any()):
+                b = int((layer.length == 0).nonzero()[0]) // layer.num_kv_heads
+                raise ValueError(
+                    f"attention_mask must leave every sequence at least one token, but row {b} is all padding"
+                )
+            layer.trim(self.storage["headroom"])
+            self._observed = None
+            return
         rows, offsets = layout.rows_of_slots(layer.length)
         slots = layer.start[rows] + offsets
         where = layer.positions[slots].long()
@@ -296,7 +326,9 @@ class RaggedCache(Cache):
             rollback: how many tokens windowed rows can take back (`crop`, assisted generation); they store as many
                 entries more than they attend to.
             chunked_prefill: the prompt comes in several forward calls (`prefill_chunk_size`): wait with compression
-                until the first call with a single token, or until `finalize_prefill()`.
+                until the first call with a single token, or until `finalize_prefill()`. Heads that stream while the
+                prompt is read (`streaming_prefill=True` of a method) do not wait: they never hold more than a chunk
+                and their window.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
@@ -310,6 +342,8 @@ class RaggedCache(Cache):
             )
         for profile in getattr(method, "profiles", ()):
             profile.check_model(model)
+        if chunked_prefill:
+            _check_chunks(method, config)
         storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
         num_layers = config.num_hidden_layers
         layers = [
@@ -413,6 +447,13 @@ def supported_config(model: Any) -> PreTrainedConfig:
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         raise ValueError(f"model {name} shares keys and values between layers, which headkv does not support")
     return config
+
+
+def _check_chunks(method: Method, config: PreTrainedConfig) -> None:
+    """A method that must know a prompt's length before it is read says so here, not at the first chunk."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shape = {"layer_idx": 0, "num_layers": config.num_hidden_layers, "num_kv_heads": heads}
+    prefill_windows(method, [None], **shape, sliding_window=None)
 
 
 def attention_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from headkv.methods.base import Prefill
 
 if TYPE_CHECKING:
-    from headkv.methods.base import Method
+    from headkv.methods.base import Method, Windows
 
 
 ROLLBACK = (
@@ -84,6 +85,46 @@ class Observation:
             queries = queries.index_select(1, self.valid[batch].nonzero()[:, 0])
         begin = 0 if self.wanted is None else max(0, queries.shape[1] - self.wanted)
         return queries[:, begin:]
+
+
+def prefill_windows(
+    method: Method,
+    lengths: Sequence[int | None],
+    *,
+    layer_idx: int,
+    num_layers: int,
+    num_kv_heads: int,
+    sliding_window: int | None,
+) -> dict[str, Tensor] | None:
+    """Ask `method`, if it can be asked, which heads stream while prompts of these lengths are read.
+
+    Returns:
+        `sinks`, `recent` `[B, H]` int64 and `compensate` `[B, H]` bool, on the CPU: arguments of `dense.prefill` and
+        `RaggedLayer.set_windows`. None when every head sees all.
+
+    As in `keep_entries`, rows of a layer with a sliding window drop what leaves that window.
+    """
+    ask = getattr(method, "prefill_windows", None)
+    if ask is None:
+        return None
+    where = {"layer_idx": layer_idx, "num_layers": num_layers, "num_kv_heads": num_kv_heads}
+    answers: list[Windows | None] = [ask(**where, length=length) for length in lengths]
+    windows = [answer for answer in answers if answer is not None]
+    if not windows:
+        return None
+    got = [None if answer is None else list(answer.recent.shape) for answer in answers]
+    if any(shape != [num_kv_heads] for shape in got):
+        raise ValueError(
+            f"prefill_windows of {method} must answer recent [{num_kv_heads}], or all None, got {got}"
+        )
+    no_head = torch.zeros(num_kv_heads, dtype=torch.bool)
+    sinks = torch.stack([w.sinks.cpu() for w in windows]).long()
+    recent = torch.stack([w.recent.cpu() for w in windows]).long()
+    compensate = torch.stack([no_head if w.compensate is None else w.compensate.cpu() for w in windows])
+    if sliding_window is not None:
+        compensate &= False  # a sliding layer forgets by itself
+        recent = torch.where(recent > 0, recent.clamp(max=sliding_window), sliding_window)
+    return {"sinks": sinks, "recent": recent, "compensate": compensate}
 
 
 def keep_entries(

@@ -1,7 +1,16 @@
 """Methods: a scorer, an allocator and, for some, a head profile, composed. One file a paper."""
 
 from headkv.methods.ada_kv import AdaKV
-from headkv.methods.base import Keep, Method, Prefill, budget_capacity, plan_by_scores, select
+from headkv.methods.base import (
+    Keep,
+    Method,
+    Prefill,
+    StreamingMethod,
+    Windows,
+    budget_capacity,
+    plan_by_scores,
+    select,
+)
 from headkv.methods.duo_attention import DuoAttention
 from headkv.methods.full_cache import FullCache
 from headkv.methods.head_kv import HeadKV
@@ -24,6 +33,8 @@ __all__ = [
     "RazorAttention",
     "SnapKV",
     "StreamingLLM",
+    "StreamingMethod",
+    "Windows",
     "budget_capacity",
     "plan_by_scores",
     "select",

@@ -115,6 +115,35 @@ class Keep:
         return cls(torch.ones(shape, dtype=torch.bool, device=prefill.keys.device))
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Which heads of a layer stream while a prompt is read, and what they see.
+
+    Attributes:
+        sinks: `[H]` int64, first entries that a streaming head sees.
+        recent: `[H]` int64, last entries that it sees; 0 for a head that sees, and keeps, all.
+        compensate: `[H]` bool, or None: heads that see one mean entry in place of all others.
+
+    Raises:
+        ValueError: shapes that do not belong together, or numbers below 0.
+    """
+
+    sinks: Tensor
+    recent: Tensor
+    compensate: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.recent.ndim != 1:
+            raise ValueError(f"recent must have shape [H], got {list(self.recent.shape)}")
+        for name in ("sinks", "compensate"):
+            given = getattr(self, name)
+            if given is not None and given.shape != self.recent.shape:
+                raise ValueError(f"{name} must have shape {list(self.recent.shape)}, got {list(given.shape)}")
+        for name in ("sinks", "recent"):
+            if bool((getattr(self, name) < 0).any()):
+                raise ValueError(f"{name} must be at least 0 everywhere, got {getattr(self, name).tolist()}")
+
+
 class Method(Protocol):
     """Which entries each row keeps of a prompt."""
 
@@ -124,6 +153,24 @@ class Method(Protocol):
 
     def plan(self, prefill: Prefill) -> Keep:
         """Decide one layer of one prompt."""
+
+
+class StreamingMethod(Method, Protocol):
+    """A method that may also ask, ahead of a prompt, that heads stream while it is read. No method has to."""
+
+    def prefill_windows(
+        self, *, layer_idx: int, num_layers: int, num_kv_heads: int, length: int | None
+    ) -> Windows | None:
+        """The windows of one layer, those that `plan` answers too; None: every head sees the whole prompt.
+
+        Args:
+            layer_idx, num_layers, num_kv_heads: the layer.
+            length: tokens of the prompt; None when it comes in chunks, so that nobody knows. The windows then are all
+                that is decided: `plan` is not asked, and heads that do not stream keep all.
+
+        Raises:
+            ValueError: the windows depend on a length that is not known.
+        """
 
 
 def check_budget(budget: int | float) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill
-from headkv.methods.windows import head_scores, split_share, stored_share, top_heads, windowed
+from headkv.methods.base import Keep, Prefill, Windows
+from headkv.methods.windows import head_scores, split_share, stored_share, top_heads, windowed, windows_of
 
 if TYPE_CHECKING:
     from headkv.heads import HeadProfile
@@ -21,8 +21,13 @@ class DuoAttention:
 
     A share of heads decides, not a threshold: most gates of grouped-query models are near 1. Equal gates go
     to the earlier layer and head; published code adds noise from the global random state to the caller's
-    own array. Prompts are seen by every head in full, as in a published one-shot prefill; the window slides
-    from then on.
+    own array.
+
+    While the prompt is read, every head sees all of it, as in a published one-shot prefill, and the window
+    slides from then on. With `streaming_prefill` streaming heads stream from the first token: token i sees
+    the sinks and the tokens (i - recent, i], as when the gates were learned. Their share of the prefill's
+    attention then is O(n), and a chunked prefill stores O(chunk) of them. In published code what they see
+    depends on the chunks; here it does not.
 
     Attributes:
         profile: gates, or any scores where higher means that a head needs the far past more.
@@ -32,6 +37,7 @@ class DuoAttention:
         recent: last entries that a streaming head sees, at least 1. Published gates were trained with 128
             and 256.
         reduce: query heads of a group to one, for profiles of query heads: "max", "sum" or "mean".
+        streaming_prefill: streaming heads stream while the prompt is read, too.
     """
 
     profile: HeadProfile
@@ -39,6 +45,7 @@ class DuoAttention:
     sinks: int = 64
     recent: int = 256
     reduce: str = "max"
+    streaming_prefill: bool = False
 
     def __post_init__(self) -> None:
         _checks.has("profile", self.profile, "scores", "kv_scores")
@@ -46,17 +53,25 @@ class DuoAttention:
         _checks.whole("sinks", self.sinks)
         _checks.whole("recent", self.recent, 1)
         _checks.one_of("reduce", self.reduce, ("max", "sum", "mean"))
+        _checks.flag("streaming_prefill", self.streaming_prefill)
 
     @classmethod
     def for_share(
-        cls, profile: HeadProfile, share: float, length: int, *, sinks: int = 64, recent: int = 256
+        cls,
+        profile: HeadProfile,
+        share: float,
+        length: int,
+        *,
+        sinks: int = 64,
+        recent: int = 256,
+        streaming_prefill: bool = False,
     ) -> DuoAttention:
         """The sparsity with which about `share` of a prompt of `length` tokens is stored.
 
         Where sinks and window would take more than half of the share they are made smaller.
         """
         full, sinks, recent = split_share(share, length, sinks, recent)
-        return cls(profile, sparsity=1 - full, sinks=sinks, recent=recent)
+        return cls(profile, 1 - full, sinks, recent, streaming_prefill=streaming_prefill)
 
     @property
     def observed_queries(self) -> int:
@@ -76,7 +91,20 @@ class DuoAttention:
         """Share stored of a prompt of `length` tokens, up to the rounding to whole heads."""
         return stored_share(1 - self.sparsity, self.sinks + self.recent, length)
 
+    def prefill_windows(
+        self, *, layer_idx: int, num_layers: int, num_kv_heads: int, length: int | None
+    ) -> Windows | None:
+        """The windows of this layer's streaming heads, with `streaming_prefill`."""
+        if not self.streaming_prefill:
+            return None
+        return windows_of(self._retrieval(layer_idx, num_layers, num_kv_heads), self.sinks, self.recent)
+
     def plan(self, prefill: Prefill) -> Keep:
         """Keep all entries of this layer's retrieval heads, and the sinks and the window of the others."""
-        retrieval = self.retrieval_heads(head_scores("profile", self.profile, prefill, self.reduce))
-        return windowed(prefill, retrieval[prefill.layer_idx], self.sinks, self.recent)
+        retrieval = self._retrieval(prefill.layer_idx, prefill.num_layers, prefill.num_kv_heads)
+        return windowed(prefill, retrieval, self.sinks, self.recent)
+
+    def _retrieval(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """One layer's retrieval heads, `[H]` bool."""
+        scores = head_scores("profile", self.profile, num_layers, num_kv_heads, self.reduce)
+        return self.retrieval_heads(scores)[layer_idx]

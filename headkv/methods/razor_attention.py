@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill
-from headkv.methods.windows import head_scores, stored_share, top_heads, windowed
+from headkv.methods.base import Keep, Prefill, Windows
+from headkv.methods.windows import head_scores, stored_share, top_heads, windowed, windows_of
 
 if TYPE_CHECKING:
     from headkv.heads import HeadProfile
@@ -24,6 +24,10 @@ class RazorAttention:
     * n)` entries, and one compensation entry: the mean key and value of what it dropped, weighing as much
     as their number. It takes in what leaves the window while decoding.
 
+    While the prompt is read, every head sees all of it. With `streaming_prefill` the others then see sinks,
+    window and compensation entry already, each token its own, with the window that the length of the prompt
+    gives. In a chunked prefill nobody knows that length: `window_share` must be 0, and `min_recent` the window.
+
     Attributes:
         echo: profile of kind "echo".
         induction: profile of kind "induction".
@@ -34,6 +38,7 @@ class RazorAttention:
             4000 tokens.
         window_share: the window on long prompts, as a share of the prompt.
         compensation: False leaves the compensation entry out, to see what it does.
+        streaming_prefill: the others see no more than that while the prompt is read, too.
     """
 
     echo: HeadProfile
@@ -44,6 +49,7 @@ class RazorAttention:
     min_recent: int = 4000
     window_share: float = 1 / 5
     compensation: bool = True
+    streaming_prefill: bool = False
 
     def __post_init__(self) -> None:
         for kind in ("echo", "induction"):
@@ -56,6 +62,7 @@ class RazorAttention:
         _checks.whole("sinks", self.sinks)
         _checks.whole("min_recent", self.min_recent, 1)
         _checks.between("window_share", self.window_share, 0, 1)
+        _checks.flag("streaming_prefill", self.streaming_prefill)
 
     @classmethod
     def for_share(
@@ -67,6 +74,7 @@ class RazorAttention:
         *,
         num_kv_heads: int,
         sinks: int = 4,
+        streaming_prefill: bool = False,
     ) -> RazorAttention:
         """The window with which about `share` of a prompt is stored; the heads are the paper's choice.
 
@@ -83,7 +91,14 @@ class RazorAttention:
                 f"share must be at least {least:.3f} for these profiles and {length} tokens, got {share}"
             )
         recent = window - sinks - 1
-        return cls(echo, induction, sinks=sinks, min_recent=recent, window_share=min(1.0, recent / length))
+        return cls(
+            echo,
+            induction,
+            sinks=sinks,
+            min_recent=recent,
+            window_share=min(1.0, recent / length),
+            streaming_prefill=streaming_prefill,
+        )
 
     @property
     def observed_queries(self) -> int:
@@ -115,16 +130,38 @@ class RazorAttention:
         window = self.sinks + self.recent(length) + self.compensation
         return stored_share(self.retrieval_share(num_kv_heads), window, length)
 
+    def prefill_windows(
+        self, *, layer_idx: int, num_layers: int, num_kv_heads: int, length: int | None
+    ) -> Windows | None:
+        """The windows of this layer's other heads, with `streaming_prefill`.
+
+        Raises:
+            ValueError: no length, and a window that depends on it.
+        """
+        if not self.streaming_prefill:
+            return None
+        if length is None and self.window_share:
+            raise ValueError(
+                f"window_share must be 0 where a prompt that streams is read in chunks, got {self.window_share}: "
+                "nobody knows its length yet; set window_share=0 and min_recent to the window, or read it at once"
+            )
+        retrieval = self._retrieval(layer_idx, num_layers, num_kv_heads)
+        return windows_of(retrieval, self.sinks, self.recent(length or 0), compensate=self.compensation)
+
     def plan(self, prefill: Prefill) -> Keep:
         """Keep all entries of this layer's retrieval heads; sinks, window and one mean entry of the others.
 
         In a layer with a sliding window nothing stands in for what the model itself does not see any more.
         """
-        echo = head_scores("echo", self.echo, prefill)
-        induction = head_scores("induction", self.induction, prefill)
-        retrieval = self.retrieval_heads(echo, induction)[prefill.layer_idx]
+        retrieval = self._retrieval(prefill.layer_idx, prefill.num_layers, prefill.num_kv_heads)
         compensate = self.compensation and prefill.sliding_window is None
         return windowed(prefill, retrieval, self.sinks, self.recent(prefill.length), compensate=compensate)
+
+    def _retrieval(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> Tensor:
+        """One layer's retrieval heads, `[H]` bool."""
+        echo = head_scores("echo", self.echo, num_layers, num_kv_heads)
+        induction = head_scores("induction", self.induction, num_layers, num_kv_heads)
+        return self.retrieval_heads(echo, induction)[layer_idx]
 
 
 def _quota(share: float, heads: int) -> int:

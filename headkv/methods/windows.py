@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill
+from headkv.methods.base import Keep, Prefill, Windows
 
 if TYPE_CHECKING:
     from headkv.heads.profile import HeadProfile
@@ -36,22 +36,34 @@ def windowed(
     mask = retrieval[:, None] | (place < sinks) | (place >= n - recent)
     if only_retrieval:
         return Keep(mask)
+    windows = windows_of(retrieval, sinks, recent, compensate=compensate)
+    return Keep(mask, windows.sinks, windows.recent, windows.compensate)
+
+
+def windows_of(retrieval: Tensor, sinks: int, recent: int, *, compensate: bool = False) -> Windows:
+    """Retrieval heads see all, the others the first `sinks` and last `recent` entries; arguments as in `windowed`.
+
+    >>> windows_of(torch.tensor([True, False]), sinks=4, recent=8).recent.tolist()
+    [0, 8]
+    """
     streaming = (~retrieval).long()
-    return Keep(mask, streaming * sinks, streaming * recent, ~retrieval if compensate else None)
+    return Windows(streaming * sinks, streaming * recent, ~retrieval if compensate else None)
 
 
-def head_scores(name: str, profile: HeadProfile, prefill: Prefill, reduce: str = "max") -> Tensor:
-    """Scores `[L, H]` of a profile for the model of `prefill`.
+def head_scores(
+    name: str, profile: HeadProfile, num_layers: int, num_kv_heads: int, reduce: str = "max"
+) -> Tensor:
+    """Scores `[L, H]` of a profile for a model of `num_layers` layers of `num_kv_heads` KV heads.
 
     Raises:
         ValueError: a profile of a model with other layers or heads.
     """
-    if profile.num_layers != prefill.num_layers:
+    if profile.num_layers != num_layers:
         raise ValueError(
-            f"{name} must be a profile of {prefill.num_layers} layers like the model, "
+            f"{name} must be a profile of {num_layers} layers like the model, "
             f"got {profile.num_layers} ({profile.model})"
         )
-    return profile.kv_scores(prefill.num_kv_heads, reduce)
+    return profile.kv_scores(num_kv_heads, reduce)
 
 
 def top_heads(scores: Tensor, count: int) -> Tensor:

@@ -1,0 +1,175 @@
+"""Attention of streaming heads over a dense prompt: sinks and a window that slides, in O(n) and without n x n.
+
+A query after the sinks sees two sets of keys that never meet: the sinks, and the window among the keys behind them.
+Each is a softmax of its own, with its log-sum-exp (LSE); so is the one entry that stands for what lies between. Their
+LSEs say how much each part weighs. A part is torch's flash attention where that runs, and blocks of queries elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+BLOCK = 256  # queries at a time, where there is no flash attention
+
+
+class Part(NamedTuple):
+    """Attention of m queries over some of the keys: `out` `[R, G or 1, m, D]`, and `lse` `[R, G, m]`, -inf for none."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    sinks: int,
+    recent: int,
+    compensate: bool = False,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Query i sees the keys {j < sinks} and {i - recent < j <= i}, as in `reference.extend` over windowed rows.
+
+    DuoAttention (arXiv 2410.10819) learns its gates so. Its published code lets a one-shot prefill see everything, and
+    a query of a later chunk all of that chunk besides.
+
+    Args:
+        q: `[R, G, n, D]`, the G query heads of R rows, of any floating dtype.
+        keys, values: `[R, n, D]`; `n > sinks + recent`.
+        positions: `[n]` int, increasing: where the tokens stand, for `sliding_window`.
+        compensate: one more entry stands for the keys between, as many as there are (RazorAttention, arXiv 2407.15891).
+        scale, sliding_window, softcap: as in `ragged_decode`.
+
+    Returns:
+        `[R, G, n, D]` in the dtype of `q`. Sums are taken in float32, or float64 when the queries are.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    window = recent if sliding_window is None else min(recent, sliding_window)
+    flash = softcap is None and sliding_window is None and _flash_runs(q, keys, values)
+
+    def part(queries: slice, seen: slice, window: int | None) -> Part:
+        these = q[:, :, queries], keys[:, seen], values[:, seen]
+        if flash:
+            return _flash(*these, window, scale)
+        where = None if sliding_window is None else (positions[queries] - sliding_window, positions[seen])
+        return _blocks(*these, window, scale, softcap, where)
+
+    first, rest = slice(0, sinks), slice(sinks, None)
+    out = torch.empty_like(q)
+    if sinks:
+        out[:, :, first] = part(first, first, sinks).out.to(q.dtype)
+    parts = [part(rest, rest, window)]
+    if sinks:
+        parts.append(part(rest, first, None))
+    if compensate:
+        parts.append(_dropped(q.to(work), keys.to(work), values.to(work), sinks, recent, scale, softcap))
+    out[:, :, rest] = _merge(parts).to(q.dtype)
+    return out
+
+
+def _flash_runs(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    if q.device.type != "cuda" or torch.version.hip is not None or q.shape[-1] % 8:
+        return False
+    return can_use_flash_attention(SDPAParams(q, keys[:, None], values[:, None], None, 0.0, False, True))
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Part:
+    """`q` `[R, G, m, D]` over `keys`, `values` `[R, k, D]`: all, or (then k = m) a window that ends at the query.
+
+    `F.scaled_dot_product_attention` is this function too, but knows neither windows nor LSEs.
+    """
+    left, right = (-1, -1) if window is None else (window - 1, 0)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(q.transpose(1, 2), keys[:, :, None], values[:, :, None]),
+        *(None, None, q.shape[2], keys.shape[1], 0.0, False, False),
+        scale=scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return Part(out.transpose(1, 2), lse)
+
+
+def _blocks(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    where: tuple[Tensor, Tensor] | None,
+) -> Part:
+    """The same as `_flash`, in a loop; with `where` (`[m]`, `[k]`) a query does not see keys that are not after it."""
+    m, device = q.shape[2], q.device
+    fused = device.type == "cpu" and softcap is None and where is None
+    parts = []
+    for begin in range(0, m, BLOCK):
+        end = min(begin + BLOCK, m)
+        first, last = (0, keys.shape[1]) if window is None else (max(0, begin - window + 1), end)
+        hidden = None  # [block, seen]
+        if window is not None:
+            age = torch.arange(begin, end, device=device)[:, None] - torch.arange(first, last, device=device)
+            hidden = (age < 0) | (age >= window)
+        if where is not None:
+            old = where[1][first:last] <= where[0][begin:end, None]
+            hidden = old if hidden is None else hidden | old
+        block = q[:, :, begin:end], keys[:, first:last], values[:, first:last]
+        parts.append(_fused(*block, hidden, scale) if fused else _plain(*block, hidden, scale, softcap))
+    return Part(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+
+def _fused(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, scale: float) -> Part:
+    """One block by what `F.scaled_dot_product_attention` is on a CPU, which knows LSEs; no query may see nothing."""
+    keys, values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
+    mask = None if hidden is None else q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return Part(*run(q, keys, values, 0.0, False, attn_mask=mask, scale=scale))
+
+
+def _plain(
+    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
+) -> Part:
+    """One block by hand."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    together = q.flatten(1, 2).to(work)  # [R, G * block, D]
+    logits = _capped(together @ keys.to(work).mT * scale, softcap).unflatten(1, q.shape[1:3])
+    if hidden is not None:
+        logits.masked_fill_(hidden, float("-inf"))
+    lse = logits.logsumexp(-1)
+    least = torch.finfo(work).min  # a query that sees none has weights of 0
+    weights = (logits - lse.clamp(min=least)[..., None]).exp_()
+    return Part((weights.flatten(1, 2) @ values.to(work)).unflatten(1, q.shape[1:3]), lse)
+
+
+def _dropped(
+    q: Tensor, keys: Tensor, values: Tensor, sinks: int, recent: int, scale: float, softcap: float | None
+) -> Part:
+    """For each query after the sinks the mean key and value of what it does not see, weighed by their number."""
+    number = torch.arange(1, q.shape[2] - sinks - recent + 1, device=q.device, dtype=q.dtype)
+    mean_keys, mean_values = (
+        x[:, None, sinks : x.shape[1] - recent].cumsum(2) / number[:, None] for x in (keys, values)
+    )
+    logits = _capped((q[:, :, sinks + recent :] * mean_keys).sum(-1) * scale, softcap)
+    lse = logits + number.log()
+    return Part(F.pad(mean_values, (0, 0, recent, 0)), F.pad(lse, (recent, 0), value=float("-inf")))
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _merge(parts: list[Part]) -> Tensor:
+    """The softmax over all keys of all parts, `[R, G, m, D]`."""
+    shares = torch.stack([part.lse for part in parts]).softmax(0)
+    out = shares[0][..., None] * parts[0].out
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        out += share[..., None] * part.out
+    return out
