@@ -94,7 +94,7 @@ class WorkShares(Picture):
 
     @property
     def by_row(self) -> list[int]:
-        """Entries that each multiprocessor reads if it serves whole rows; the next row goes to the first that is free."""
+        """Entries that each multiprocessor reads if it serves whole rows, and whoever is free takes the next."""
         busy = [0] * self.multiprocessors
         for length in self.lengths:
             busy[busy.index(min(busy))] += length

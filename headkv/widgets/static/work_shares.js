@@ -56,7 +56,7 @@ function render({ model, el }) {
   const skew = slider({ label: "Row lengths", name: "skew", min: 0, max: 1, step: 0.05, value: get("skew"),
     format: (x) => (x === 0 ? "equal" : x === 1 ? "as they are" : `${percent(x)} skewed`), oninput: (x) => put("skew", x) });
   const axis = choice({ label: "Time axis", name: "axis", value: "same",
-    options: [["same", "One for both", "The same scale above and below"], ["own", "Each its own", "Both drawn to full width"]],
+    options: [["same", "Shared", "The same scale above and below"], ["own", "Each its own", "Both drawn to full width"]],
     onchange: (x) => {
       zoomed = x === "own";
       draw();
@@ -73,7 +73,7 @@ function render({ model, el }) {
   const root = widgetRoot("work-shares", title || "Who works, who waits",
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.controls", {}, processors.el, skew.el, axis.el), story, ...panels.map((p) => p.el),
-    h("div.key", {}, h("span.key-item.key-works", {}, "works; each row in the other shade"),
+    h("div.key", {}, h("span.key-item.key-works", {}, "works; rows alternate in shade"),
       h("span.key-item.key-waits", {}, "waits for the slowest"), h("span.key-item.key-ended", {}, "launch ended")),
     status.el);
   el.append(root);
@@ -87,7 +87,7 @@ function render({ model, el }) {
     ways.forEach((served, i) => drawPanel(panels[i], served, ends[i], zoomed ? ends[i] : Math.max(...ends), total / number / ends[i]));
     const gain = ends[0] / ends[1];
     story.textContent = `${times(lengths.length, "row")}, ${count(total)} entries. Equal shares end ${gain.toFixed(gain < 10 ? 1 : 0)} ` +
-      "times as soon: the longest row alone decides above, the sum of all below.";
+      "times sooner: the longest row alone decides above, the sum of all below.";
     status.say(`${number} multiprocessors. ${panels.map((p) => `${p.name}: ${p.facts.textContent}`).join(" ")} ${story.textContent}`);
     model.set("state", { lengths, rows: ways[0], shares: ways[1], ends });
     root.dataset.state = JSON.stringify({ lengths, ends });
