@@ -88,9 +88,9 @@ $(MODEL): headkv/models/smollm2.py | $(VENV)/.rust
 	$(PY) -m headkv.models.smollm2
 	@touch $@
 
-# Notebooks are executed once and remembered, until their code or the package changes.
+# Notebooks are executed once and remembered, until their code, the data they read or the package changes.
 $(BUILT): $(CHAPTERS) $(PACKAGE) $(RUST) | $(VENV)/.rust $(MODEL)
-	@rm -rf $(if $(filter-out book/%,$?),book/_build/.jupyter_cache)
+	@rm -rf $(if $(filter-out book/%.md book/_%,$?),book/_build/.jupyter_cache)
 	jupyter-book build book --all --warningiserror --keep-going
 	@touch $@
 

@@ -12,11 +12,12 @@ import pytest
 
 pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 
-from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool  # noqa: E402
+from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, WorkShares  # noqa: E402
+from headkv.widgets.work_shares import UNIT, equal_shares  # noqa: E402
 
 SCORES = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
 EXPLORER = {"window": 2}
-ALL = [BudgetExplorer(SCORES), HeadGrid([[0.1, 0.9]]), CacheBill(), RaggedPool()]
+ALL = [BudgetExplorer(SCORES), HeadGrid([[0.1, 0.9]]), CacheBill(), RaggedPool(), WorkShares([9, 2])]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,10 @@ def test_budget_explorer_refuses(scores, options, error, says):
         pytest.param(
             lambda: RaggedPool([1], windows=[]), ValueError, "windows must hold 1 pairs", id="windows"
         ),
+        pytest.param(lambda: WorkShares([]), ValueError, "lengths must hold 1 to 64 rows", id="nothing"),
+        pytest.param(
+            lambda: WorkShares([4], multiprocessors=3), ValueError, "an int in [4, 132], got 3", id="few"
+        ),
     ],
 )
 def test_other_widgets_refuse(make, error, says):
@@ -167,6 +172,30 @@ def test_traits_set_later_are_checked_too():
 def test_cache_bill_by_hand(bill, bytes_a_token, full):
     assert bill.bytes_per_token == bytes_a_token
     assert full in bill.describe()
+
+
+SHARES = {
+    "by hand": ([12, 4, 16], 4),
+    "one row": ([1000], 132),
+    "more programs than units": ([3, 1, 4], 9),
+    "many short rows": ([1] * 50 + [900], 7),
+    "skewed": ([95321, 15034, 3814, 1740, 7770, 12850, 6061, 67117], 132),
+}
+
+
+@pytest.mark.parametrize(("lengths", "programs"), SHARES.values(), ids=SHARES.keys())
+def test_equal_shares_serve_every_entry_once(lengths, programs):
+    served = equal_shares(lengths, programs)
+    assert len(served) == programs
+    seen = [(row, entry) for own in served for row, begin, end in own for entry in range(begin, end)]
+    assert seen == [(row, entry) for row, length in enumerate(lengths) for entry in range(length)]
+    most = -(-sum(-(-length // UNIT) for length in lengths) // programs) * UNIT
+    assert max(sum(end - begin for _, begin, end in own) for own in served) <= most
+
+
+def test_shares_are_cut_in_the_kernels_units():
+    shares = pytest.importorskip("headkv_kernels.shares", reason="needs Triton: pip install triton")
+    assert shares.UNIT.value == UNIT
 
 
 def test_what_a_page_sends_back_is_taken():

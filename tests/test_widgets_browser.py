@@ -22,7 +22,8 @@ from headkv.allocators import AdaptiveAllocator, UniformAllocator  # noqa: E402
 from headkv.cache import RaggedLayer  # noqa: E402
 from headkv.methods.base import Prefill, plan_by_scores  # noqa: E402
 from headkv.scorers import SnapKVScorer  # noqa: E402
-from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool  # noqa: E402
+from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, WorkShares  # noqa: E402
+from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 HOST = """
 const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
@@ -453,11 +454,34 @@ def test_no_row_is_left_empty(browser):
         assert "no row is ever left empty" in page.page.locator(".hk-story").text_content()
 
 
+@pytest.mark.parametrize("lengths", [[12, 4, 16], [95321, 15034, 3814, 1740], [1] * 60 + [700]], ids=len)
+def test_work_shares_cuts_as_the_package_does(browser, lengths):
+    widget = WorkShares(lengths, multiprocessors=12)
+    with shown(browser, widget) as page:
+        state = page.get("state")
+        assert state["shares"] == [[list(segment) for segment in own] for own in widget.shares]
+        read = [sum(end - begin for _, begin, end in own) for own in state["rows"]]
+        assert read == widget.by_row and state["ends"][0] == max(widget.by_row)
+        page.page.get_by_label("Multiprocessors").press("ArrowRight")
+        page.page.get_by_label("Row lengths").press("Home")
+        state = page.get("state")
+        assert page.get("multiprocessors") == 16 and len(set(state["lengths"])) == 1
+        assert state["shares"] == [
+            [list(segment) for segment in own] for own in equal_shares(state["lengths"], 16)
+        ]
+        widths = (
+            "[...document.querySelectorAll('.hk-work-plot')].map((e) => e.style.getPropertyValue('--hk-end'))"
+        )
+        page.page.get_by_role("radio", name="Each its own").check()
+        assert page.page.evaluate(widths) == ["100%", "100%"]
+
+
 MAKERS = {
     "BudgetExplorer": explorer_with_text,
     "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
     "CacheBill": CacheBill,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
+    "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),
 }
 CONTRAST = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });

@@ -14,9 +14,10 @@ _HOMES = {
     "CacheBill": "cache_bill",
     "HeadGrid": "head_grid",
     "RaggedPool": "ragged_pool",
+    "WorkShares": "work_shares",
 }
 
-__all__ = ["BudgetExplorer", "CacheBill", "HeadGrid", "RaggedPool"]  # noqa: F822 (loaded when first used)
+__all__ = ["BudgetExplorer", "CacheBill", "HeadGrid", "RaggedPool", "WorkShares"]  # noqa: F822 (loaded when first used)
 
 
 def __getattr__(name: str) -> Any:
