@@ -117,7 +117,7 @@ def prefill_windows(
         raise ValueError(
             f"prefill_windows of {method} must answer recent [{num_kv_heads}], or all None, got {got}"
         )
-    no_head = torch.zeros(num_kv_heads, dtype=torch.bool)
+    no_head = torch.zeros(num_kv_heads, dtype=torch.bool, device="cpu")
     sinks = torch.stack([w.sinks.cpu() for w in windows]).long()
     recent = torch.stack([w.recent.cpu() for w in windows]).long()
     compensate = torch.stack([no_head if w.compensate is None else w.compensate.cpu() for w in windows])

@@ -36,8 +36,8 @@ def windowed(
     mask = retrieval[:, None] | (place < sinks) | (place >= n - recent)
     if only_retrieval:
         return Keep(mask)
-    windows = windows_of(retrieval, sinks, recent, compensate=compensate)
-    return Keep(mask, windows.sinks, windows.recent, windows.compensate)
+    streaming = (~retrieval).long()
+    return Keep(mask, streaming * sinks, streaming * recent, ~retrieval if compensate else None)
 
 
 def windows_of(retrieval: Tensor, sinks: int, recent: int, *, compensate: bool = False) -> Windows:
