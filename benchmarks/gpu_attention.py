@@ -1,6 +1,6 @@
 """One layer's decode step on a GPU, beside a launch that only reads the same bytes and dense attention.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--out FILE.json] [--profile NAME]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--json FILE] [--profile NAME]
 
 Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. The rows' lengths are skewed (Dirichlet 1), as
 head-specific budgets leave them; dense attention gets as many entries, in rows of equal length. Medians of CUDA graph
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", metavar="NAME", help="only launch this variant a few times, for a profiler"
     )
-    parser.add_argument("--out", type=Path, help="write the table as JSON, with the machine's name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, with the machine's name")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_attention: needs a CUDA device; torch sees none")
@@ -295,8 +295,8 @@ def main() -> None:
     table: dict[int, dict[str, float]] = {}
     for entries in ENTRIES:
         table[entries] = measure(entries, options)
-        if options.out:  # what is known so far
-            options.out.write_text(json.dumps({"machine": machine, "table": table}, indent=1) + "\n")
+        if options.json:  # what is known so far
+            options.json.write_text(json.dumps({"machine": machine, "table": table}, indent=1) + "\n")
     print(f"\n{machine}; microseconds a layer, median of {options.replays}")
     print(f"{'entries a head':44s}" + "".join(f"{entries:>10d}" for entries in table))
     for name in next(iter(table.values())):
