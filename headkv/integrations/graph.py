@@ -18,6 +18,7 @@ from headkv.integrations.huggingface import NAME, RaggedCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SEGMENTS = 1 << 26  # bytes beyond what tensors take that the allocator may ask for, for a pool of its own
 MOST_RESERVED = 1024  # tokens that `generate` makes room for at once
 
 
@@ -56,7 +57,7 @@ class DecodeGraph:
         self.model, self.cache = model, cache
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
-        self._warm = False
+        self._needs: int | None = None  # bytes that recording takes at most; known after a first step
         with torch.inference_mode(False):  # written to in whatever mode `step` is called
             device = cache.layers[0].filled().device
             batch = (cache.layers[0].filled().batch_size, 1)
@@ -97,9 +98,10 @@ class DecodeGraph:
     def _step(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
-        if not self._warm or any(layer.filled().ticket is None for layer in self.cache.layers):
+        if self._needs is None or any(layer.filled().ticket is None for layer in self.cache.layers):
+            before = allocated(self._ids.device)
             logits = self._forward(input_ids, position_ids)
-            self._warm = True
+            self._needs = allocated(self._ids.device) - before + SEGMENTS
             return logits
         self.reserve(1)
         self._ids.copy_(input_ids)
@@ -114,7 +116,10 @@ class DecodeGraph:
         return self._logits
 
     def _record(self) -> None:
+        assert self._needs is not None
         self._graph, self._logits = None, None  # what the former one held can be used again
+        # Memory that runs out while a graph is recorded would take the process with it.
+        torch.empty(self._needs, dtype=torch.uint8, device=self._ids.device)
         graph = torch.cuda.CUDAGraph()
         for layer in self.cache.layers:
             layer.clock = self._clock
@@ -139,6 +144,11 @@ class DecodeGraph:
 
     def _addresses(self) -> tuple[int, ...]:
         return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes handed out on a device so far, also those that were given back."""
+    return int(torch.cuda.memory_stats(device).get("allocated_bytes.all.allocated", 0))
 
 
 @functools.cache
