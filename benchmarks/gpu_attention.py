@@ -284,7 +284,9 @@ def main() -> None:
     parser.add_argument(
         "--profile", metavar="NAME", help="only launch this variant a few times, for a profiler"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, with the machine's name")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table here, with the machine's name"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_attention: needs a CUDA device; torch sees none")

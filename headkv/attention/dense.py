@@ -11,7 +11,9 @@ from torch import Tensor
 from headkv.attention import streaming
 
 BLOCK = 256  # queries at a time where a mask is needed
-TOKENS = 1 << 17  # of all rows that are served at once where rows differ: bounds what is copied
+TOKENS = (
+    1 << 14
+)  # of all rows that are served at once where rows differ; a longer one is served without a copy
 
 
 def prefill(
@@ -79,15 +81,23 @@ def _by_kind(
     q = q.unflatten(1, (keys.shape[1], -1))
     out = torch.empty_like(q)
     for kind, pairs in kinds.items():
-        for rows in torch.tensor(pairs, device=q.device).split(max(1, TOKENS // n)):
-            b, h = rows.unbind(1)
-            some_q, some_keys, some_values = q[b, h], keys[b, h], values[b, h]  # [R, G, n, D], [R, n, D]
+        step = max(1, TOKENS // n)
+        for some in (pairs[i : i + step] for i in range(0, len(pairs), step)):
+            some_q, some_keys, some_values = (_rows(x, some) for x in (q, keys, values))
             if kind == everything:
-                out[b, h] = _causal(some_q, some_keys[:, None], some_values[:, None], positions, **options)
-                continue
-            own: dict[str, Any] = dict(zip(("sinks", "recent", "compensate"), kind, strict=True))
-            out[b, h] = streaming.attend(some_q, some_keys, some_values, positions, **own, **options)
+                got = _causal(some_q, some_keys[:, None], some_values[:, None], positions, **options)
+            else:
+                own: dict[str, Any] = dict(zip(("sinks", "recent", "compensate"), kind, strict=True))
+                got = streaming.attend(some_q, some_keys, some_values, positions, **own, **options)
+            for (b, h), row in zip(some, got, strict=True):
+                out[b, h] = row
     return out.flatten(1, 2)
+
+
+def _rows(x: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
+    """The rows `(batch, head)` of `[B, H, ...]`, together; a single one is not copied."""
+    rows = [x[b, h] for b, h in pairs]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _causal(

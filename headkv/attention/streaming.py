@@ -155,7 +155,7 @@ def _dropped(
     """For each query after the sinks the mean key and value of what it does not see, weighed by their number."""
     number = torch.arange(1, q.shape[2] - sinks - recent + 1, device=q.device, dtype=q.dtype)
     mean_keys, mean_values = (
-        x[:, None, sinks : x.shape[1] - recent].cumsum(2) / number[:, None] for x in (keys, values)
+        _running_sum(x[:, sinks : x.shape[1] - recent])[:, None] / number[:, None] for x in (keys, values)
     )
     logits = _capped((q[:, :, sinks + recent :] * mean_keys).sum(-1) * scale, softcap)
     lse = logits + number.log()
@@ -166,10 +166,20 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _running_sum(x: Tensor) -> Tensor:
+    """`x.cumsum(1)` of `[R, m, D]` in two levels: on a GPU torch goes along such a dimension one step at a time."""
+    m = x.shape[1]
+    blocks = F.pad(x, (0, 0, 0, -m % BLOCK)).unflatten(1, (-1, BLOCK)).cumsum(2)
+    before = F.pad(blocks[:, :-1, -1].cumsum(1), (0, 0, 1, 0))
+    return (blocks + before[:, :, None]).flatten(1, 2)[:, :m]
+
+
 def _merge(parts: list[Part]) -> Tensor:
-    """The softmax over all keys of all parts, `[R, G, m, D]`."""
-    shares = torch.stack([part.lse for part in parts]).softmax(0)
-    out = shares[0][..., None] * parts[0].out
-    for share, part in zip(shares[1:], parts[1:], strict=True):
-        out += share[..., None] * part.out
+    """The softmax over all keys of all parts, `[R, G, m, D]`; every query sees some of the first."""
+    out, lse = parts[0]
+    for part in parts[1:]:
+        work = torch.promote_types(out.dtype, part.out.dtype)
+        share = torch.sigmoid(part.lse - lse)[..., None]
+        out = torch.lerp(out.to(work), part.out.to(work).expand_as(out), share.to(work))
+        lse = torch.logaddexp(lse, part.lse)
     return out
