@@ -4,8 +4,8 @@
 
 Llama-3.1-8B's shape, random weights, bfloat16, one prompt of random tokens. Half of the KV heads stream (DuoAttention,
 64 sinks and the last 256), chosen by random gates. Memory is the allocator's peak beyond the weights. Then one layer's
-attention alone, and what it takes by itself to choose and store a fifth of a prompt. `--device cpu` only shows that the script
-runs: a tiny model, no memory.
+attention alone, and what it takes by itself to choose and store a fifth of a prompt. `--device cpu` only shows that
+the script runs: a tiny model, no memory.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def main() -> None:
             "at most 5% of the prefill",
             f"{worst:.1%}",
             worst <= 0.05,
-            "the slowest of the methods that score entries; alone, with an idle GPU between kernels, it takes what the table says",
+            "the slowest method that scores entries; by itself it takes what the table says",
         ),
     ]
     finish(options.json, tables, goals)
