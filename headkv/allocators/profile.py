@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,6 +69,18 @@ class ProfileAllocator:
 
     def budgets(self, budget: int, m: int) -> Tensor:
         """Entries of every head where m compete, `[L, H]` int64, with the sum `L * H * min(budget, m)`."""
+        known = self._known.get((budget, m))
+        if known is None:  # the next layer of the same prompt will ask for the same
+            known = self._split(budget, m)
+            self._known.clear()
+            self._known[budget, m] = known
+        return known.clone()
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], Tensor]:
+        return {}
+
+    def _split(self, budget: int, m: int) -> Tensor:
         average = min(budget, m)
         pooled = math.floor(average / self.beta)
         weights = self.scores.detach().double().cpu().flatten()

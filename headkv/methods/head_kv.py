@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from headkv import _checks
@@ -57,10 +58,15 @@ class HeadKV:
         return (self.profile,)
 
     def allocator(self, num_kv_heads: int) -> ProfileAllocator:
-        """What splits the budget of a model with so many KV heads."""
-        return ProfileAllocator(
-            self.profile.kv_scores(num_kv_heads, self.reduce), self.beta, self.temperature
-        )
+        """What splits the budget of a model with so many KV heads: one for all its layers."""
+        if num_kv_heads not in self._allocators:
+            scores = self.profile.kv_scores(num_kv_heads, self.reduce)
+            self._allocators[num_kv_heads] = ProfileAllocator(scores, self.beta, self.temperature)
+        return self._allocators[num_kv_heads]
+
+    @cached_property
+    def _allocators(self) -> dict[int, ProfileAllocator]:
+        return {}
 
     def plan(self, prefill: Prefill) -> Keep:
         """Keep the best entries, as many a head as the profile says."""
