@@ -175,22 +175,26 @@ def test_cache_bill_by_hand(bill, bytes_a_token, full):
 
 
 SHARES = {
-    "by hand": ([12, 4, 16], 4),
-    "one row": ([1000], 132),
-    "more programs than units": ([3, 1, 4], 9),
-    "many short rows": ([1] * 50 + [900], 7),
-    "skewed": ([95321, 15034, 3814, 1740, 7770, 12850, 6061, 67117], 132),
+    "by hand": ([12, 4, 16], 4, 0),
+    "one row": ([1000], 132, 128),
+    "more programs than units": ([3, 1, 4], 9, 0),
+    "many short rows": ([1] * 50 + [900], 7, 0),
+    "shares that are all gap": ([1] * 50 + [900], 300, 128),
+    "skewed": ([95321, 15034, 3814, 1740, 7770, 12850, 6061, 67117], 132, 0),
+    "skewed, with gaps": ([95321, 15034, 3814, 1740, 7770, 12850, 6061, 67117], 132, 128),
 }
 
 
-@pytest.mark.parametrize(("lengths", "programs"), SHARES.values(), ids=SHARES.keys())
-def test_equal_shares_serve_every_entry_once(lengths, programs):
-    served = equal_shares(lengths, programs)
+@pytest.mark.parametrize(("lengths", "programs", "gap"), SHARES.values(), ids=SHARES.keys())
+def test_equal_shares_serve_every_entry_once(lengths, programs, gap):
+    served = equal_shares(lengths, programs, gap)
     assert len(served) == programs
     seen = [(row, entry) for own in served for row, begin, end in own for entry in range(begin, end)]
     assert seen == [(row, entry) for row, length in enumerate(lengths) for entry in range(length)]
-    most = -(-sum(-(-length // UNIT) for length in lengths) // programs) * UNIT
-    assert max(sum(end - begin for _, begin, end in own) for own in served) <= most
+    line = sum(-(-length // UNIT) for length in lengths) + gap // UNIT * (len(lengths) - 1)
+    most = -(-line // programs) * UNIT
+    times = [sum(end - begin for _, begin, end in own) + gap * (len(own) - 1) for own in served if own]
+    assert max(times) <= most, "a gap is the time of one more segment"
 
 
 def test_shares_are_cut_in_the_kernels_units():

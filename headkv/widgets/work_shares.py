@@ -12,14 +12,19 @@ from headkv.widgets.base import Picture, bundle
 UNIT = 4  # shares are whole units of entries, as in `headkv_kernels.shares`
 
 
-def equal_shares(lengths: Sequence[int], programs: int) -> list[list[tuple[int, int, int]]]:
+def equal_shares(lengths: Sequence[int], programs: int, gap: int = 0) -> list[list[tuple[int, int, int]]]:
     """For each program the segments (row, begin, end) that it serves, as the Triton kernel cuts them.
+
+    `gap` entries that nobody has to read lie between two rows (`headkv_kernels.DecodeConfig.gap`).
 
     >>> equal_shares([12, 4, 16], programs=4)
     [[(0, 0, 8)], [(0, 8, 12), (1, 0, 4)], [(2, 0, 8)], [(2, 8, 16)]]
+    >>> equal_shares([12, 4, 16], programs=4, gap=4)
+    [[(0, 0, 12)], [(1, 0, 4)], [(2, 0, 12)], [(2, 12, 16)]]
     """
     units = [max(1, -(-length // UNIT)) for length in lengths]
-    share = -(-sum(units) // programs)
+    between = gap // UNIT
+    share = -(-(sum(units) + between * (len(units) - 1)) // programs)
     served: list[list[tuple[int, int, int]]] = [[] for _ in range(programs)]
     first = 0
     for row, (length, own) in enumerate(zip(lengths, units, strict=True)):
@@ -27,14 +32,15 @@ def equal_shares(lengths: Sequence[int], programs: int) -> list[list[tuple[int, 
             begin = max(program * share, first) - first
             end = min((program + 1) * share, first + own) - first
             served[program].append((row, begin * UNIT, min(end * UNIT, length)))
-        first += own
+        first += own + between
     return served
 
 
 class WorkShares(Picture):
     """Multiprocessors over time, twice: each row served by one program, and all rows cut into equal shares.
 
-    Time is counted in entries read: every multiprocessor reads equally fast, and nothing else takes time.
+    Time is counted in entries read: every multiprocessor reads equally fast, and nothing else takes time,
+    which is why there is no gap between rows here.
 
     Args:
         lengths: entries of each row, at least 1.

@@ -1,4 +1,4 @@
-"""Attention of one new token over ragged rows: checks, how the work is cut, and the launch."""
+"""Attention of one new token over ragged rows: checks, how the work is cut, and the two launches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DecodeConfig:
         block: entries read at a time, a power of two of at least 16 a warp where `split`.
         stages: blocks that are in flight, plus one.
         warps: of 32 threads, a program.
-        early: start the kernel while the one before it ends (programmatic dependent launch; Hopper on).
+        early: start each kernel while the one before it ends (programmatic dependent launch; Hopper on).
         split: each warp takes whole entries where these are of 16 bits and its registers suffice (up to 8 warps).
         ring: blocks of the ring of `ring.py`, at least 2, where that kernel serves (`ring_serves`); 0 or
             elsewhere: the portable kernel.

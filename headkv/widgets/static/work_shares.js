@@ -1,4 +1,4 @@
-// WorkShares: multiprocessors over time. One program a row against equal shares, cut as the Triton kernel cuts them.
+// WorkShares: multiprocessors over time. One program a row against equal shares, cut as the Triton kernel cuts them if there is no gap between rows.
 
 const UNIT = 4; // shares are whole units of entries
 const MOST = 132;
