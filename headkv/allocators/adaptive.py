@@ -60,7 +60,8 @@ def global_top_counts(scores: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.zeros(scores.shape[0], dtype=torch.float64, device="cpu")
     ranked = scores.float()
-    threshold = ranked.flatten().topk(k, sorted=False).values.min()  # on a GPU far faster than kthvalue
+    # On a GPU far faster than kthvalue.
+    threshold = ranked.flatten().topk(k, sorted=False).values.min()
     # Counted where the scores are, which may lack float64, and fetched at once.
     above, level = torch.stack([(ranked > threshold).sum(1), (ranked == threshold).sum(1)]).cpu().double()
     return above + (k - above.sum()) * level / level.sum()
