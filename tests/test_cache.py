@@ -351,3 +351,31 @@ def test_crop_back_into_evicted_entries_is_refused():
     with pytest.raises(ValueError, match="head 1.*evicted entries"):
         layer.crop(1)
     assert layer.seen == 7
+
+
+def test_compensation_is_said_once():
+    """Rows that compensate already keep their sums: to say it again would forget them."""
+    keys, values = torch.randn(2, 1, 2, 20, 8)
+    layer = RaggedLayer.from_dense(
+        keys, values, sinks=1, recent=4, compensate=torch.tensor([[True, False]]), headroom=0
+    )
+    layer.trim(1)
+    before, again = layer.snapshot(), torch.tensor([[False, True]])
+    for change in (
+        lambda: layer.set_windows(1, 4, again),
+        lambda: layer.evict(torch.ones(1, 2, int(layer.length.max()), dtype=torch.bool), compensate=again),
+    ):
+        with pytest.raises(
+            ValueError, match="compensate must be None on a layer whose rows compensate already"
+        ):
+            change()
+    assert all(
+        torch.equal(before.tensors[name], getattr(layer, name)) for name in ("count", "key_sum", "length")
+    )
+
+
+def test_an_empty_layer_can_be_trimmed():
+    empty = torch.zeros(0, 8)
+    layer = RaggedLayer.from_rows([[(empty, empty)]], sinks=1, recent=1)
+    layer.trim(3)
+    assert layer.capacity.tolist() == [3] and layer.length.tolist() == [0]

@@ -71,7 +71,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     from headkv_kernels import append, decode, extend, rows
 
     monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
-    monkeypatch.setattr(decode, "device_traits", lambda device: (100, request.param >= 90))
+    monkeypatch.setattr(decode, "device_traits", lambda device: (100, request.param >= 90, 0))
     monkeypatch.setattr(
         decode, "ring_serves", lambda *arguments: False
     )  # the portable kernel; the ring's test is below

@@ -55,6 +55,7 @@ def ragged_step(
     layer: RaggedLayer,
     *,
     seen: Tensor | None = None,
+    ahead: bool = False,
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -68,6 +69,8 @@ def ragged_step(
         seen: None, or `[1]` int64 on the device, the new token's position (backend "triton" only). Then nothing is
             counted on the host, so that a CUDA graph can hold the call: make room by `layer.reserve` before it runs,
             and count by `layer.advance` afterwards.
+        ahead: with `seen`: read the layer even before the launches before this one in the stream have ended. Right only
+            where none of those that may still run writes this layer, as when other layers' steps lie between.
         layer, scale, sliding_window, softcap, backend: as in `ragged_decode`.
 
     Returns:
@@ -88,7 +91,7 @@ def ragged_step(
     if seen is not None:
         if name != "triton":
             raise ValueError(f"seen must be None with the backend {name!r}, got a tensor")
-        return run.step(q, keys, values, layer, seen=seen, **options)
+        return run.step(q, keys, values, layer, seen=seen, ahead=ahead, **options)
     if name != "triton":
         layer.append(keys[:, :, None], values[:, :, None])
         return run.decode(q, layer, **options)

@@ -42,6 +42,7 @@ def step(
     layer: RaggedLayer,
     *,
     seen: Tensor | None = None,
+    ahead: bool = False,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -51,9 +52,8 @@ def step(
     Args:
         keys, values: `[B, H, D]` of the new token; the layer has room for it.
         seen: `[1]` int64 on the device, the new token's position; default: `layer.seen`.
+        ahead: as in `headkv.ragged_step`.
     """
-    # In a recorded step, projections lie between this launch and the one that wrote this layer last.
-    ahead = seen is not None
     if seen is None:
         seen = torch.full((1,), layer.seen, device=q.device)
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}

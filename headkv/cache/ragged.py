@@ -229,12 +229,17 @@ class RaggedLayer:
 
         Args:
             compensate: `[B, H]` bool, rows that remember the mean of what they drop from now on; default: as they were.
+
+        Raises:
+            ValueError, TypeError: on windows that do not fit, or when some rows compensate already.
         """
         grid = (self.batch_size, self.num_kv_heads)
         checks.window_tensors(sinks, recent, compensate, grid, self.device)
+        self._compensates_not_yet(compensate)
         windows = self._per_row(sinks), self._per_row(recent)
         _, folds = checks.contents(self.length, *windows, compensate)
         sums = None if compensate is None or not folds else Sums.none(compensate, self.head_dim)
+        self._let_go()
         self.sinks, self.recent = windows
         if sums is not None:
             self.key_sum, self.value_sum, self.count = sums
@@ -393,6 +398,7 @@ class RaggedLayer:
         headroom = checks.count("headroom", headroom)
         new_sinks, new_recent = 0 if sinks is None else sinks, 0 if recent is None else recent
         checks.window_tensors(new_sinks, new_recent, compensate, grid, self.device)
+        self._compensates_not_yet(compensate)
         windows = self.sinks, self.recent
         if sinks is not None or recent is not None:
             windows = self._per_row(new_sinks), self._per_row(new_recent)
@@ -444,8 +450,14 @@ class RaggedLayer:
 
     def _evicted_end(self, last: Tensor, some: Tensor) -> Tensor:
         """`evicted_end` once the entries until slot `last[r]` have gone from the rows `r` where `some[r]`."""
+        if self.positions.numel() == 0:
+            return self.evicted_end
         position = self.positions[torch.where(some, last, 0)].long()
         return torch.where(some, torch.maximum(self.evicted_end, position + 1), self.evicted_end)
+
+    def _compensates_not_yet(self, compensate: Tensor | None) -> None:
+        if compensate is not None and self.count is not None:
+            raise ValueError("compensate must be None on a layer whose rows compensate already, got a tensor")
 
     def _sums(self) -> Sums | None:
         if self.key_sum is None or self.value_sum is None or self.count is None:
@@ -521,6 +533,7 @@ class RaggedLayer:
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Become what the layer was when `snapshot` was taken."""
         copies = {name: None if t is None else t.clone() for name, t in snapshot.tensors.items()}
+        self._let_go()
         vars(self).update(copies, ticket=None, **snapshot.numbers)
 
     @classmethod
@@ -534,6 +547,7 @@ class RaggedLayer:
         """Move everything to `device`."""
         tensors = {name: getattr(self, name) for name in self._TENSORS}
         moved = {name: None if t is None else t.to(device) for name, t in tensors.items()}
+        self._let_go()
         vars(self).update(moved, ticket=None)
 
     def addresses(self) -> tuple[int, ...]:
@@ -554,9 +568,9 @@ class RaggedLayer:
 
     def _let_go(self) -> None:
         """Before tensors are replaced, which another stream may have made: their memory waits for this stream."""
-        if self.device.type == "cuda":
-            for tensor in self._held():
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+        for tensor in self._held():
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def _held(self) -> list[Tensor]:
         return [t for name in (*self._TENSORS, "ticket") if (t := getattr(self, name, None)) is not None]

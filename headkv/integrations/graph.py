@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from headkv.attention.api import choose_backend
 from headkv.integrations.huggingface import NAME, RaggedCache
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class DecodeGraph:
             noticed, and the step recorded again if need be.
 
     Raises:
-        ValueError: a model that is not on a CUDA device, or whose attention is not "headkv"; an empty cache.
+        ValueError: a model that is not on a CUDA device, or whose attention is not "headkv"; an empty cache, or one
+            with another backend than "triton".
         TypeError: a cache of another kind.
     """
 
@@ -54,6 +56,11 @@ class DecodeGraph:
         if cache.seen == 0:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
         cache.finalize_prefill()
+        first = cache.layers[0]
+        if (backend := choose_backend(first.filled(), first.backend)) != "triton":
+            raise ValueError(
+                f"cache must run on the backend 'triton', got {backend!r}: install headkv-kernels"
+            )
         self.model, self.cache = model, cache
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
@@ -99,6 +106,7 @@ class DecodeGraph:
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
         if self._needs is None or any(layer.filled().ticket is None for layer in self.cache.layers):
+            self.reserve(1)  # growing is no part of what a step takes
             before = allocated(self._ids.device)
             logits = self._forward(input_ids, position_ids)
             self._needs = allocated(self._ids.device) - before + SEGMENTS
@@ -118,7 +126,8 @@ class DecodeGraph:
     def _record(self) -> None:
         assert self._needs is not None
         self._graph, self._logits = None, None  # what the former one held can be used again
-        # Memory that runs out while a graph is recorded would take the process with it.
+        # Memory that runs out while a graph is recorded takes the process with it, so ask first. (What is free within
+        # a larger piece of memory can still deceive: a graph gets pieces of its own.)
         torch.empty(self._needs, dtype=torch.uint8, device=self._ids.device)
         graph = torch.cuda.CUDAGraph()
         for layer in self.cache.layers:

@@ -142,7 +142,9 @@ class RaggedCacheLayer(CacheLayerMixin):
             self.finalize_prefill()
             if valid is None:
                 new = (q[:, :, 0], keys[:, :, 0], values[:, :, 0], self.ragged)
-                return ragged_step(*new, seen=self.clock, backend=self.backend, **options)[:, :, None]
+                # Recorded steps of one layer lie a whole model apart, so that they may read ahead.
+                options |= {"seen": self.clock, "ahead": self.clock is not None}
+                return ragged_step(*new, backend=self.backend, **options)[:, :, None]
         self.ragged.append(keys, values, valid)
         if self._observed is not None:
             self._observed = self._observed.extend(q, valid)

@@ -14,6 +14,7 @@ from headkv_kernels.rows import FUSED, INTERPRETED, Rows, check_positions, check
 from headkv_kernels.shares import UNIT, decode_shares
 
 NO_WINDOW = 2**31 - 1
+RING_BYTES = 164 * 1024  # of shared memory for a ring of 4 blocks of 32 KiB, and what merging its parts takes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class DecodeConfig:
     ring: int = 0
     gap: int = 128
 
+    def __post_init__(self) -> None:
+        if self.programs < 1 or self.gap < 0:
+            raise ValueError(
+                f"programs must be at least 1 and gap at least 0, got {self.programs} and {self.gap}"
+            )
+
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
         """One program for each multiprocessor; 32 KiB of keys and values at a time, through a ring on Hopper.
@@ -48,19 +55,23 @@ class DecodeConfig:
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
         entry = 2 * padded(rows.dim) * rows.keys.element_size()
-        programs, early = device_traits(rows.keys.device)
+        programs, early, shared = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
         stages = 3 if block * entry <= 32768 else 2
-        return cls(programs, block, stages, early=early, split=False, ring=4 if early else 0)
+        return cls(
+            programs, block, stages, early=early, split=False, ring=4 if early and shared >= RING_BYTES else 0
+        )
 
 
 @cache
-def device_traits(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether kernels can start early; a few and no for Triton's interpreter."""
+def device_traits(device: torch.device) -> tuple[int, bool, int]:
+    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have; a few, no
+    and none for Triton's interpreter."""
     if device.type != "cuda":
-        return 4, False
+        return 4, False, 0
     traits = torch.cuda.get_device_properties(device)
-    return traits.multi_processor_count, traits.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
+    early = traits.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
+    return traits.multi_processor_count, early, getattr(traits, "shared_memory_per_block_optin", 0)
 
 
 def ring_serves(config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, window: int | None) -> bool:
