@@ -62,6 +62,7 @@ def global_top_counts(scores: Tensor, k: int) -> Tensor:
     ranked = scores.float()
     # On a GPU far faster than kthvalue.
     threshold = ranked.flatten().topk(k, sorted=False).values.min()
-    # Counted where the scores are, which may lack float64, and fetched at once.
-    above, level = torch.stack([(ranked > threshold).sum(1), (ranked == threshold).sum(1)]).cpu().double()
+    # Counted where the scores are (no float64 there, perhaps).
+    counts = [(ranked > threshold).sum(1), (ranked == threshold).sum(1)]
+    above, level = torch.stack(counts).cpu().double()
     return above + (k - above.sum()) * level / level.sum()
