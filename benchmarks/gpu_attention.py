@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from headkv.cache.layout import rows_of_slots
 from headkv_kernels import DecodeConfig, Rows, new_ticket, ragged_step
 
 HEADS, GROUP, DIM, LAYERS, HEADROOM = 8, 4, 128, 16, 512
@@ -170,12 +171,8 @@ def time_varlen(layers: list[Layer], replays: int) -> float:
     one_each = torch.arange(HEADS + 1, device="cuda", dtype=torch.int32)
     rows = []
     for layer in layers:  # rows without free slots between them
-        slots = torch.cat(
-            [
-                torch.arange(b, b + n)
-                for b, n in zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)
-            ]
-        ).to("cuda")
+        row, offset = rows_of_slots(layer.rows.length)
+        slots = layer.rows.start[row] + offset
         pools = [pool[slots, None].expand(-1, GROUP, -1) for pool in (layer.rows.keys, layer.rows.values)]
         ends = F.pad(layer.rows.length.cumsum(0), (1, 0)).to(torch.int32)
         rows.append((*pools, one_each, ends, 1, int(layer.rows.length.max())))

@@ -31,7 +31,7 @@ from headkv.models.tiny import tiny_model
 
 SINKS, RECENT, SPARSITY, SHARE = 64, 256, 0.5, 0.2
 PAPER = 1.63  # times less prefill time with grouped queries and half of the heads, arXiv 2410.10819
-DENSE, ONE_SHOT = "DynamicCache, sdpa", "DuoAttention 50%, streaming"
+DENSE, ONE_SHOT, WHOLE = "DynamicCache, sdpa", "DuoAttention 50%, streaming", "all heads see all"
 
 
 def seconds_and_peak(call: Callable[[], object], device: str, rounds: int) -> tuple[float, float]:
@@ -123,7 +123,7 @@ def attentions(model: Any, n: int) -> dict[str, Callable[[], object]]:
         return lambda: dense.prefill(q, keys, values, **rows, **options)
 
     return {
-        "all heads see all": lambda: dense.prefill(q, keys, values, **options),
+        WHOLE: lambda: dense.prefill(q, keys, values, **options),
         f"half stream, {SINKS} + {RECENT}": call(heads // 2),
         f"all stream, {SINKS} + {RECENT}": call(heads),
         "all stream, a fifth of the prompt": call(heads, 4, n // 5),
@@ -171,43 +171,27 @@ def main() -> None:
     measured: dict[tuple[str, int], float] = {}
 
     def measure(
-        title: str, context: int, ways: dict[str, Callable[[], object]], rounds: int, first: str
+        title: str,
+        context: int,
+        ways: dict[str, Callable[[], object]],
+        rounds: int,
+        against: str,
+        compared: Callable[[float, float], dict[str, str]],
     ) -> None:
+        """Rows of one table; `compared` is told the seconds of the way `against`, and a row's own."""
         rows = tables.setdefault(f"{title}, {where}", [])
         for way, call in ways.items():
             took, peak = seconds_and_peak(call, device, rounds)
             measured[way, context] = took
-            rows.append(
-                {
-                    "context": context,
-                    "way": way,
-                    "ms": round(1e3 * took, 2),
-                    "faster by": f"{measured[first, context] / took:.2f} x",
-                    "peak, GB": round(peak, 2),
-                }
-            )
+            row = {"context": context, "way": way, "ms": round(1e3 * took, 2)}
+            rows.append(row | compared(measured[against, context], took) | {"peak, GB": round(peak, 2)})
             print(*rows[-1].values(), sep="  ", flush=True)
 
-    def layer_of_attention(context: int) -> None:
-        ways = attentions(model, context)
-        measure("Attention of one layer", context, ways, 5, next(iter(ways)))
+    def faster(other: float, took: float) -> dict[str, str]:
+        return {"faster by": f"{other / took:.2f} x"}
 
-    def compression(context: int) -> None:
-        rows = tables.setdefault(f"To choose and store {SHARE:.0%} of a prompt, {where}", [])
-        for way, call in compressions(model, context).items():
-            took, peak = seconds_and_peak(call, device, 3)
-            share = took / measured[DENSE, context]
-            measured[way, context] = share
-            rows.append(
-                {
-                    "context": context,
-                    "method": way,
-                    "ms": round(1e3 * took, 2),
-                    "of the prefill": f"{share:.1%}",
-                    "peak, GB": round(peak, 2),
-                }
-            )
-            print(*rows[-1].values(), sep="  ", flush=True)
+    def share(other: float, took: float) -> dict[str, str]:
+        return {"of the prefill": f"{took / other:.1%}"}
 
     with torch.inference_mode():
         most = max(options.contexts)
@@ -217,12 +201,13 @@ def main() -> None:
             model = tiny_model("llama", num_hidden_layers=options.layers, max_position_embeddings=most)
         for context in options.contexts:
             ids = torch.randint(3, model.config.vocab_size, (1, context), device=device)
-            measure("Prefill", context, prefills(model, ids, options.chunk), options.rounds, DENSE)
-            layer_of_attention(context)
-            compression(context)
+            measure("Prefill", context, prefills(model, ids, options.chunk), options.rounds, DENSE, faster)
+            measure("Attention of one layer", context, attentions(model, context), 5, WHOLE, faster)
+            alone = f"To choose and store {SHARE:.0%} of a prompt"
+            measure(alone, context, compressions(model, context), 3, DENSE, share)
 
     took = measured[DENSE, most]
-    attention = options.layers * measured["all heads see all", most]
+    attention = options.layers * measured[WHOLE, most]
     gain = took / measured[ONE_SHOT, most]
     least = took / max(took - SPARSITY * attention, 1e-9)
     least_context = min(options.contexts)

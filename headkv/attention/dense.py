@@ -10,10 +10,7 @@ from torch import Tensor
 
 from headkv.attention import streaming
 
-BLOCK = 256  # queries at a time where a mask is needed
-TOKENS = (
-    1 << 14
-)  # of all rows that are served at once where rows differ; a longer one is served without a copy
+TOKENS = 1 << 14  # of the rows served at once where rows differ; a longer row is served without a copy
 
 
 def prefill(
@@ -113,20 +110,8 @@ def _causal(
     n = q.shape[2]
     if softcap is None and (sliding_window is None or int(positions[-1] - positions[0]) < sliding_window):
         return F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1, scale=scale, enable_gqa=True)
-    out = torch.empty_like(q)
-    group = q.shape[1] // keys.shape[1]
-    for begin in range(0, n, BLOCK):
-        end = min(begin + BLOCK, n)
-        first = 0
-        if sliding_window is not None:  # the oldest key that any query of this block may see
-            first = int((positions > positions[begin] - sliding_window).nonzero()[0])
-        distance = positions[begin:end, None] - positions[None, first:end]
-        seen = (distance >= 0) & (distance < (sliding_window or n + int(positions[-1]) + 1))
-        block_keys, block_values = keys[:, :, None, first:end], values[:, :, None, first:end]
-        block_q = q[:, :, begin:end].unflatten(1, (-1, group)).float()  # [B, H, G, block, D]
-        logits = block_q @ block_keys.float().transpose(-1, -2) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
-        out[:, :, begin:end] = (weights @ block_values.float()).flatten(1, 2).to(q.dtype)
-    return out
+    # A row that streams with a window of the whole prompt: its blocks know sliding windows and softcaps.
+    rows = q.unflatten(1, (keys.shape[1], -1)).flatten(0, 1)  # [B * H, G, n, D]
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    pools = keys.flatten(0, 1), values.flatten(0, 1)
+    return streaming.attend(rows, *pools, positions, sinks=0, recent=n, **options).reshape(q.shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headkv import _checks
+from headkv._config import kv_heads
 from headkv.data import Fact, haystack
 from headkv.heads.observe import exchanged_attention
 from headkv.heads.profile import HeadProfile
@@ -77,10 +78,7 @@ def profile_gates(
     _checks.between("learning_rate", learning_rate, 0)
     _checks.between("penalty", penalty, 0)
     config = model.config.get_text_config()
-    shape = (
-        config.num_hidden_layers,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-    )
+    shape = (config.num_hidden_layers, kv_heads(config))
     mixer = Mixer(nn.Parameter(torch.ones(shape, device=model.device)), sinks, recent)
     optimiser = torch.optim.AdamW([mixer.gates], lr=learning_rate, weight_decay=0.0)
     source = random.Random(seed)

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from headkv._config import kv_heads
+
 KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate")
 
 _FORMAT = "headkv-head-profile"
@@ -114,7 +116,7 @@ class HeadProfile:
             config = config.get_text_config()
         wanted = config.num_attention_heads
         if self.heads == "kv":
-            wanted = getattr(config, "num_key_value_heads", None) or wanted
+            wanted = kv_heads(config)
         if (config.num_hidden_layers, wanted) != (self.num_layers, self.num_heads):
             raise ValueError(
                 f"profile must fit the model, {config.num_hidden_layers} layers of {wanted} {self.heads} "

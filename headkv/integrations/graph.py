@@ -56,8 +56,8 @@ class DecodeGraph:
         if cache.seen == 0:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
         cache.finalize_prefill()
-        first = cache.layers[0]
-        if (backend := choose_backend(first.filled(), first.backend)) != "triton":
+        layer = cache.layers[0].filled()
+        if (backend := choose_backend(layer, cache.layers[0].backend)) != "triton":
             raise ValueError(
                 f"cache must run on the backend 'triton', got {backend!r}: install headkv-kernels"
             )
@@ -66,8 +66,7 @@ class DecodeGraph:
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
         with torch.inference_mode(False):  # written to in whatever mode `step` is called
-            device = cache.layers[0].filled().device
-            batch = (cache.layers[0].filled().batch_size, 1)
+            device, batch = layer.device, (layer.batch_size, 1)
             self._ids, self._positions = (
                 torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2)
             )
@@ -105,13 +104,12 @@ class DecodeGraph:
     def _step(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
+        self.reserve(1)
         if self._needs is None or any(layer.filled().ticket is None for layer in self.cache.layers):
-            self.reserve(1)  # growing is no part of what a step takes
             before = allocated(self._ids.device)
             logits = self._forward(input_ids, position_ids)
             self._needs = allocated(self._ids.device) - before + SEGMENTS
             return logits
-        self.reserve(1)
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
         self._clock.fill_(self.cache.seen)

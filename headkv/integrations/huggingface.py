@@ -19,12 +19,19 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headkv._config import kv_heads
 from headkv.attention import dense
 from headkv.attention.api import BACKENDS, Backend, ragged_extend, ragged_step
 from headkv.cache import LayerSnapshot, RaggedLayer, layout, moves
 from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
-from headkv.integrations.planning import ROLLBACK, Observation, keep_entries, prefill_windows
+from headkv.integrations.planning import (
+    ROLLBACK,
+    Observation,
+    all_padding,
+    keep_entries,
+    prefill_windows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -156,8 +163,8 @@ class RaggedCacheLayer(CacheLayerMixin):
         """What heads see while this prompt is read, if the method says that they stream."""
         batch_size, num_kv_heads, n, _ = keys.shape
         lengths: list[int | None] = [None if self.chunked_prefill else n] * batch_size
-        if valid is not None and not self.chunked_prefill:
-            lengths = valid.sum(1).tolist()
+        if valid is not None and not self.chunked_prefill and hasattr(self.method, "prefill_windows"):
+            lengths = valid.sum(1).tolist()  # waits for the device
         where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
         shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "sliding_window": sliding_window}
         return prefill_windows(self.method, lengths, **where, **shape)
@@ -172,10 +179,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         layer, n = self.ragged, self.ragged.seen
         if self._streams:
             if bool((layer.length == 0).any()):
-                b = int((layer.length == 0).nonzero()[0]) // layer.num_kv_heads
-                raise ValueError(
-                    f"attention_mask must leave every sequence at least one token, but row {b} is all padding"
-                )
+                raise all_padding(int((layer.length == 0).nonzero()[0]) // layer.num_kv_heads)
             layer.trim(self.storage["headroom"])
             self._observed = None
             return
@@ -453,8 +457,7 @@ def supported_config(model: Any) -> PreTrainedConfig:
 
 def _check_chunks(method: Method, config: PreTrainedConfig) -> None:
     """A method that must know a prompt's length before it is read says so here, not at the first chunk."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    shape = {"layer_idx": 0, "num_layers": config.num_hidden_layers, "num_kv_heads": heads}
+    shape = {"layer_idx": 0, "num_layers": config.num_hidden_layers, "num_kv_heads": kv_heads(config)}
     prefill_windows(method, [None], **shape, sliding_window=None)
 
 

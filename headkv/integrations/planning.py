@@ -87,6 +87,18 @@ class Observation:
         return queries[:, begin:]
 
 
+def all_padding(row: int) -> ValueError:
+    """A sequence without a token."""
+    return ValueError(
+        f"attention_mask must leave every sequence at least one token, but row {row} is all padding"
+    )
+
+
+def within(recent: Tensor, sliding_window: int) -> Tensor:
+    """Windows of rows in a layer that has one itself: ordinary rows drop what leaves that, too."""
+    return torch.where(recent > 0, recent.clamp(max=sliding_window), sliding_window)
+
+
 def prefill_windows(
     method: Method,
     lengths: Sequence[int | None],
@@ -123,7 +135,7 @@ def prefill_windows(
     compensate = torch.stack([no_head if w.compensate is None else w.compensate.cpu() for w in windows])
     if sliding_window is not None:
         compensate &= False  # a sliding layer forgets by itself
-        recent = torch.where(recent > 0, recent.clamp(max=sliding_window), sliding_window)
+        recent = within(recent, sliding_window)
     return {"sinks": sinks, "recent": recent, "compensate": compensate}
 
 
@@ -155,9 +167,7 @@ def keep_entries(
     for b in range(batch_size):
         text = None if valid is None else valid[b].nonzero()[:, 0]
         if text is not None and text.numel() == 0:
-            raise ValueError(
-                f"attention_mask must leave every sequence at least one token, but row {b} is all padding"
-            )
+            raise all_padding(b)
         prefill = Prefill(
             queries=observed.of_sequence(b),
             keys=keys[b] if text is None else keys[b].index_select(1, text),
@@ -184,5 +194,5 @@ def keep_entries(
         in_reach = keep & ((age < window - 1 + rollback) | (keep.cumsum(2) <= sinks[..., None]))
         newest = age == (0 if valid is None else valid.flip(1).int().argmax(1)[:, None, None])
         keep = torch.where(in_reach.any(2, keepdim=True), in_reach, newest)
-        recent = torch.where(recent > 0, recent.clamp(max=window), window)
+        recent = within(recent, window)
     return {"keep": keep, "sinks": sinks, "recent": recent, "compensate": compensate}

@@ -36,8 +36,7 @@ def windowed(
     mask = retrieval[:, None] | (place < sinks) | (place >= n - recent)
     if only_retrieval:
         return Keep(mask)
-    streaming = (~retrieval).long()
-    return Keep(mask, streaming * sinks, streaming * recent, ~retrieval if compensate else None)
+    return Keep(mask, *_numbers(retrieval, sinks, recent, compensate))
 
 
 def windows_of(retrieval: Tensor, sinks: int, recent: int, *, compensate: bool = False) -> Windows:
@@ -46,8 +45,15 @@ def windows_of(retrieval: Tensor, sinks: int, recent: int, *, compensate: bool =
     >>> windows_of(torch.tensor([True, False]), sinks=4, recent=8).recent.tolist()
     [0, 8]
     """
-    streaming = (~retrieval).long()
-    return Windows(streaming * sinks, streaming * recent, ~retrieval if compensate else None)
+    return Windows(*_numbers(retrieval, sinks, recent, compensate))
+
+
+def _numbers(
+    retrieval: Tensor, sinks: int, recent: int, compensate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sinks, recent and compensate of each head, `[H]`: 0 and False for retrieval heads."""
+    streaming = ~retrieval
+    return streaming.long() * sinks, streaming.long() * recent, streaming if compensate else None
 
 
 def head_scores(

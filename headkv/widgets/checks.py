@@ -44,6 +44,13 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return value
 
 
+def lengths(values: Sequence[Any], rows: int, high: int | None = None) -> list[int]:
+    """`lengths` of 1 to `rows` rows, each an int in [1, high]."""
+    if not 1 <= len(values) <= rows:
+        raise ValueError(f"lengths must hold 1 to {rows} rows, got {len(values)}")
+    return [whole(f"lengths[{i}]", length, 1, high) for i, length in enumerate(values)]
+
+
 def share(name: str, value: Any, *, zero: bool = True) -> float:
     """A float in [0, 1], or (0, 1] without zero."""
     allowed = f"a share in {'[' if zero else '('}0, 1]"

@@ -52,12 +52,11 @@ class RaggedPool(Picture):
         bytes_per_entry: int = 512,
         title: str | None = None,
     ) -> None:
-        if not 1 <= len(lengths) <= 16:
-            raise ValueError(f"lengths must hold 1 to 16 rows, got {len(lengths)}")
+        rows = checks.lengths(lengths, 16, 256)
         if windows is not None and len(windows) != len(lengths):
             raise ValueError(f"windows must hold {len(lengths)} pairs, one a row, got {len(windows)}")
         super().__init__(
-            lengths=[checks.whole(f"lengths[{i}]", length, 1, 256) for i, length in enumerate(lengths)],
+            lengths=rows,
             headroom=checks.whole("headroom", headroom, 0, 64),
             windows=[_window(i, pair) for i, pair in enumerate(windows or [(0, 0)] * len(lengths))],
             growth=checks.share("growth", growth),

@@ -75,10 +75,8 @@ class WorkShares(Picture):
         skew: float = 1.0,
         title: str | None = None,
     ) -> None:
-        if not 1 <= len(lengths) <= 64:
-            raise ValueError(f"lengths must hold 1 to 64 rows, got {len(lengths)}")
         super().__init__(
-            lengths=[checks.whole(f"lengths[{i}]", length, 1) for i, length in enumerate(lengths)],
+            lengths=checks.lengths(lengths, 64),
             multiprocessors=checks.whole("multiprocessors", multiprocessors, 4, 132),
             skew=checks.share("skew", skew),
             title=title or "",
