@@ -65,7 +65,7 @@ bench-cpu: setup ## side-by-side measurements on this CPU: one table, medians, r
 
 bench-gpu: setup ## a layer's decode step, an 8B-shaped model's, and prefills, on this GPU (SMALL=1: two minutes; DATA=book/data: also for the book)
 	$(PY) benchmarks/gpu_attention.py $(if $(SMALL),--replays 10) $(if $(DATA),--json $(DATA)/kernel_gpu.json)
-	$(PY) benchmarks/gpu_model.py $(if $(SMALL),--contexts 8192,--compile-layers) $(if $(DATA),--json $(DATA)/model_gpu.json)
+	$(PY) benchmarks/gpu_model.py $(if $(SMALL),--contexts 8192) $(if $(DATA),--json $(DATA)/model_gpu.json)
 	$(PY) benchmarks/gpu_prefill.py $(if $(SMALL),--layers 4 --contexts 32768 --rounds 1)
 
 bench: bench-cpu ## every benchmark that needs no GPU

@@ -1,10 +1,11 @@
 """One decode step of an 8B-shaped decoder on a GPU: headkv with a fifth of the cache, beside transformers' own caches.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--contexts 8192 32768] [--batch 1] [--compiled] [--json FILE]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--contexts 8192 32768] [--batch 1 8] [--static] [--json FILE]
 
 Llama-3.1-8B's shape, random weights, bfloat16. The caches are filled with noise, as only time and memory are measured;
 a layer's heads keep `--share` of the context together, shared out by a Dirichlet draw. The bound is the bytes of
-weights and stored entries over the bandwidth of a copy on the same machine.
+weights and stored entries over the bandwidth of a copy on the same machine. A second table says what the kernels of a
+recorded step spend their time on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from statistics import median
 import torch
 from measure import add_json, finish
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import headkv
@@ -90,26 +92,47 @@ def cached_bytes(before: int) -> float:
     return (torch.cuda.memory_allocated() - before) / 1e9
 
 
-def compile_layers(model: LlamaForCausalLM) -> None:
-    """torch.compile fuses what lies between projections and attention; the graph then holds the fused kernels."""
-    torch._dynamo.config.cache_size_limit = 4 * LAYERS
-    torch._dynamo.config.accumulated_cache_size_limit = 64 * LAYERS
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)
-    model.model.norm.compile(dynamic=False)
+KINDS = {
+    "attention and append": ("ring_shares", "decode_shares", "combine_segments"),
+    "products with weights": ("nvjet", "splitK", "gemm", "gemv", "_mm_"),
+}
+REST = "all else: norms, rotary embeddings, sums"
+
+
+def kernel_times(step: Callable[[], object], steps: int = 4) -> dict[str, tuple[int, float]]:
+    """Launches in a step and their milliseconds in all, by kind; what overlaps counts twice."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, REST)}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kinds = (kind for kind, parts in KINDS.items() if any(part in event.name for part in parts))
+            found[next(kinds, REST)].append(event.device_time_total)
+    return {kind: (len(times) // steps, sum(times) / steps / 1e3) for kind, times in found.items()}
 
 
 def ragged(
-    model: LlamaForCausalLM, token: Tensor, context: int, share: float, graph: bool
+    model: LlamaForCausalLM,
+    token: Tensor,
+    context: int,
+    share: float,
+    graph: bool,
+    compiled: bool,
+    spent: dict[str, tuple[int, float]] | None = None,
 ) -> tuple[float, float, float]:
-    """Milliseconds a step, gigabytes held, bytes of stored keys and values."""
+    """Milliseconds a step, gigabytes held, bytes of stored keys and values; writes `kernel_times` into `spent`."""
     before = torch.cuda.memory_allocated()
     cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
     fill(cache, token.shape[0], context, share)
     held, stored = cached_bytes(before), 4 * DIM * int(cache.lengths().sum())
     if graph:
-        steps = headkv.DecodeGraph(model, cache)
-        return milliseconds(lambda: steps.step(token)), held, stored
+        steps = headkv.DecodeGraph(model, cache, compile_layers=compiled)
+        took = milliseconds(lambda: steps.step(token))
+        if spent is not None:
+            spent |= kernel_times(lambda: steps.step(token))
+        return took, held, stored
     return milliseconds(lambda: model(token, past_key_values=cache)), held, stored
 
 
@@ -118,11 +141,10 @@ def measure(
     context: int,
     batch: int,
     share: float,
-    compiled: bool,
-    fused: bool,
+    static: bool,
     bandwidth: float,
-) -> list[dict[str, str | float]]:
-    """The rows of one context and batch."""
+) -> tuple[list[dict[str, str | float]], list[dict[str, str | float]]]:
+    """The rows of both tables for one context and batch."""
     token = torch.full((batch, 1), 5, device="cuda")
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     full_bytes = 2 * LAYERS * batch * KV_HEADS * DIM * context * 2
@@ -144,7 +166,7 @@ def measure(
     dense("DynamicCache, sdpa", DynamicCache(config=model.config), model)
     gc.collect()
     torch.cuda.empty_cache()
-    if compiled:
+    if static:
         before = torch.cuda.memory_allocated()
         cache = StaticCache(config=model.config, max_cache_len=context + 64)
         call = torch.compile(model.forward, mode="reduce-overhead")
@@ -152,26 +174,26 @@ def measure(
         del cache
         gc.collect()
         torch.cuda.empty_cache()
-    ways = [
-        (f"headkv, {share:.0%}", share, False),
-        (f"headkv, {share:.0%}, CUDA graph", share, True),
-        ("headkv, all, CUDA graph", 1.0, True),
-    ]
-    if fused:
-        ways.append((f"headkv, {share:.0%}, CUDA graph, layers compiled", share, True))
-    for name, kept, graph in ways:
-        if name.endswith("compiled"):
-            compile_layers(model)
-        found[name] = ragged(model, token, context, kept, graph)
+    spent: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, kept, graph, compiled in (
+        (f"headkv, {share:.0%}", share, False, False),
+        (f"headkv, {share:.0%}, CUDA graph", share, True, False),
+        (f"headkv, {share:.0%}, CUDA graph, layers compiled", share, True, True),
+        ("headkv, all, CUDA graph, layers compiled", 1.0, True, True),
+    ):
+        found[name] = ragged(model, token, context, kept, graph, compiled, spent.setdefault(name, {}))
         gc.collect()
         torch.cuda.empty_cache()
-    for layer in (*model.model.layers, model.model.norm):
-        layer._compiled_call_impl = None  # the next rows' layers are plain again
     first = next(iter(found.values()))[0]
-    return [
-        {
-            "context": context,
-            "batch": batch,
+    where = {"context": context, "batch": batch}
+    kinds = [
+        where | {"cache": name, "kernels": kind, "launches": number, "ms": round(ms, 2)}
+        for name, kernels in spent.items()
+        for kind, (number, ms) in kernels.items()
+    ]
+    times = [
+        where
+        | {
             "cache": name,
             "ms a step": round(ms, 2),
             "bound, ms": round(1e3 * (weights + stored) / bandwidth, 2),
@@ -181,6 +203,7 @@ def measure(
         }
         for name, (ms, held, stored) in found.items()
     ]
+    return times, kinds
 
 
 def main() -> None:
@@ -192,10 +215,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--share", type=float, default=0.2, help="of the cache to keep (default: 0.2)")
     parser.add_argument(
-        "--compiled", action="store_true", help="also transformers' StaticCache, compiled (slow to start)"
-    )
-    parser.add_argument(
-        "--compile-layers", action="store_true", help="also headkv with torch.compile on each decoder layer"
+        "--static", action="store_true", help="also transformers' StaticCache, compiled (slow to start)"
     )
     add_json(parser)
     options = parser.parse_args()
@@ -207,14 +227,14 @@ def main() -> None:
         model, bandwidth = make_model(), copy_bandwidth()
         title = f"One decode step, Llama-3.1-8B's shape, {torch.cuda.get_device_name()}, torch {torch.__version__}; "
         title += f"a copy moves {bandwidth / 1e12:.2f} TB/s"
-        tables[title] = []
+        tables |= {title: [], "What kernels spend their time on, ms a step": []}
         for batch in options.batch:
             for context in options.contexts:
-                ways = (options.share, options.compiled, options.compile_layers)
-                rows = measure(model, context, batch, *ways, bandwidth)
-                for row in rows:
-                    print(*row.values(), sep="  ", flush=True)
-                tables[title] += rows
+                found = measure(model, context, batch, options.share, options.static, bandwidth)
+                for table, rows in zip(tables.values(), found, strict=True):
+                    table += rows
+                    for row in rows:
+                        print(*row.values(), sep="  ", flush=True)
     finish(options.json, tables, [])
 
 

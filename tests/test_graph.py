@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from generation_cases import METHODS, Collect, prompts
 
 import headkv
+from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.graph import DecodeGraph
 from headkv.models.tiny import FAMILIES, tiny_model
 
@@ -23,9 +25,16 @@ def on_gpu(family: str, batch: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
     return tiny_model(family).cuda().eval(), {name: x.cuda() for name, x in prompts(batch).items()}
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], method: Any, graph: bool, **options: Any) -> Any:
+def generate(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    method: Any,
+    graph: bool,
+    compile_layers: bool = False,
+    **options: Any,
+) -> Any:
     torch.manual_seed(3)
-    with headkv.compress(model, method, cuda_graph=graph) as session:
+    with headkv.compress(model, method, cuda_graph=graph, compile_layers=compile_layers) as session:
         out = model.generate(**inputs, **{**GREEDY, **options})
     assert "generate" not in vars(model)
     return out, session
@@ -70,6 +79,52 @@ def test_sampling_streamer_and_stopping() -> None:
     got = generate(model, inputs, METHODS["AdaKV"], True, **options)[0].sequences
     assert torch.equal(got, want)
     assert collected.tokens == [*want[0].tolist(), -1] and int(got[0, -1]) == stop
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("batch", [1, 3], ids="batch {}".format)
+def test_compiled_layers(family: str, batch: int) -> None:
+    """The same logits but for rounding, under `inference_mode` too; the model is left as it was."""
+    model, inputs = on_gpu(family, batch)
+    want = generate(model, inputs, METHODS["AdaKV"], False, max_new_tokens=12)[0]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            options = {"compile_layers": True, "max_new_tokens": 12}
+            got = generate(model, inputs, METHODS["AdaKV"], True, **options)[0]
+        for a, b in zip(got.logits, want.logits, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert all(layer._compiled_call_impl is None for layer in model.modules())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_layers_are_compiled_only_inside() -> None:
+    """One compilation serves all layers; an error leaves none of them compiled."""
+    model, ids = tiny_model("llama", num_hidden_layers=5), torch.arange(3, 20)[None]
+    cache = headkv.RaggedCache.for_model(model, METHODS["FullCache"])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        saved = cache.snapshot()
+        want = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3)]
+        cache.restore(saved)
+        torch._dynamo.utils.counters.clear()
+        got = []
+        for i in range(3):
+            with compiled_layers(model):
+                got.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+    assert torch._dynamo.utils.counters["frames"]["ok"] < 2 * model.config.num_hidden_layers
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ZeroDivisionError), compiled_layers(model):
+        assert model.model.layers[0]._compiled_call_impl is not None
+        raise ZeroDivisionError
+    assert all(layer._compiled_call_impl is None for layer in model.modules())
+
+
+def test_layers_that_can_not_be_compiled() -> None:
+    with pytest.raises(ValueError, match="compile_layers must be False for Linear"):
+        decoder_layers(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="compile_layers must be False without cuda_graph=True"):
+        headkv.compress(tiny_model("llama"), METHODS["AdaKV"], compile_layers=True)
 
 
 @pytest.mark.gpu

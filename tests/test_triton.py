@@ -106,6 +106,29 @@ def test_any_number_of_shares(case, programs, gap):
     assert_close(got, truth(case, q, layer)[:, :, 0], case.dtype)
 
 
+EXTENDED = [
+    replace(UNEVEN, lengths=((1, 300, 0, 33, 64),), tokens=21, dtype=BF16),
+    replace(UNEVEN, lengths=((140, 71),), tokens=70),
+    replace(WINDOWS, lengths=((90, 250), (3, 40)), tokens=30, compensate=False),
+    Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
+]
+CUTS = [(16, 16, 1), (16, 64, 3), (64, 16, 7), (128, 32, 2), (32, 32, 12)]
+
+
+@device
+@pytest.mark.parametrize("cut", CUTS, ids="{0[0]} x {0[1]} by {0[2]}".format)
+@pytest.mark.parametrize("case", EXTENDED, ids=lambda case: case.name)
+def test_any_cut_of_an_extension(case, cut):
+    """However queries and entries are cut, also into more splits than there are blocks."""
+    q, layer = case.build(DEVICE)
+    kernels, (queries, block, splits) = backend.kernels(), cut
+    config = kernels.ExtendConfig(queries, block, 2, 4, splits)
+    where = torch.arange(layer.seen - case.tokens, layer.seen, device=DEVICE).expand(q.shape[0], -1)
+    options = case.options | {"scale": case.dim**-0.5, "query_positions": where}
+    got = kernels.ragged_extend(q, backend.rows_of(layer), config=config, **options)
+    assert_true(got, case, q, layer)
+
+
 @device
 @pytest.mark.parametrize("window", range(1, 12))
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -359,6 +382,10 @@ BAD = {
     "window without positions": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=3), ValueError, "query_positions must be given"),
     "positions of floats": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(1, 1), scale=1.0), TypeError, "query_positions must be int32 or int64"),
     "positions too few": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(2, 1).long(), scale=1.0), ValueError, r"shape \[1, 1\]"),
+    "queries of 8": (lambda k, q, r: k.ExtendConfig(8, 64, 2, 4), ValueError, "queries and block must be at least 16"),
+    "no splits": (lambda k, q, r: k.ExtendConfig(16, 64, 2, 4, 0), ValueError, "splits at least 1, got 16, 64 and 0"),
+    "fewer queries than heads": (lambda k, q, r: k.ragged_extend(q[:, :1, None].repeat(1, 40, 1, 1), r, query_positions=r.length[:1, None], scale=1.0, config=k.ExtendConfig(16, 64, 2, 4)), ValueError, "config must have at least 32 queries"),
+    "compensation in splits": (lambda k, q, r: k.ragged_extend(q[:, :, None], replace(r, count=r.length, key_sum=torch.zeros(2, 64, device=DEVICE), value_sum=torch.zeros(2, 64, device=DEVICE)), query_positions=r.length[:1, None], scale=1.0, config=k.ExtendConfig(16, 64, 2, 4, 2)), ValueError, "with compensation entries, 1 split"),
     "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
     "keys of D 513": (lambda k, q, r: replace(r, keys=torch.zeros(9, 513)), ValueError, "D from 1 to 512"),
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),

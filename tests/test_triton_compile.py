@@ -71,14 +71,15 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     from headkv_kernels import append, decode, extend, rows
 
     monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
-    monkeypatch.setattr(decode, "device_traits", lambda device: (100, request.param >= 90, 0))
+    for module in (decode, extend):
+        monkeypatch.setattr(module, "device_traits", lambda device: (100, request.param >= 90, 0))
     monkeypatch.setattr(
         decode, "ring_serves", lambda *arguments: False
     )  # the portable kernel; the ring's test is below
     stands = {}
     for module, names in (
         (decode, ("decode_shares", "combine_segments")),
-        (extend, ("extend_rows",)),
+        (extend, ("extend_rows", "merge_splits")),
         (append, ("append_rows",)),
     ):
         monkeypatch.setattr(module, "guard", lambda tensor: nullcontext())
@@ -120,11 +121,16 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
             fused(q[:, :, 0], *step, layer.length[:1], config=config, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
-            backend.kernels().ragged_extend(q, rows, query_positions=where, **options)
+            extend, config = backend.kernels().ragged_extend, backend.kernels().ExtendConfig.default(q, rows)
+            extend(q, rows, query_positions=where, **options)
+            splits = 1 if case.compensate else 2
+            extend(q, rows, query_positions=where, config=replace(config, splits=splits), **options)
     for tokens, valid in ((1, None), (40, torch.ones(2, 40, dtype=torch.bool))):
         new = torch.zeros(2, 2, tokens, case.dim, dtype=case.dtype)
         backend.kernels().ragged_append(rows, layer.capacity, new, new, seen=7, valid=valid)
     for name, launch in launches.items():
+        if name == "merge_splits" and case.compensate:
+            continue
         assert launch.compiled, name
         for compiled in launch.compiled:
             assert compiled.metadata.shared <= SHARED, f"{name} needs {compiled.metadata.shared} bytes"

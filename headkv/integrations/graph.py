@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from headkv.attention.api import choose_backend
+from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.huggingface import NAME, RaggedCache
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ MOST_RESERVED = 1024  # tokens that `generate` makes room for at once
 class DecodeGraph:
     """Decode steps of `model` over `cache`, for a loop of one's own; `generate` has it by `compress(cuda_graph=True)`.
 
-    The first step runs as always, which compiles kernels and warms up libraries; the second is recorded. Both, and
-    every replay, compute the same bits.
+    The first step runs as always, which compiles kernels and warms up libraries; the next is recorded. Both, and every
+    replay, compute the same bits.
 
     >>> model(**prompt, past_key_values=cache)  # doctest: +SKIP
     >>> graph = DecodeGraph(model, cache)  # doctest: +SKIP
@@ -37,14 +39,17 @@ class DecodeGraph:
         model: a decoder on one CUDA device whose attention implementation is "headkv".
         cache: holds the prompt. Whatever else changes it between two steps (a forward call, `crop`, `restore`) is
             noticed, and the step recorded again if need be.
+        compile_layers: record what torch.compile makes of the model's layers. That is faster, takes most of a minute
+            before the first token, once a process for layers of one shape, and rounds otherwise than the plain layers
+            do. The model is left as it was.
 
     Raises:
-        ValueError: a model that is not on a CUDA device, or whose attention is not "headkv"; an empty cache, or one
-            with another backend than "triton".
+        ValueError: a model that is not on a CUDA device, whose attention is not "headkv", or (with `compile_layers`)
+            whose layers are not transformers' own; an empty cache, or one with another backend than "triton".
         TypeError: a cache of another kind.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: RaggedCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: RaggedCache, *, compile_layers: bool = False) -> None:
         if not isinstance(cache, RaggedCache):
             raise TypeError(f"cache must be a RaggedCache, got {type(cache).__name__}")
         check_device(model)
@@ -61,7 +66,12 @@ class DecodeGraph:
             raise ValueError(
                 f"cache must run on the backend 'triton', got {backend!r}: install headkv-kernels"
             )
-        self.model, self.cache = model, cache
+        if compile_layers:
+            decoder_layers(model)
+        self.model, self.cache, self.compile_layers = model, cache, compile_layers
+        self._unrecorded = (
+            1 + compile_layers
+        )  # steps before one is recorded; the second says what memory they take
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -105,13 +115,14 @@ class DecodeGraph:
         if position_ids is None:
             position_ids = torch.full_like(self._positions, self.cache.seen)
         self.reserve(1)
-        if self._needs is None or any(layer.filled().ticket is None for layer in self.cache.layers):
-            before = allocated(self._ids.device)
-            logits = self._forward(input_ids, position_ids)
-            self._needs = allocated(self._ids.device) - before + SEGMENTS
-            return logits
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
+        if self._unrecorded or any(layer.filled().ticket is None for layer in self.cache.layers):
+            before = allocated(self._ids.device)
+            logits = self._forward()
+            self._needs = allocated(self._ids.device) - before + SEGMENTS
+            self._unrecorded = max(0, self._unrecorded - 1)
+            return logits
         self._clock.fill_(self.cache.seen)
         if self._graph is None or self._recorded != self._addresses():
             self._record()
@@ -132,7 +143,7 @@ class DecodeGraph:
             layer.clock = self._clock
         try:
             with torch.cuda.graph(graph, stream=capture_stream(self._ids.device)):
-                logits = self._forward(self._ids, self._positions)
+                logits = self._forward()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -145,9 +156,14 @@ class DecodeGraph:
                 layer.clock = None
         self._graph, self._logits, self._recorded = graph, logits, self._addresses()
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": self.cache}
-        return self.model(**inputs, use_cache=True).logits
+    def _forward(self) -> Tensor:
+        # The tensors are the same in all steps: what is compiled depends on their kind.
+        inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": self.cache}
+        layers: AbstractContextManager[None] = (
+            compiled_layers(self.model) if self.compile_layers else nullcontext()
+        )
+        with layers:
+            return self.model(**inputs, use_cache=True).logits
 
     def _addresses(self) -> tuple[int, ...]:
         return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
@@ -170,10 +186,11 @@ class Replaying:
     Args:
         model: see `DecodeGraph`.
         max_length: tokens at which the loop ends at the latest, prompt included; None where nobody knows.
+        compile_layers: see `DecodeGraph`.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int | None) -> None:
-        self._model, self._max_length = model, max_length
+    def __init__(self, model: PreTrainedModel, max_length: int | None, compile_layers: bool) -> None:
+        self._model, self._max_length, self._compile_layers = model, max_length, compile_layers
         self._graph: DecodeGraph | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -186,14 +203,14 @@ class Replaying:
         if not isinstance(cache, RaggedCache) or tokens is None or tokens.shape[1] != 1:
             return self._model(**inputs)
         if self._graph is None or self._graph.cache is not cache:
-            self._graph = DecodeGraph(self._model, cache)
+            self._graph = DecodeGraph(self._model, cache, compile_layers=self._compile_layers)
             if self._max_length is not None:
                 self._graph.reserve(min(self._max_length - cache.seen, MOST_RESERVED))
         logits = self._graph.step(tokens, inputs.get("position_ids"))
         return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=cache)
 
 
-def replaying(generate: Callable[..., Any]) -> Callable[..., Any]:
+def replaying(generate: Callable[..., Any], compile_layers: bool) -> Callable[..., Any]:
     """A model's `generate` with transformers' own decode loop, in which steps of one token replay a `DecodeGraph`.
 
     Raises (when called):
@@ -205,7 +222,8 @@ def replaying(generate: Callable[..., Any]) -> Callable[..., Any]:
         if assistant_model is not None:
             raise ValueError("assistant_model must be None with cuda_graph=True; use cuda_graph=False")
         # A loop that is handed over is not told of the streamer by all releases of transformers.
-        options.setdefault("custom_generate", functools.partial(_decode, streamer=streamer))
+        loop = functools.partial(_decode, streamer=streamer, compile_layers=compile_layers)
+        options.setdefault("custom_generate", loop)
         return generate(*args, streamer=streamer, **options)
 
     return wrapped
@@ -217,6 +235,7 @@ def _decode(
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     generation_config: Any = None,
+    compile_layers: bool = False,
     **options: Any,
 ) -> Any:
     """What `generate` calls as its `custom_generate`: the loop that it would have called, over the model replaying."""
@@ -232,7 +251,7 @@ def _decode(
         )
     loop = getattr(type(model), GENERATION_MODES_MAPPING[mode])
     return loop(
-        Replaying(model, stopping_criteria.max_length),
+        Replaying(model, stopping_criteria.max_length, compile_layers),
         input_ids,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,

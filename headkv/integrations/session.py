@@ -6,6 +6,7 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.huggingface import NAME, RaggedCache
 
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method
 
 
-def compress(model: PreTrainedModel, method: Method, *, cuda_graph: bool = False, **options: Any) -> Session:
+def compress(
+    model: PreTrainedModel,
+    method: Method,
+    *,
+    cuda_graph: bool = False,
+    compile_layers: bool = False,
+    **options: Any,
+) -> Session:
     """Let `model` compress its KV cache by `method` inside a `with` block; outside it is as it was.
 
     Args:
@@ -24,25 +32,38 @@ def compress(model: PreTrainedModel, method: Method, *, cuda_graph: bool = False
         method: e.g. `headkv.AdaKV(budget=0.2)`.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch a thousand kernels. Recording costs a few steps.
+        compile_layers: with `cuda_graph`, let torch.compile fuse what the layers do in a decode step: faster, after
+            most of a minute before the first token (once a process); tokens may differ by rounding.
         options: of `RaggedCache.for_model`: `backend`, `headroom`, `chunked_prefill`.
 
     Returns:
         A context manager; its `cache` is the `RaggedCache` of the latest `generate` (or forward) call.
 
+    Raises:
+        ValueError: `compile_layers` without `cuda_graph`; on entry, see `DecodeGraph` and `RaggedCache.for_model`.
+
     >>> with headkv.compress(model, headkv.AdaKV(budget=0.2)) as session:  # doctest: +SKIP
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> session.cache.lengths()  # doctest: +SKIP
     """
-    return Session(model, method, options, cuda_graph)
+    if compile_layers and not cuda_graph:
+        raise ValueError("compile_layers must be False without cuda_graph=True, got True")
+    return Session(model, method, options, cuda_graph, compile_layers)
 
 
 class Session:
     """The `with` block of `compress`: sets the attention by name and supplies a cache to calls that bring none."""
 
     def __init__(
-        self, model: PreTrainedModel, method: Method, options: dict[str, Any], cuda_graph: bool = False
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        options: dict[str, Any],
+        cuda_graph: bool = False,
+        compile_layers: bool = False,
     ):
-        self.model, self.method, self._options, self._cuda_graph = model, method, options, cuda_graph
+        self.model, self.method, self._options = model, method, options
+        self._cuda_graph, self._compile_layers = cuda_graph, compile_layers
         self._cache: RaggedCache | None = None
         self._replaced: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
         self._hook: Any = None
@@ -67,13 +88,15 @@ class Session:
         former = getattr(getattr(self.model, "config", None), "_attn_implementation", "")
         if self._cuda_graph:
             check_device(self.model)
+            if self._compile_layers:
+                decoder_layers(self.model)
         RaggedCache.for_model(self.model, self.method, **self._options)  # refuses what is not supported
         self._former = former
         self._hook = self.model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
         if self._cuda_graph:  # as transformers itself gives a model with a decode loop of its own that loop
             own: Any = vars(self.model)
             self._own_generate = own.get("generate")
-            own["generate"] = replaying(cast(Any, self.model).generate)
+            own["generate"] = replaying(cast(Any, self.model).generate, self._compile_layers)
         return self
 
     def __exit__(

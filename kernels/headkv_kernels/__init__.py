@@ -8,11 +8,12 @@ can be captured in a CUDA graph.
 
 from headkv_kernels.append import ragged_append
 from headkv_kernels.decode import DecodeConfig, new_ticket, ragged_decode, ragged_step
-from headkv_kernels.extend import ragged_extend
+from headkv_kernels.extend import ExtendConfig, ragged_extend
 from headkv_kernels.rows import Rows
 
 __all__ = [
     "DecodeConfig",
+    "ExtendConfig",
     "Rows",
     "new_ticket",
     "ragged_append",

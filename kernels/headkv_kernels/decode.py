@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.combine import combine_segments
-from headkv_kernels.rows import FUSED, INTERPRETED, Rows, check_positions, check_queries, guard, padded
+from headkv_kernels.rows import (
+    FUSED,
+    INTERPRETED,
+    Rows,
+    check_positions,
+    check_queries,
+    device_traits,
+    guard,
+    padded,
+)
 from headkv_kernels.shares import UNIT, decode_shares
 
 NO_WINDOW = 2**31 - 1
@@ -61,17 +68,6 @@ class DecodeConfig:
         return cls(
             programs, block, stages, early=early, split=False, ring=4 if early and shared >= RING_BYTES else 0
         )
-
-
-@cache
-def device_traits(device: torch.device) -> tuple[int, bool, int]:
-    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have; a few, no
-    and none for Triton's interpreter."""
-    if device.type != "cuda":
-        return 4, False, 0
-    traits = torch.cuda.get_device_properties(device)
-    early = traits.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
-    return traits.multi_processor_count, early, getattr(traits, "shared_memory_per_block_optin", 0)
 
 
 def ring_serves(config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, window: int | None) -> bool:

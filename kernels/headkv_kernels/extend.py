@@ -1,18 +1,66 @@
-"""Attention of several new tokens over ragged rows: one program for each row and block of queries.
+"""Attention of several new tokens over ragged rows: one program for each row, block of queries, and split.
 
 All that a query may see is a matter of entry numbers: since positions increase along a row, a binary search
-finds how many entries are not after the query and how many are too old for a sliding window.
+finds how many entries are not after the query and how many are too old for a sliding window. Most entries are
+seen by all queries of a block; masks are computed for the others only. Where there are too few queries to fill the
+GPU, the entries of a row are split over several programs, and a second launch puts their results together.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, guard, padded
-from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
+from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
+from headkv_kernels.softmax import LOG2E, add_block, add_entry, base_two, load_entries, spans, start_softmax
+
+
+@dataclass(frozen=True)
+class ExtendConfig:
+    """How the work is cut. The default suits all sizes; results differ by rounding only.
+
+    Attributes:
+        queries: of a program, those of all heads of a group counted; a power of two, at least 16.
+        block: entries read at a time, a power of two, at least 16.
+        stages: blocks that are in flight, plus one.
+        warps: of 32 threads, a program.
+        splits: programs that share a row's entries; 1 with compensation entries.
+    """
+
+    queries: int
+    block: int
+    stages: int
+    warps: int
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.queries, self.block) < 16 or self.splits < 1:
+            raise ValueError(
+                "queries and block must be at least 16 and splits at least 1, "
+                f"got {self.queries}, {self.block} and {self.splits}"
+            )
+
+    @classmethod
+    def default(cls, q: Tensor, rows: Rows) -> ExtendConfig:
+        """What fits into the registers, and splits enough to fill the GPU; for queries `[B, HQ, T, D]`."""
+        batch, heads, tokens, _ = q.shape
+        group = padded(batch * heads // rows.number, 1)
+        wide, compensate, dim = rows.operand(q) == tl.float32, rows.count is not None, padded(rows.dim)
+        # What a program holds must fit in its registers; float32 is multiplied without tensor cores.
+        held = dim * (4 if wide else 1) * (2 if compensate else 1)
+        block = 64 if held <= 128 else 32 if held <= 256 else 16
+        queries, stages, warps = block, 2, 8 if compensate or dim > 128 else 4
+        if held <= 128 and tokens * group >= 128:
+            queries, stages, warps = 128, 3, 8
+        queries = max(16, group, min(queries, padded(tokens, 1) * group))
+        programs = rows.number * triton.cdiv(tokens, queries // group)
+        wanted = triton.cdiv(4 * device_traits(rows.keys.device)[0], programs)
+        most = 1 if compensate else triton.cdiv(rows.keys.shape[0], 4 * block)
+        return cls(queries, block, stages, warps, max(1, min(wanted, most, 64)))
 
 
 def ragged_extend(
@@ -23,12 +71,14 @@ def ragged_extend(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    config: ExtendConfig | None = None,
 ) -> Tensor:
     """T new tokens a sequence, already stored, causal by position. `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
     Args:
         query_positions: `[B, T]` int: a query sees the entries whose position is not after its own.
         scale, softcap, sliding_window: as in `ragged_decode`.
+        config: default: `ExtendConfig.default(q, rows)`.
 
     Raises:
         ValueError, TypeError: before anything is launched.
@@ -36,32 +86,42 @@ def ragged_extend(
     group = check_queries(q, rows, 4, scale, sliding_window, softcap)
     batch, _, tokens, dim = q.shape
     check_positions(query_positions, (batch, tokens), rows)
-    heads_pad = padded(group, 1)
-    operand, compensate, dim_pad = rows.operand(q), rows.count is not None, padded(dim)
-    # What a program holds must fit in its registers; float32 is multiplied without tensor cores.
-    held = dim_pad * (4 if operand == tl.float32 else 1) * (2 if compensate else 1)
-    block = 64 if held <= 128 else 32 if held <= 256 else 16
-    queries = max(16, heads_pad, min(block, padded(tokens, 1) * heads_pad))
+    config = config or ExtendConfig.default(q, rows)
+    heads_pad, dim_pad, splits = padded(group, 1), padded(dim), config.splits
+    if config.queries < heads_pad or (splits > 1 and rows.count is not None):
+        raise ValueError(
+            f"config must have at least {heads_pad} queries and, with compensation entries, 1 split, got {config}"
+        )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = None
+    if splits > 1:
+        parts = torch.empty(splits, *q.shape, device=q.device)
+        lse = torch.empty(parts.shape[:-1], device=q.device)
     with guard(q):
-        extend_rows[(rows.number, triton.cdiv(tokens, queries // heads_pad))](
+        extend_rows[(rows.number, triton.cdiv(tokens, config.queries // heads_pad), splits)](
             *(q, *q.stride()[:3], query_positions, *query_positions.stride(), rows.number // batch, tokens),
             *(rows.keys, rows.values, rows.positions, rows.start, rows.length, rows.sinks, rows.recent),
-            *(rows.count, rows.key_sum, rows.value_sum, out, scale, sliding_window or 0, softcap or 1.0),
+            *(rows.count, rows.key_sum, rows.value_sum, out if lse is None else parts, lse),
+            *(scale, sliding_window or 0, softcap or 1.0),
             G=group,
             HEADS=heads_pad,
-            M=queries,
+            M=config.queries,
             D=dim,
             D_PAD=dim_pad,
-            BLOCK=block,
-            STAGES=2,
-            OPERAND=operand,
+            BLOCK=config.block,
+            STAGES=config.stages,
+            OPERAND=rows.operand(q),
             SLIDING=sliding_window is not None,
             SOFTCAP=softcap is not None,
-            COMPENSATE=compensate,
-            num_warps=8 if compensate or dim_pad > 128 else 4,
+            COMPENSATE=rows.count is not None,
+            num_warps=config.warps,
             **FUSED,
         )
+        if lse is not None:
+            number = lse[0].numel()
+            merge_splits[(triton.cdiv(number, 4),)](
+                *(parts, lse, out, number, splits), D=dim, D_PAD=dim_pad, QUERIES=4, num_warps=4, **FUSED
+            )
     return out
 
 
@@ -84,16 +144,17 @@ def entries_until(positions, entries, position):
 @triton.jit
 def extend_rows(
     q, q_batch, q_head, q_token, query_positions, p_batch, p_token, heads, tokens, keys, values, positions,
-    start, length, sinks, recent, count, key_sum, value_sum, out, scale, window, softcap,
+    start, length, sinks, recent, count, key_sum, value_sum, out, lse, scale, window, softcap,
     G: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, SLIDING: tl.constexpr,
     SOFTCAP: tl.constexpr, COMPENSATE: tl.constexpr,
 ):  # fmt: skip
-    """A block of `M // HEADS` queries, for all heads of the row's group, over the row's entries."""
-    row = tl.program_id(0)
+    """A block of `M // HEADS` queries, for all heads of the row's group, over the row's entries or a split."""
+    row, split = tl.program_id(0), tl.program_id(2)
     batch, head = row // heads, row % heads
     m, d, n = tl.arange(0, M), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
-    token, g = tl.program_id(1) * (M // HEADS) + m // HEADS, m % HEADS
+    # The last queries see most, so they come first.
+    token, g = (tl.num_programs(1) - 1 - tl.program_id(1)) * (M // HEADS) + m // HEADS, m % HEADS
     real = (token < tokens) & (g < G)
     query = batch.to(tl.int64) * q_batch + (head * G + g) * q_head + token.to(tl.int64) * q_token  # [M]
     query = tl.load(q + query[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0).to(
@@ -120,37 +181,81 @@ def extend_rows(
         hidden_logit, hidden_value = tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
     block_early = tl.maximum(block_early, 0)
     block_late = tl.maximum(block_late, block_first + block_early)  # an entry comes once
+    jump = (block_late - block_early).to(tl.int32)
 
+    # Both spans together are cut into blocks. Every query sees all of those from `inside` to `outside`.
+    number = (block_end - jump).to(tl.int32)
+    inside = tl.cdiv(tl.max(tl.where(token < tokens, late, 0)).to(tl.int32) - jump, BLOCK)
+    outside = tl.min(tl.where(token < tokens, end, entries)).to(tl.int32) - jump
+    outside = tl.maximum(outside // BLOCK, inside)
+    edges = tl.maximum(inside + tl.cdiv(number, BLOCK) - outside, 0)
+    share = tl.cdiv(edges + outside - inside, tl.num_programs(2))
+    begin, stop = split * share, tl.minimum((split + 1) * share, edges + outside - inside)
+
+    # A logit in units of ln 2 is a product times `factor`, which is one operation together with what follows it.
+    factor = 1.0 if SOFTCAP else scale * LOG2E
     top, total, acc = start_softmax(0, M, D_PAD)
-    for i in tl.range(0, (block_early + block_end - block_late).to(tl.int32), BLOCK, num_stages=STAGES):
-        at = i + n
-        entry = tl.where(at < block_early, block_first + at, block_late + at - block_early)
+    for i in tl.range(begin, tl.minimum(stop, edges), num_stages=STAGES):
+        at = tl.where(i < inside, i, i - inside + outside) * BLOCK + n
+        entry = tl.where(at < block_early, block_first + at, jump + at)
         here = entry < block_end
         k = load_entries(keys, base + entry, here, D, D_PAD, OPERAND)
         v = load_entries(values, base + entry, here, D, D_PAD, OPERAND)
         j = entry[None, :]
         eligible = (j >= first[:, None]) & (j < end[:, None])
         shown = (j < (first + early)[:, None]) | (j >= late[:, None])
-        logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.dot(query, tl.trans(k), input_precision="ieee")
         if COMPENSATE:
             hidden = shown == 0  # and eligible: nothing from `late` on is hidden
-            hidden_logit += tl.sum(tl.where(hidden, logits, 0.0), 1)
+            hidden_logit += tl.sum(tl.where(hidden, logits * scale, 0.0), 1)
             hidden_value = tl.dot(hidden.to(OPERAND), v, hidden_value, input_precision="ieee")
-        logits = tl.where(eligible & shown, base_two(logits, softcap, SOFTCAP), -float("inf"))
-        top, total, acc = add_block(logits, v, top, total, acc)
+        if SOFTCAP:
+            logits = base_two(logits * scale, softcap, SOFTCAP)
+        logits = tl.where(eligible & shown, logits, -float("inf"))
+        top, total, acc = add_block(logits, v, top, total, acc, factor)
+    for i in tl.range(tl.maximum(begin, edges), stop, num_stages=STAGES):
+        entry = base + jump + (i - edges + inside) * BLOCK + n
+        k = load_entries(keys, entry, n >= 0, D, D_PAD, OPERAND)
+        v = load_entries(values, entry, n >= 0, D, D_PAD, OPERAND)
+        logits = tl.dot(query, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:
+            logits = base_two(logits * scale, softcap, SOFTCAP)
+        top, total, acc = add_block(logits, v, top, total, acc, factor)
     if COMPENSATE:
         dropped = tl.load(count + row)
         if dropped >= 0:
-            number = (dropped + late - early).to(tl.float32)  # [M]
-            some = tl.maximum(number, 1.0)
+            unseen = (dropped + late - early).to(tl.float32)  # [M]
+            some = tl.maximum(unseen, 1.0)
             key = tl.load(key_sum + row * D + d, mask=d < D, other=0.0)
             value = tl.load(value_sum + row * D + d, mask=d < D, other=0.0)
             logit = (hidden_logit + tl.sum(query.to(tl.float32) * key[None, :], 1) * scale) / some
-            logit = tl.where(number > 0, base_two(logit, softcap, SOFTCAP) + tl.log2(some), -float("inf"))
+            logit = tl.where(unseen > 0, base_two(logit, softcap, SOFTCAP) + tl.log2(some), -float("inf"))
             top, total, acc = add_entry(
                 logit, (hidden_value + value[None, :]) / some[:, None], top, total, acc
             )
 
+    total = tl.where(total > 0, total, 1.0)
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    target = ((batch * heads + head) * G + g).to(tl.int64) * tokens + token
+    target += split.to(tl.int64) * tl.num_programs(0) * G * tokens
+    tl.store(out + target[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
+    if lse is not None:
+        tl.store(lse + target, top + tl.log2(total), mask=real)
+
+
+@triton.jit
+def merge_splits(
+    parts, lse, out, number, splits, D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr
+):
+    """Some of `number` queries' outputs from all splits, each weighted by 2**lse; 0 without any entry."""
+    query, d = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D_PAD)
+    real = (query < number)[:, None] & (d < D)[None, :]
+    top, total, acc = start_softmax(0, QUERIES, D_PAD)
+    at = query
+    for _ in range(splits):
+        logit = tl.load(lse + at, mask=query < number, other=-float("inf"))
+        part = tl.load(parts + at[:, None] * D + d[None, :], mask=real, other=0.0)
+        top, total, acc = add_entry(logit, part, top, total, acc)
+        at += number
     result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    target = (((batch * heads + head) * G + g).to(tl.int64) * tokens + token) * D
-    tl.store(out + target[:, None] + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
+    tl.store(out + query[:, None] * D + d[None, :], result, mask=real)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -148,6 +149,17 @@ def on_device(name: str, tensor: Tensor) -> None:
 def guard(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches inside go to the device of `tensor`."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def device_traits(device: torch.device) -> tuple[int, bool, int]:
+    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have; a few, no
+    and none for Triton's interpreter."""
+    if device.type != "cuda":
+        return 4, False, 0
+    traits = torch.cuda.get_device_properties(device)
+    early = traits.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
+    return traits.multi_processor_count, early, getattr(traits, "shared_memory_per_block_optin", 0)
 
 
 def padded(size: int, least: int = 16) -> int:

@@ -41,11 +41,11 @@ def raise_top(logit, top, total, acc):
 
 
 @triton.jit
-def add_block(logits, values, top, total, acc):
-    """Take in N entries: `logits` `[M, N]`, -inf where not visible, and `values` `[N, D]`. Weights meet the
-    values in the dtype of these, as they do in PyTorch's own attention."""
-    base, top, total, acc = raise_top(tl.max(logits, -1), top, total, acc)
-    weights = tl.exp2(logits - tl.expand_dims(base, -1))
+def add_block(logits, values, top, total, acc, factor=1.0):
+    """Take in N entries: `logits * factor` `[M, N]`, -inf where not visible, and `values` `[N, D]`. Weights meet
+    the values in the dtype of these, as they do in PyTorch's own attention. `factor` is positive."""
+    base, top, total, acc = raise_top(tl.max(logits, -1) * factor, top, total, acc)
+    weights = tl.exp2(logits * factor - tl.expand_dims(base, -1))
     acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
     return top, total + tl.sum(weights, -1), acc
 

@@ -1,0 +1,124 @@
+"""Several new tokens over ragged rows on a GPU, beside torch's flash attention over equal rows of as many entries.
+
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_extend.py [--entries 26214] [--tokens 4 64 1024 16384] [--json FILE]
+
+Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. A few tokens are a draft that is verified, some
+hundred a second turn, thousands a chunk of a prompt. The rows' lengths are skewed (Dirichlet 1), as head-specific
+budgets leave them, but hold the new tokens. Medians of CUDA graph replays; every way is held against the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from measure import add_json, finish
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from headkv_kernels import Rows, ragged_extend
+
+HEADS, GROUP, DIM = 8, 4, 128
+SCALE = DIM**-0.5
+
+
+def make_rows(lengths: Tensor) -> Rows:
+    """Rows of noise without room between them; the last entry of each is the text's last token."""
+    lengths = lengths.cuda()
+    start, slots = lengths.cumsum(0) - lengths, int(lengths.sum())
+    pools = torch.randn(2, slots, DIM, device="cuda").to(torch.bfloat16)
+    row = torch.arange(HEADS, device="cuda").repeat_interleave(lengths)
+    positions = torch.arange(slots, device="cuda") - (start + lengths - lengths.max())[row]
+    nothing = torch.zeros_like(lengths)
+    return Rows(*pools, positions.int(), start, lengths, nothing, nothing)
+
+
+def milliseconds(call: Callable[[], Tensor], replays: int) -> float:
+    """Median time of a call in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(replays + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
+def ragged(rows: Rows, q: Tensor) -> Callable[[], Tensor]:
+    """Ours."""
+    tokens, seen = q.shape[2], int(rows.length.max())
+    where = torch.arange(seen - tokens, seen, device="cuda")[None]
+    return lambda: ragged_extend(q, rows, query_positions=where, scale=SCALE)
+
+
+def dense(rows: Rows, q: Tensor) -> Callable[[], Tensor]:
+    """torch's flash attention, over rows of equal length."""
+    entries = int(rows.length[0])
+    keys, values = (x.view(1, HEADS, entries, DIM) for x in (rows.keys, rows.values))
+    keys, values = (x.repeat_interleave(GROUP, 1) for x in (keys, values))  # this mask knows no groups
+    mask = causal_lower_right(q.shape[2], entries)
+    return lambda: F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def measure(tokens: int, entries: int, replays: int) -> dict[str, str | float]:
+    """One row of the table."""
+    skewed = (torch.distributions.Dirichlet(torch.ones(HEADS)).sample() * entries * HEADS).long()
+    lengths = skewed.clamp(min=tokens)
+    equal = torch.full_like(lengths, int(lengths.sum()) // HEADS)
+    q = torch.randn(1, HEADS * GROUP, tokens, DIM, device="cuda").to(torch.bfloat16)
+    rows = make_rows(equal)
+    got, want = ragged(rows, q)(), dense(rows, q)()
+    off = float((got - want).double().norm() / want.double().norm())
+    if not off < 1e-2:
+        raise AssertionError(f"{tokens} tokens: {off} from flash attention")
+    flash, level = milliseconds(dense(rows, q), replays), milliseconds(ragged(rows, q), replays)
+    rows = make_rows(lengths)
+    took = milliseconds(ragged(rows, q), replays)
+    pairs = GROUP * float((lengths * tokens - tokens * (tokens - 1) // 2).sum())
+    return {
+        "new tokens": tokens,
+        "entries a head": int(lengths.sum()) // HEADS,
+        "flash, equal rows, ms": round(flash, 3),
+        "headkv, equal rows, ms": round(level, 3),
+        "headkv, skewed rows, ms": round(took, 3),
+        "faster than flash by": f"{flash / took:.1f} x",
+        "TFLOP/s": round(4 * DIM * pairs / took / 1e9),
+        "MB read": round(float(lengths.sum()) * DIM * 4 / 1e6),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--entries", type=int, default=26214, help="kept entries a head (default: 26214)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 64, 256, 1024, 4096, 16384])
+    parser.add_argument("--replays", type=int, default=20)
+    add_json(parser)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_extend: needs a CUDA device; torch sees none")
+    torch.manual_seed(0)
+    title = (
+        f"New tokens over kept entries, one layer, {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    )
+    finish(options.json, {title: [measure(n, options.entries, options.replays) for n in options.tokens]}, [])
+
+
+if __name__ == "__main__":
+    main()
