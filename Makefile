@@ -41,10 +41,10 @@ test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest 
 test-gpu: setup ## the tests marked gpu; needs a CUDA device
 	$(PY) -m pytest -m gpu -n $(CORES) $(PYTEST_ARGS)
 
-sanitize-gpu: setup ## the fused decode step under compute-sanitizer: memory, races, uninitialised reads
+sanitize-gpu: setup ## the kernels under compute-sanitizer: memory, races, uninitialised reads
 	for tool in memcheck racecheck initcheck; do echo "== $$tool"; \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton.py \
-	  -k "test_any_cut_of_a_fused_step or test_steps_in_a_row or test_append or (test_fused_steps_through_a_ring and 128)" || exit 1; done
+	  -k "test_equals_truth or test_any_cut or test_steps_in_a_row or test_append or (test_fused_steps_through_a_ring and 128)" || exit 1; done
 
 lint: $(VENV)/.rust ## ruff, mypy, cargo fmt, clippy
 	ruff check .
@@ -63,9 +63,10 @@ format: $(VENV)/.deps ## write the style that lint asks for
 bench-cpu: setup ## side-by-side measurements on this CPU: one table, medians, ratios
 	$(PY) benchmarks/cpu.py
 
-bench-gpu: setup ## a layer's decode step, an 8B-shaped model's, and prefills, on this GPU (SMALL=1: two minutes; DATA=book/data: also for the book)
+bench-gpu: setup ## a layer's steps, an 8B-shaped model's, and prefills, on this GPU (SMALL=1: two minutes; DATA=book/data: also for the book)
 	$(PY) benchmarks/gpu_attention.py $(if $(SMALL),--replays 10) $(if $(DATA),--json $(DATA)/kernel_gpu.json)
-	$(PY) benchmarks/gpu_model.py $(if $(SMALL),--contexts 8192) $(if $(DATA),--json $(DATA)/model_gpu.json)
+	$(PY) benchmarks/gpu_extend.py $(if $(SMALL),--tokens 4 1024)
+	$(PY) benchmarks/gpu_model.py $(if $(SMALL),--cases 8192) $(if $(DATA),--json $(DATA)/model_gpu.json)
 	$(PY) benchmarks/gpu_prefill.py $(if $(SMALL),--layers 4 --contexts 32768 --rounds 1)
 
 bench: bench-cpu ## every benchmark that needs no GPU

@@ -1,6 +1,6 @@
 """One decode step of an 8B-shaped decoder on a GPU: headkv with a fifth of the cache, beside transformers' own caches.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--contexts 8192 32768] [--batch 1 8] [--static] [--json FILE]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--cases 8192 32768x8] [--static] [--json FILE]
 
 Llama-3.1-8B's shape, random weights, bfloat16. The caches are filled with noise, as only time and memory are measured;
 a layer's heads keep `--share` of the context together, shared out by a Dirichlet draw. The bound is the bytes of
@@ -206,13 +206,25 @@ def measure(
     return times, kinds
 
 
+def case(text: str) -> tuple[int, int]:
+    """`32768x8`: context and batch; `32768`: one sequence."""
+    context, _, batch = text.partition("x")
+    return int(context), int(batch or 1)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--cases",
+        type=case,
+        nargs="+",
+        default=[(8192, 1), (32768, 1), (131072, 1), (32768, 8)],
+        metavar="CONTEXT[xBATCH]",
+        help="default: 8192 32768 131072 32768x8",
+    )
     parser.add_argument("--share", type=float, default=0.2, help="of the cache to keep (default: 0.2)")
     parser.add_argument(
         "--static", action="store_true", help="also transformers' StaticCache, compiled (slow to start)"
@@ -228,13 +240,12 @@ def main() -> None:
         title = f"One decode step, Llama-3.1-8B's shape, {torch.cuda.get_device_name()}, torch {torch.__version__}; "
         title += f"a copy moves {bandwidth / 1e12:.2f} TB/s"
         tables |= {title: [], "What kernels spend their time on, ms a step": []}
-        for batch in options.batch:
-            for context in options.contexts:
-                found = measure(model, context, batch, options.share, options.static, bandwidth)
-                for table, rows in zip(tables.values(), found, strict=True):
-                    table += rows
-                    for row in rows:
-                        print(*row.values(), sep="  ", flush=True)
+        for context, batch in options.cases:
+            found = measure(model, context, batch, options.share, options.static, bandwidth)
+            for table, rows in zip(tables.values(), found, strict=True):
+                table += rows
+                for row in rows:
+                    print(*row.values(), sep="  ", flush=True)
     finish(options.json, tables, [])
 
 

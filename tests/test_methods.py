@@ -372,7 +372,7 @@ def test_scores_that_are_not_finite_name_scorer_and_layer(bad: float) -> None:
     scores = torch.rand(3, 20)
     scores[1, 5] = bad
     p = prefill(20, layer_idx=2)
-    with pytest.raises(ValueError, match=r"scores of Given\(\) in layer 2 must be finite, but 1 of 60"):
+    with pytest.raises(ValueError, match=r"scores of Given in layer 2 must be finite, but 1 of 60"):
         AdaKV(5, Given(scores)).plan(p)
     with pytest.raises(ValueError, match="scores of select must be finite"):
         select(scores, torch.tensor([1, 1, 1]))
@@ -381,7 +381,7 @@ def test_scores_that_are_not_finite_name_scorer_and_layer(bad: float) -> None:
 def test_keys_that_are_not_finite_are_found() -> None:
     p = prefill(40)
     p.keys[1, 3, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"scores of SnapKVScorer\(window=8.* in layer 0 must be finite"):
+    with pytest.raises(ValueError, match=r"scores of SnapKVScorer in layer 0 must be finite"):
         AdaKV(20, SCORER).plan(p)
 
 
@@ -392,7 +392,7 @@ def test_keys_that_are_not_finite_are_found() -> None:
             torch.rand(3, 19),
             None,
             ValueError,
-            r"scores of Given\(\) in layer 0 must have shape \[3, 20\], got \[3, 19\]",
+            r"scores of Given in layer 0 must have shape \[3, 20\], got \[3, 19\]",
         ),
         (torch.ones(3, 20).long(), None, TypeError, "must be floating, got torch.int64"),
         (torch.rand(3, 20), torch.tensor([1, 2, 21]), ValueError, r"must lie in \[0, 20\], got \[1, 2, 21\]"),

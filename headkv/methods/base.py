@@ -281,11 +281,11 @@ def plan_by_scores(prefill: Prefill, scorer: Scorer, allocator: Allocator, budge
         return Keep(mask)
     shape = (heads, n - window)
     scores = scorer.score(prefill)
-    check_scores(scores, shape, f"{scorer} in layer {prefill.layer_idx}")
+    check_scores(scores, shape, f"{type(scorer).__name__} in layer {prefill.layer_idx}")
     budgets = allocator.allocate(
         scores, capacity - window, layer_idx=prefill.layer_idx, num_layers=prefill.num_layers
     ).cpu()
-    check_budgets(budgets, shape, f"{allocator} in layer {prefill.layer_idx}")
+    check_budgets(budgets, shape, f"{type(allocator).__name__} in layer {prefill.layer_idx}")
     if window == 0:
         budgets = at_least_one(budgets, shape[1])
     mask[:, : n - window] = _best(scores, budgets)

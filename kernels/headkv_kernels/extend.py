@@ -53,9 +53,10 @@ class ExtendConfig:
         # What a program holds must fit in its registers; float32 is multiplied without tensor cores.
         held = dim * (4 if wide else 1) * (2 if compensate else 1)
         block = 64 if held <= 128 else 32 if held <= 256 else 16
-        queries, stages, warps = block, 2, 8 if compensate or dim > 128 else 4
+        stages = 3 if held <= 128 else 2
+        queries, warps = block, 8 if compensate or dim > 128 else 4
         if held <= 128 and tokens * group >= 128:
-            queries, stages, warps = 128, 3, 8
+            queries, warps = 128, 8
         queries = max(16, group, min(queries, padded(tokens, 1) * group))
         programs = rows.number * triton.cdiv(tokens, queries // group)
         wanted = triton.cdiv(4 * device_traits(rows.keys.device)[0], programs)
