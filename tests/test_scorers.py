@@ -21,6 +21,7 @@ from headkv.scorers import (
     observed,
     snapkv,
 )
+from headkv.scorers.attention import attention_weights
 
 
 def dense_weights(p: Prefill) -> Tensor:
@@ -38,6 +39,17 @@ def dense_weights(p: Prefill) -> Tensor:
                 logits = p.softcap * torch.tanh(logits / p.softcap)
             out[head, t, seen] = torch.softmax(logits, 0)
     return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_weights_on_a_gpu_have_all_digits(dtype: torch.dtype) -> None:
+    """16-bit queries and keys are multiplied without rounding in between."""
+    q, k = torch.randn(2, 3, 32, 80).to(dtype), torch.randn(2, 5000, 80).to(dtype)
+    want = attention_weights(q.double(), k.double(), 4968, 0.3)
+    got = attention_weights(q.cuda(), k.cuda(), 4968, 0.3).cpu()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=1e-9)
 
 
 def slow_snapkv(p: Prefill, scorer: SnapKVScorer) -> Tensor:

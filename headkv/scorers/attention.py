@@ -31,8 +31,7 @@ def attention_weights(
     """
     heads, group, w, dim = queries.shape
     n = keys.shape[1]
-    logits = (queries.float() * scale).reshape(heads, group * w, dim) @ keys.float().transpose(1, 2)
-    logits = logits.view(heads, group, w, n)
+    logits = _logits(queries.reshape(heads, group * w, dim), keys, scale).view(heads, group, w, n)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     query, key = (
@@ -46,6 +45,14 @@ def attention_weights(
         old = max(0, first + w - sliding_window)
         logits[..., :old].masked_fill_(query - key[:old] >= sliding_window, -torch.inf)
     return logits.softmax(-1)
+
+
+def _logits(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """`[H, m, D]` by `[H, n, D]` to `[H, m, n]` float32, with all digits that 16-bit queries and keys have."""
+    narrow = queries.dtype == keys.dtype and keys.element_size() == 2
+    if queries.is_cuda and narrow and "dtype" in torch.ops.aten.bmm.overloads():  # torch 2.8 on: tensor cores
+        return torch.bmm(queries, keys.transpose(1, 2), out_dtype=torch.float32).mul_(scale)
+    return (queries.float() * scale) @ keys.float().transpose(1, 2)
 
 
 def reduce_group(weights: Tensor, reduce: str) -> Tensor:
