@@ -39,7 +39,7 @@ test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest 
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)
 
 test-gpu: setup ## the tests marked gpu; needs a CUDA device
-	$(PY) -m pytest -m gpu -n $(CORES) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -n auto --maxprocesses 16 $(PYTEST_ARGS)
 
 sanitize-gpu: setup ## the kernels under compute-sanitizer: memory, races, uninitialised reads
 	for tool in memcheck racecheck initcheck; do echo "== $$tool"; \

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +70,8 @@ def dense(rows: Rows, q: Tensor) -> Callable[[], Tensor]:
     """torch's flash attention, over rows of equal length."""
     entries = int(rows.length[0])
     keys, values = (x.view(1, HEADS, entries, DIM) for x in (rows.keys, rows.values))
-    keys, values = (x.repeat_interleave(GROUP, 1) for x in (keys, values))  # this mask knows no groups
-    mask = causal_lower_right(q.shape[2], entries)
-    return lambda: F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    mask: Any = causal_lower_right(q.shape[2], entries)
+    return lambda: F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
 
 def measure(tokens: int, entries: int, replays: int) -> dict[str, str | float]:
