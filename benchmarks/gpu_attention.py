@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from measure import NOT_COUNTED, replay_microseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
@@ -93,24 +93,7 @@ def error(layer: Layer, step: Step) -> float:
 
 def microseconds(step: Callable[[], object], replays: int) -> float:
     """Median time of one layer in a CUDA graph whose replay is `step`, which runs all layers."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    times = []
-    for _ in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / LAYERS)
-    return statistics.median(times[3:])
+    return replay_microseconds(step, replays) / LAYERS
 
 
 @triton.jit
@@ -253,8 +236,8 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
             first = error(layers[0], step)
             time = microseconds(lambda step=step: [step(layer) for layer in layers], options.replays)
             steps = int((layers[1].rows.length - layers[1].begun)[0])
-            if steps != options.replays + 5:  # two to warm up, three replays that do not count
-                raise AssertionError(f"{steps} steps were counted instead of {options.replays + 5}")
+            if steps != options.replays + NOT_COUNTED:
+                raise AssertionError(f"{steps} steps instead of {options.replays} and {NOT_COUNTED}")
             note(name, time, first, max(error(layer, step) for layer in layers[::5]))
         except Exception as problem:  # the others still count
             column[name] = math.nan

@@ -10,14 +10,13 @@ budgets leave them, but hold the new tokens. Medians of CUDA graph replays; ever
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import add_json, finish
+from measure import add_json, finish, replay_microseconds
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -36,27 +35,6 @@ def make_rows(lengths: Tensor) -> Rows:
     positions = torch.arange(slots, device="cuda") - (start + lengths - lengths.max())[row]
     nothing = torch.zeros_like(lengths)
     return Rows(*pools, positions.int(), start, lengths, nothing, nothing)
-
-
-def milliseconds(call: Callable[[], Tensor], replays: int) -> float:
-    """Median time of a call in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(replays + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
 
 
 def ragged(rows: Rows, q: Tensor) -> Callable[[], Tensor]:
@@ -85,9 +63,8 @@ def measure(tokens: int, entries: int, replays: int) -> dict[str, str | float]:
     off = float((got - want).double().norm() / want.double().norm())
     if not off < 1e-2:
         raise AssertionError(f"{tokens} tokens: {off} from flash attention")
-    flash, level = milliseconds(dense(rows, q), replays), milliseconds(ragged(rows, q), replays)
-    rows = make_rows(lengths)
-    took = milliseconds(ragged(rows, q), replays)
+    flash, level = (replay_microseconds(call(rows, q), replays) / 1e3 for call in (dense, ragged))
+    took = replay_microseconds(ragged(make_rows(lengths), q), replays) / 1e3
     pairs = GROUP * float((lengths * tokens - tokens * (tokens - 1) // 2).sum())
     return {
         "new tokens": tokens,

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, str | float]
+NOT_COUNTED = 2 + 3  # calls of `replay_microseconds` before one counts: to warm up, and replays
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,28 @@ def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: median(times) for name, times in seconds.items()}
+
+
+def replay_microseconds(call: Callable[[], object], replays: int) -> float:
+    """Median time of a CUDA graph that holds one call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(replays + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return median(times[3:])
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
