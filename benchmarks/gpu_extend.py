@@ -4,7 +4,7 @@
 
 Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. A few tokens are a draft that is verified, some
 hundred a second turn, thousands a chunk of a prompt. The rows' lengths are skewed (Dirichlet 1), as head-specific
-budgets leave them, but hold the new tokens. Medians of CUDA graph replays; every way is held against the other.
+budgets leave them, but hold the new tokens. Medians of CUDA graph replays; results are held against flash attention.
 """
 
 from __future__ import annotations
@@ -48,8 +48,21 @@ def dense(rows: Rows, q: Tensor) -> Callable[[], Tensor]:
     """torch's flash attention, over rows of equal length."""
     entries = int(rows.length[0])
     keys, values = (x.view(1, HEADS, entries, DIM) for x in (rows.keys, rows.values))
-    mask: Any = causal_lower_right(q.shape[2], entries)
-    return lambda: F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+    return lambda: lower_right(q, keys, values)
+
+
+def row_by_row(rows: Rows, q: Tensor) -> Tensor:
+    """The same over rows of any length, one after another."""
+    ends = rows.start + rows.length
+    parts = [slice(int(a), int(b)) for a, b in zip(rows.start, ends, strict=True)]
+    keys, values = ([x[None, None, part] for part in parts] for x in (rows.keys, rows.values))
+    return torch.cat([lower_right(*row) for row in zip(q.split(GROUP, 1), keys, values, strict=True)], 1)
+
+
+def lower_right(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The queries are those of the last entries."""
+    mask: Any = causal_lower_right(q.shape[2], keys.shape[2])
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
 
 def measure(tokens: int, entries: int, replays: int) -> dict[str, str | float]:
@@ -58,19 +71,22 @@ def measure(tokens: int, entries: int, replays: int) -> dict[str, str | float]:
     lengths = skewed.clamp(min=tokens)
     equal = torch.full_like(lengths, int(lengths.sum()) // HEADS)
     q = torch.randn(1, HEADS * GROUP, tokens, DIM, device="cuda").to(torch.bfloat16)
-    rows = make_rows(equal)
-    got, want = ragged(rows, q)(), dense(rows, q)()
-    off = float((got - want).double().norm() / want.double().norm())
-    if not off < 1e-2:
-        raise AssertionError(f"{tokens} tokens: {off} from flash attention")
-    flash, level = (replay_microseconds(call(rows, q), replays) / 1e3 for call in (dense, ragged))
-    took = replay_microseconds(ragged(make_rows(lengths), q), replays) / 1e3
+    level, rows = make_rows(equal), make_rows(lengths)
+    for these in (level, rows):
+        got, want = ragged(these, q)().double(), row_by_row(these, q).double()
+        off = float((got - want).norm() / want.norm())
+        if not off < 1e-2:
+            raise AssertionError(f"{tokens} tokens: {off} from flash attention")
+    flash, ours, took = (
+        replay_microseconds(call, replays) / 1e3
+        for call in (dense(level, q), ragged(level, q), ragged(rows, q))
+    )
     pairs = GROUP * float((lengths * tokens - tokens * (tokens - 1) // 2).sum())
     return {
         "new tokens": tokens,
         "entries a head": int(lengths.sum()) // HEADS,
         "flash, equal rows, ms": round(flash, 3),
-        "headkv, equal rows, ms": round(level, 3),
+        "headkv, equal rows, ms": round(ours, 3),
         "headkv, skewed rows, ms": round(took, 3),
         "faster than flash by": f"{flash / took:.1f} x",
         "TFLOP/s": round(4 * DIM * pairs / took / 1e9),

@@ -129,6 +129,11 @@ def ragged(
     held, stored = cached_bytes(before), 4 * DIM * int(cache.lengths().sum())
     if graph:
         steps = headkv.DecodeGraph(model, cache, compile_layers=compiled)
+        begin = time.perf_counter()
+        steps.step(token)
+        torch.cuda.synchronize()
+        if compiled:
+            print(f"the first step, which compiles if no other has: {time.perf_counter() - begin:.1f} s")
         took = milliseconds(lambda: steps.step(token))
         if spent is not None:
             spent |= kernel_times(lambda: steps.step(token))

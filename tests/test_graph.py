@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,11 +12,16 @@ import torch
 from generation_cases import METHODS, Collect, prompts
 
 import headkv
+from headkv.integrations import compiled
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.graph import DecodeGraph
 from headkv.models.tiny import FAMILIES, tiny_model
 
 TOKENS = 90
+compiles = pytest.mark.skipif(
+    not all(hasattr(torch._dynamo.config, name) for name in compiled.CONFIG),
+    reason="compile_layers needs a newer torch",
+)
 GREEDY: dict[str, Any] = {
     **{"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None},
     **{"return_dict_in_generate": True, "output_logits": True},
@@ -81,6 +88,7 @@ def test_sampling_streamer_and_stopping() -> None:
     assert collected.tokens == [*want[0].tolist(), -1] and int(got[0, -1]) == stop
 
 
+@compiles
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 @pytest.mark.parametrize("batch", [1, 3], ids="batch {}".format)
@@ -97,6 +105,7 @@ def test_compiled_layers(family: str, batch: int) -> None:
     assert all(layer._compiled_call_impl is None for layer in model.modules())
 
 
+@compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_layers_are_compiled_only_inside() -> None:
     """One compilation serves all layers; an error leaves none of them compiled."""
@@ -107,12 +116,14 @@ def test_layers_are_compiled_only_inside() -> None:
         saved = cache.snapshot()
         want = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3)]
         cache.restore(saved)
+        torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        got = []
+        config, got = torch._dynamo.config.get_config_copy(), []
         for i in range(3):
             with compiled_layers(model):
                 got.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
-    assert torch._dynamo.utils.counters["frames"]["ok"] < 2 * model.config.num_hidden_layers
+    assert 0 < torch._dynamo.utils.counters["frames"]["ok"] < 2 * model.config.num_hidden_layers
+    assert torch._dynamo.config.get_config_copy() == config
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     with pytest.raises(ZeroDivisionError), compiled_layers(model):
         assert model.model.layers[0]._compiled_call_impl is not None
@@ -120,11 +131,55 @@ def test_layers_are_compiled_only_inside() -> None:
     assert all(layer._compiled_call_impl is None for layer in model.modules())
 
 
-def test_layers_that_can_not_be_compiled() -> None:
+@compiles
+def test_blocks_on_two_threads_take_turns() -> None:
+    """Whichever ends first: inside the layers are compiled, afterwards they are as they were."""
+    model, inside = tiny_model("llama"), []
+    both = threading.Barrier(2)
+
+    def block(seconds: float) -> None:
+        both.wait()
+        with compiled_layers(model):
+            time.sleep(seconds)
+            inside.append(model.model.layers[0]._compiled_call_impl is not None)
+
+    threads = [threading.Thread(target=block, args=(seconds,)) for seconds in (0.2, 0.05)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == [True, True]
+    assert all(layer._compiled_call_impl is None for layer in model.modules())
+
+
+@compiles
+def test_layers_that_can_not_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="compile_layers must be False for Linear"):
         decoder_layers(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="compile_layers must be False without cuda_graph=True"):
         headkv.compress(tiny_model("llama"), METHODS["AdaKV"], compile_layers=True)
+    monkeypatch.setattr(compiled, "CONFIG", {"an option of a later torch": True})
+    with pytest.raises(ValueError, match="compile_layers must be False with torch .*: it needs a newer one"):
+        decoder_layers(tiny_model("llama"))
+
+
+@compiles
+@pytest.mark.gpu
+def test_compiled_layers_when_the_mode_changes_and_pools_move() -> None:
+    """What was compiled in another mode is of no use in a recording, during which nothing can be compiled."""
+    model, inputs = on_gpu("llama", 1)
+    ids, outs = inputs["input_ids"], []
+    for compile_layers in (False, True):
+        cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"], headroom=0)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        steps = DecodeGraph(model, cache, compile_layers=compile_layers)
+        found = []
+        for i in range(150):
+            with torch.inference_mode(i in (2, 3, 4) or i > 80):
+                found.append(steps.step(ids[:, i % 50 : i % 50 + 1]).clone())
+        outs.append(torch.cat(found).cpu())
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
@@ -221,6 +276,8 @@ def test_refuses_what_it_can_not_replay() -> None:
         model(inputs["input_ids"], past_key_values=cache)
     with pytest.raises(ValueError, match=r"input_ids must have shape \[1, 1\], got \[1, 2\]"):
         DecodeGraph(model, cache).step(inputs["input_ids"][:, :2])
+    with pytest.raises(TypeError, match=r"input_ids must be torch.int64, got torch.float32"):
+        DecodeGraph(model, cache).step(inputs["input_ids"][:, :1].float())
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="attention implementation 'headkv', got 'sdpa'"):
         DecodeGraph(model, cache)

@@ -46,10 +46,11 @@ def dense_weights(p: Prefill) -> Tensor:
 def test_weights_on_a_gpu_have_all_digits(dtype: torch.dtype) -> None:
     """16-bit queries and keys are multiplied without rounding in between."""
     q, k = torch.randn(2, 3, 32, 80).to(dtype), torch.randn(2, 5000, 80).to(dtype)
-    want = attention_weights(q.double(), k.double(), 4968, 0.3)
+    hidden = torch.ones(32, 5000, dtype=torch.bool).triu(4969)
+    want = (q.double() @ k.double()[:, None].mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
     got = attention_weights(q.cuda(), k.cuda(), 4968, 0.3).cpu()
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(got.double(), want, rtol=3e-5, atol=1e-9)
 
 
 def slow_snapkv(p: Prefill, scorer: SnapKVScorer) -> Tensor:

@@ -7,6 +7,7 @@ Attention stays ours.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,25 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
-OPTIONS = {
-    "coordinate_descent_tuning": True
-}  # of the inductor: kernels tuned, products of one row by kernels as well
-VARIANTS = 64  # of one function's code: models, batch sizes, kinds of layers
+# Of torch's compiler: launches are tuned, and products of one row become kernels that are tuned, too.
+OPTIONS = {"coordinate_descent_tuning": True}
+# Of its front end: a layer's own number must not make its code another one; nor must models, batch sizes and kinds of
+# layers, up to so many, make it give up.
+CONFIG = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
+# What a block changes and puts back belongs to the model, so that blocks on two threads take turns.
+_TURN = threading.RLock()
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
-    """The blocks that a decoder stacks.
+    """The blocks that a decoder stacks, which can be compiled.
 
     Raises:
-        ValueError: none was found.
+        ValueError: none was found, or this release of torch can not do it.
     """
-    from transformers.modeling_layers import (
-        GradientCheckpointingLayer,
-    )  # what transformers derives all of them from
+    from transformers.modeling_layers import GradientCheckpointingLayer  # what transformers derives them from
 
+    if not all(hasattr(torch._dynamo.config, name) for name in CONFIG):
+        raise ValueError(f"compile_layers must be False with torch {torch.__version__}: it needs a newer one")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
@@ -45,14 +49,13 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
 def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
     """Inside, `model` runs its layers compiled, which they are when first called, all layers of a kind at once."""
     layers: Sequence[Any] = decoder_layers(model)
-    former = [layer._compiled_call_impl for layer in layers]
-    # A layer's own number must not make its code another one.
-    config = {"allow_unspec_int_on_nn_module": True, "recompile_limit": VARIANTS}
-    try:
-        for layer in layers:
-            layer.compile(options=OPTIONS)
-        with torch._dynamo.config.patch(config):
-            yield
-    finally:
-        for layer, call in zip(layers, former, strict=True):
-            layer._compiled_call_impl = call
+    with _TURN:
+        former = [layer._compiled_call_impl for layer in layers]
+        try:
+            for layer in layers:
+                layer.compile(options=OPTIONS)
+            with torch._dynamo.config.patch(CONFIG):
+                yield
+        finally:
+            for layer, call in zip(layers, former, strict=True):
+                layer._compiled_call_impl = call

@@ -28,8 +28,8 @@ MOST_RESERVED = 1024  # tokens that `generate` makes room for at once
 class DecodeGraph:
     """Decode steps of `model` over `cache`, for a loop of one's own; `generate` has it by `compress(cuda_graph=True)`.
 
-    The first step runs as always, which compiles kernels and warms up libraries; the next is recorded. Both, and every
-    replay, compute the same bits.
+    The first step (with `compile_layers` the first two) runs unrecorded, which compiles kernels and warms up libraries;
+    the next is recorded. All, and every replay, compute the same bits.
 
     >>> model(**prompt, past_key_values=cache)  # doctest: +SKIP
     >>> graph = DecodeGraph(model, cache)  # doctest: +SKIP
@@ -39,13 +39,14 @@ class DecodeGraph:
         model: a decoder on one CUDA device whose attention implementation is "headkv".
         cache: holds the prompt. Whatever else changes it between two steps (a forward call, `crop`, `restore`) is
             noticed, and the step recorded again if need be.
-        compile_layers: record what torch.compile makes of the model's layers. That is faster, takes most of a minute
-            before the first token, once a process for layers of one shape, and rounds otherwise than the plain layers
-            do. The model is left as it was.
+        compile_layers: record what torch.compile makes of the model's layers. That is faster, and rounds otherwise than
+            the plain layers do. The first step compiles, once a process for layers of a kind, and then takes a while
+            (16 s on an H200). The model is left as it was.
 
     Raises:
         ValueError: a model that is not on a CUDA device, whose attention is not "headkv", or (with `compile_layers`)
-            whose layers are not transformers' own; an empty cache, or one with another backend than "triton".
+            whose layers torch can not compile or are not transformers' own; an empty cache, or one with another backend
+            than "triton". The cache is unchanged then.
         TypeError: a cache of another kind.
     """
 
@@ -58,20 +59,22 @@ class DecodeGraph:
             raise ValueError(
                 f"model must have the attention implementation {NAME!r}, got {got!r}: see RaggedCache.for_model"
             )
+        if compile_layers:
+            decoder_layers(model)
         if cache.seen == 0:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
-        cache.finalize_prefill()
         layer = cache.layers[0].filled()
         if (backend := choose_backend(layer, cache.layers[0].backend)) != "triton":
             raise ValueError(
                 f"cache must run on the backend 'triton', got {backend!r}: install headkv-kernels"
             )
-        if compile_layers:
-            decoder_layers(model)
+        cache.finalize_prefill()
         self.model, self.cache, self.compile_layers = model, cache, compile_layers
-        self._unrecorded = (
-            1 + compile_layers
-        )  # steps before one is recorded; the second says what memory they take
+        # Steps to run unrecorded before one is recorded. The one that compiles does not say what memory a step takes.
+        self._unrecorded = 1 + compile_layers
+        self._inference = (
+            False  # whether the last of them ran in inference mode: what is compiled serves one mode
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -98,13 +101,17 @@ class DecodeGraph:
 
         Raises:
             ValueError: another shape.
-            RuntimeError: a model that can not be recorded, e.g. because it waits for the device.
-            torch.OutOfMemoryError: no room to grow, or to record anew. No token is counted then, except in the first
-                step (see `RaggedCache`): free memory and call again.
+            TypeError: another dtype.
+            RuntimeError: a model that can not be recorded, e.g. because it waits for the device. No token is counted.
+            torch.OutOfMemoryError: no room to grow, or to record anew. No token is counted then, except in steps that
+                run unrecorded (see `RaggedCache`; besides the first, some after the cache was moved or restored): free
+                memory and call again.
         """
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
             if given is not None and given.shape != self._ids.shape:
                 raise ValueError(f"{name} must have shape {list(self._ids.shape)}, got {list(given.shape)}")
+            if given is not None and given.dtype != torch.int64:
+                raise TypeError(f"{name} must be torch.int64, got {given.dtype}")
         self.cache.check_even()
         with torch.cuda.device(
             self._ids.device
@@ -117,20 +124,31 @@ class DecodeGraph:
         self.reserve(1)
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
-        if self._unrecorded or any(layer.filled().ticket is None for layer in self.cache.layers):
-            before = allocated(self._ids.device)
-            logits = self._forward()
-            self._needs = allocated(self._ids.device) - before + SEGMENTS
-            self._unrecorded = max(0, self._unrecorded - 1)
-            return logits
+        stale = self._graph is None or self._recorded != self._addresses()
+        if stale and not self._can_record():
+            return self._run()
         self._clock.fill_(self.cache.seen)
-        if self._graph is None or self._recorded != self._addresses():
+        if stale:
             self._record()
         assert self._graph is not None and self._logits is not None
         self._graph.replay()
         for layer in self.cache.layers:
             layer.filled().advance(1)
         return self._logits
+
+    def _can_record(self) -> bool:
+        """Whether all that a step compiles or makes once is there."""
+        ready = not self._unrecorded and self._inference == torch.is_inference_mode_enabled()
+        return ready and all(layer.filled().ticket is not None for layer in self.cache.layers)
+
+    def _run(self) -> Tensor:
+        before = allocated(self._ids.device)
+        logits = self._forward()
+        took = allocated(self._ids.device) - before + SEGMENTS
+        self._needs = took if self._needs is None else min(self._needs, took)
+        self._unrecorded = max(0, self._unrecorded - 1)
+        self._inference = torch.is_inference_mode_enabled()
+        return logits
 
     def _record(self) -> None:
         assert self._needs is not None
@@ -147,6 +165,7 @@ class DecodeGraph:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            self._unrecorded = 1  # should the call be repeated
             raise RuntimeError(
                 f"a decode step of {type(self.model).__name__} can not be recorded as a CUDA graph ({error}); "
                 "use cuda_graph=False"

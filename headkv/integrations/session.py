@@ -31,9 +31,10 @@ def compress(
         model: a decoder of transformers.
         method: e.g. `headkv.AdaKV(budget=0.2)`.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
-            same tokens, without the time that the host takes to launch a thousand kernels. Recording costs a few steps.
-        compile_layers: with `cuda_graph`, let torch.compile fuse what the layers do in a decode step: faster, after
-            most of a minute before the first token (once a process); tokens may differ by rounding.
+            same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
+            steps.
+        compile_layers: with `cuda_graph`, let torch.compile fuse what the layers do in a decode step: faster, but the
+            first decode step takes a while (once a process), and tokens may differ by rounding.
         options: of `RaggedCache.for_model`: `backend`, `headroom`, `chunked_prefill`.
 
     Returns:

@@ -18,6 +18,8 @@ from torch import Tensor
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
 from headkv_kernels.softmax import LOG2E, add_block, add_entry, base_two, load_entries, spans, start_softmax
 
+MOST_SPLITS = 65_535  # what a CUDA grid takes in its third dimension
+
 
 @dataclass(frozen=True)
 class ExtendConfig:
@@ -28,7 +30,7 @@ class ExtendConfig:
         block: entries read at a time, a power of two, at least 16.
         stages: blocks that are in flight, plus one.
         warps: of 32 threads, a program.
-        splits: programs that share a row's entries; 1 with compensation entries.
+        splits: programs that share a row's entries, up to 65,535; 1 with compensation entries.
     """
 
     queries: int
@@ -38,11 +40,14 @@ class ExtendConfig:
     splits: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.queries, self.block) < 16 or self.splits < 1:
-            raise ValueError(
-                "queries and block must be at least 16 and splits at least 1, "
-                f"got {self.queries}, {self.block} and {self.splits}"
-            )
+        for name, least, most in (("queries", 16, 1024), ("block", 16, 1024), ("warps", 1, 32)):
+            number = getattr(self, name)
+            if number not in (1 << bit for bit in range(11)) or not least <= number <= most:
+                raise ValueError(f"{name} must be a power of two from {least} to {most}, got {number!r}")
+        for name, most in (("stages", 64), ("splits", MOST_SPLITS)):
+            number = getattr(self, name)
+            if not isinstance(number, int) or not 1 <= number <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, got {number!r}")
 
     @classmethod
     def default(cls, q: Tensor, rows: Rows) -> ExtendConfig:
@@ -60,7 +65,10 @@ class ExtendConfig:
         queries = max(16, group, min(queries, padded(tokens, 1) * group))
         programs = rows.number * triton.cdiv(tokens, queries // group)
         wanted = triton.cdiv(4 * device_traits(rows.keys.device)[0], programs)
-        most = 1 if compensate else triton.cdiv(rows.keys.shape[0], 4 * block)
+        longest = (
+            rows.keys.shape[0] * 8 // max(8, rows.number)
+        )  # a guess; how long rows are is known on the device
+        most = 1 if compensate else triton.cdiv(longest, 4 * block)
         return cls(queries, block, stages, warps, max(1, min(wanted, most, 64)))
 
 
@@ -189,7 +197,7 @@ def extend_rows(
     inside = tl.cdiv(tl.max(tl.where(token < tokens, late, 0)).to(tl.int32) - jump, BLOCK)
     outside = tl.min(tl.where(token < tokens, end, entries)).to(tl.int32) - jump
     outside = tl.maximum(outside // BLOCK, inside)
-    edges = tl.maximum(inside + tl.cdiv(number, BLOCK) - outside, 0)
+    edges = inside + tl.cdiv(number, BLOCK) - outside
     share = tl.cdiv(edges + outside - inside, tl.num_programs(2))
     begin, stop = split * share, tl.minimum((split + 1) * share, edges + outside - inside)
 
