@@ -299,10 +299,18 @@ def test_the_strip_opens_at_the_first_fact(browser):
     explorer = BudgetExplorer(skewed(2, 2, 890), tokens=tokens, facts=[(500, 504)], window=10)
     with shown(browser, explorer) as page:
         page.page.wait_for_function("document.querySelector('.hk-strip').scrollTop > 0")
-        strip, fact = (
-            page.page.locator(f".hk-{name}").first.bounding_box() for name in ("strip", "strip .hk-fact")
-        )
-        assert strip["y"] < fact["y"] < strip["y"] + strip["height"] / 2
+        for width in (900, 400):  # also when the page becomes narrower before the reader has moved
+            page.page.set_viewport_size({"width": width, "height": 800})
+            page.page.wait_for_timeout(200)
+            strip, fact = (
+                page.page.locator(f".hk-{name}").first.bounding_box() for name in ("strip", "strip .hk-fact")
+            )
+            assert strip["y"] < fact["y"] < strip["y"] + strip["height"] / 2
+        page.page.locator(".hk-strip").click()
+        page.page.locator(".hk-strip").evaluate("(strip) => (strip.scrollTop = 0)")
+        page.page.set_viewport_size({"width": 800, "height": 800})
+        page.page.wait_for_timeout(200)
+        assert page.page.locator(".hk-strip").evaluate("(strip) => strip.scrollTop") == 0
 
 
 def test_slots_go_one_by_one_and_can_be_paused(browser):

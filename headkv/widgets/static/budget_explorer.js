@@ -189,8 +189,14 @@ function render({ model, el }) {
   }
 
   drawPlan();
-  if (facts.length) requestAnimationFrame(() => strip?.show(facts[0][0])); // once it is laid out
+  // The strip opens at the first fact: once it is laid out, and again whenever that changes, until the reader moves.
+  const opening = new ResizeObserver(() => strip.show(facts[0][0]));
+  if (strip && facts.length) opening.observe(strip.el);
+  for (const event of ["pointerdown", "wheel", "keydown"]) {
+    root.addEventListener(event, () => opening.disconnect(), { once: true, passive: true });
+  }
   return () => {
+    opening.disconnect();
     drop.forEach((off) => off());
     race.stop();
     status.stop();
