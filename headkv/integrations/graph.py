@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -72,9 +72,8 @@ class DecodeGraph:
         self.model, self.cache, self.compile_layers = model, cache, compile_layers
         # Steps to run unrecorded before one is recorded. The one that compiles does not say what memory a step takes.
         self._unrecorded = 1 + compile_layers
-        self._inference = (
-            False  # whether the last of them ran in inference mode: what is compiled serves one mode
-        )
+        # Whether the last of them ran in inference mode: what is compiled serves one mode. A recording compiles nothing.
+        self._inference = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -104,8 +103,8 @@ class DecodeGraph:
             TypeError: another dtype.
             RuntimeError: a model that can not be recorded, e.g. because it waits for the device. No token is counted.
             torch.OutOfMemoryError: no room to grow, or to record anew. No token is counted then, except in steps that
-                run unrecorded (see `RaggedCache`; besides the first, some after the cache was moved or restored): free
-                memory and call again.
+                run unrecorded: the first, and some after the cache was restored or inference mode changed (see
+                `RaggedCache`). Free memory and call again.
         """
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
             if given is not None and given.shape != self._ids.shape:
@@ -113,9 +112,8 @@ class DecodeGraph:
             if given is not None and given.dtype != torch.int64:
                 raise TypeError(f"{name} must be torch.int64, got {given.dtype}")
         self.cache.check_even()
-        with torch.cuda.device(
-            self._ids.device
-        ):  # whichever is current, graphs are recorded and replayed there
+        # Whichever is current, graphs are recorded and replayed there.
+        with torch.cuda.device(self._ids.device):
             return self._step(input_ids, position_ids)
 
     def _step(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -178,10 +176,7 @@ class DecodeGraph:
     def _forward(self) -> Tensor:
         # The tensors are the same in all steps: what is compiled depends on their kind.
         inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": self.cache}
-        layers: AbstractContextManager[None] = (
-            compiled_layers(self.model) if self.compile_layers else nullcontext()
-        )
-        with layers:
+        with compiled_layers(self.model) if self.compile_layers else nullcontext():
             return self.model(**inputs, use_cache=True).logits
 
     def _addresses(self) -> tuple[int, ...]:

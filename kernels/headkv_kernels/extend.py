@@ -65,9 +65,8 @@ class ExtendConfig:
         queries = max(16, group, min(queries, padded(tokens, 1) * group))
         programs = rows.number * triton.cdiv(tokens, queries // group)
         wanted = triton.cdiv(4 * device_traits(rows.keys.device)[0], programs)
-        longest = (
-            rows.keys.shape[0] * 8 // max(8, rows.number)
-        )  # a guess; how long rows are is known on the device
+        # A guess, as only the device knows how long rows are: none has more than eight times the average.
+        longest = rows.keys.shape[0] * 8 // max(8, rows.number)
         most = 1 if compensate else triton.cdiv(longest, 4 * block)
         return cls(queries, block, stages, warps, max(1, min(wanted, most, 64)))
 
