@@ -72,7 +72,7 @@ class DecodeGraph:
         self.model, self.cache, self.compile_layers = model, cache, compile_layers
         # Steps to run unrecorded before one is recorded. The one that compiles does not say what memory a step takes.
         self._unrecorded = 1 + compile_layers
-        # Whether the last of them ran in inference mode: what is compiled serves one mode. A recording compiles nothing.
+        # Whether the last one ran in inference mode: what is compiled serves one mode, and no recording compiles.
         self._inference = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
