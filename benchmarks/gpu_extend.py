@@ -16,25 +16,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_attention import DIM, GROUP, HEADS, SCALE
 from measure import add_json, finish, replay_microseconds
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from headkv.cache.layout import rows_of_slots, starts
 from headkv_kernels import Rows, ragged_extend
-
-HEADS, GROUP, DIM = 8, 4, 128
-SCALE = DIM**-0.5
 
 
 def make_rows(lengths: Tensor) -> Rows:
     """Rows of noise without room between them; the last entry of each is the text's last token."""
     lengths = lengths.cuda()
-    start, slots = lengths.cumsum(0) - lengths, int(lengths.sum())
-    pools = torch.randn(2, slots, DIM, device="cuda").to(torch.bfloat16)
-    row = torch.arange(HEADS, device="cuda").repeat_interleave(lengths)
-    positions = torch.arange(slots, device="cuda") - (start + lengths - lengths.max())[row]
+    row, offset = rows_of_slots(lengths)
+    pools = torch.randn(2, len(row), DIM, device="cuda").to(torch.bfloat16)
+    positions = offset + (lengths.max() - lengths)[row]
     nothing = torch.zeros_like(lengths)
-    return Rows(*pools, positions.int(), start, lengths, nothing, nothing)
+    return Rows(*pools, positions.int(), starts(lengths), lengths, nothing, nothing)
 
 
 def ragged(rows: Rows, q: Tensor) -> Callable[[], Tensor]:

@@ -120,9 +120,8 @@ def ragged(
     share: float,
     graph: bool,
     compiled: bool,
-    spent: dict[str, tuple[int, float]] | None = None,
-) -> tuple[float, float, float]:
-    """Milliseconds a step, gigabytes held, bytes of stored keys and values; writes `kernel_times` into `spent`."""
+) -> tuple[float, float, float, dict[str, tuple[int, float]]]:
+    """Milliseconds a step, gigabytes held, bytes of stored keys and values; `kernel_times` of a graph."""
     before = torch.cuda.memory_allocated()
     cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
     fill(cache, token.shape[0], context, share)
@@ -135,10 +134,8 @@ def ragged(
         if compiled:
             print(f"the first step, which compiles if no other has: {time.perf_counter() - begin:.1f} s")
         took = milliseconds(lambda: steps.step(token))
-        if spent is not None:
-            spent |= kernel_times(lambda: steps.step(token))
-        return took, held, stored
-    return milliseconds(lambda: model(token, past_key_values=cache)), held, stored
+        return took, held, stored, kernel_times(lambda: steps.step(token))
+    return milliseconds(lambda: model(token, past_key_values=cache)), held, stored, {}
 
 
 def measure(
@@ -186,7 +183,8 @@ def measure(
         (f"headkv, {share:.0%}, CUDA graph, layers compiled", share, True, True),
         ("headkv, all, CUDA graph, layers compiled", 1.0, True, True),
     ):
-        found[name] = ragged(model, token, context, kept, graph, compiled, spent.setdefault(name, {}))
+        took, held, stored, spent[name] = ragged(model, token, context, kept, graph, compiled)
+        found[name] = took, held, stored
         gc.collect()
         torch.cuda.empty_cache()
     first = next(iter(found.values()))[0]

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, str | float]
-NOT_COUNTED = 2 + 3  # calls of `replay_microseconds` before one counts: to warm up, and replays
+WARM_UPS, FIRST_REPLAYS = 2, 3
+NOT_COUNTED = WARM_UPS + FIRST_REPLAYS  # calls of `replay_microseconds` before one counts
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,21 @@ def replay_microseconds(call: Callable[[], object], replays: int) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
-        call()
+        for _ in range(WARM_UPS):
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     times = []
-    for _ in range(replays + 3):
+    for _ in range(FIRST_REPLAYS + replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(1e3 * begin.elapsed_time(end))
-    return median(times[3:])
+    return median(times[FIRST_REPLAYS:])
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

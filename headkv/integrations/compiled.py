@@ -27,6 +27,11 @@ CONFIG = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 _TURN = threading.RLock()
 
 
+def can_compile() -> bool:
+    """Whether this release of torch knows all that is asked of it."""
+    return all(hasattr(torch._dynamo.config, name) for name in CONFIG)
+
+
 def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
     """The blocks that a decoder stacks, which can be compiled.
 
@@ -35,7 +40,7 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # what transformers derives them from
 
-    if not all(hasattr(torch._dynamo.config, name) for name in CONFIG):
+    if not can_compile():
         raise ValueError(f"compile_layers must be False with torch {torch.__version__}: it needs a newer one")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
