@@ -88,7 +88,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def show_goals(goals: Sequence[Goal]) -> None:
-    """Prints the goals, met or not."""
+    """Prints the goals, met or not, if there are any."""
     rows = [
         {
             "goal": g.figure,
@@ -98,7 +98,8 @@ def show_goals(goals: Sequence[Goal]) -> None:
         }
         for g in goals
     ]
-    show("Goals", rows)
+    if rows:
+        show("Goals", rows)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -111,22 +111,56 @@ EXTENDED = [
     replace(UNEVEN, lengths=((140, 71),), tokens=70),
     replace(WINDOWS, lengths=((90, 250), (3, 40)), tokens=30, compensate=False),
     Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
+    replace(MANY, tokens=5),
 ]
-CUTS = [(16, 16, 1), (16, 64, 3), (64, 16, 7), (128, 32, 2), (32, 32, 12)]
+CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
 
 @device
 @pytest.mark.parametrize("cut", CUTS, ids="{0[0]} x {0[1]} by {0[2]}".format)
 @pytest.mark.parametrize("case", EXTENDED, ids=lambda case: case.name)
 def test_any_cut_of_an_extension(case, cut):
-    """However queries and entries are cut, also into more splits than there are blocks."""
+    """However queries and entries are cut, also into more parts than there are blocks."""
     q, layer = case.build(DEVICE)
-    kernels, (queries, block, splits) = backend.kernels(), cut
-    config = kernels.ExtendConfig(queries, block, 2, 4, splits)
+    kernels, (queries, block, cuts) = backend.kernels(), cut
+    config = kernels.ExtendConfig(queries, block, 2, 4, cuts)
     where = torch.arange(layer.seen - case.tokens, layer.seen, device=DEVICE).expand(q.shape[0], -1)
     options = case.options | {"scale": case.dim**-0.5, "query_positions": where}
     got = kernels.ragged_extend(q, backend.rows_of(layer), config=config, **options)
     assert_true(got, case, q, layer)
+
+
+@device
+@pytest.mark.parametrize(
+    "tokens, heads, entries, compensate, least, most",
+    [
+        pytest.param(4, 8, 26_213, False, 120, 264, id="a draft"),
+        pytest.param(256, 8, 26_213, False, 120, 132, id="a second turn"),
+        pytest.param(1024, 8, 26_213, False, 512, 512, id="long rows are cut although all are busy"),
+        pytest.param(4096, 8, 26_213, False, 1024, 1024, id="a chunk, not cut"),
+        pytest.param(1024, 8, 3000, False, 256, 256, id="too short to be worth it"),
+        pytest.param(4, 64, 3000, False, 120, 264, id="a batch of drafts"),
+        pytest.param(4, 8, 10, False, 8, 8, id="hardly an entry"),
+        pytest.param(4, 8, 3000, True, 8, 8, id="compensation entries"),
+    ],
+)
+def test_programs_of_an_extension(tokens, heads, entries, compensate, least, most, monkeypatch):
+    """So many on a GPU of 132 multiprocessors."""
+    from headkv_kernels import extend
+
+    monkeypatch.setattr(extend, "device_traits", lambda device: (132, True, 0))
+    make = {"device": DEVICE, "dtype": FP16}
+    pool, number = torch.empty(heads * entries, 128, **make), torch.full((heads,), entries, device=DEVICE)
+    rows = extend.Rows(
+        pool, pool, torch.empty(heads * entries, device=DEVICE, dtype=torch.int32), *[number] * 4
+    )
+    if compensate:
+        sums = torch.zeros(heads, 128, device=DEVICE)
+        rows = replace(rows, count=number, key_sum=sums, value_sum=sums)
+    q = torch.empty(1, 4 * heads, tokens, 128, **make)
+    config = extend.ExtendConfig.default(q, rows)
+    programs = (heads + config.cuts) * -(-tokens // (config.queries // 4))
+    assert least <= programs <= most
 
 
 @device
@@ -386,10 +420,10 @@ BAD = {
     "blocks of 24": (lambda k, q, r: k.ExtendConfig(16, 24, 2, 4), ValueError, "block must be a power of two"),
     "3 warps": (lambda k, q, r: k.ExtendConfig(16, 64, 2, 3), ValueError, "warps must be a power of two from 1 to 32"),
     "no stages": (lambda k, q, r: k.ExtendConfig(16, 64, 0, 4), ValueError, "stages must be a whole number from 1 to 64, got 0"),
-    "no splits": (lambda k, q, r: k.ExtendConfig(16, 64, 2, 4, 0), ValueError, "splits must be a whole number from 1 to 65535, got 0"),
-    "half a split": (lambda k, q, r: k.ExtendConfig(16, 64, 2, 4, 1.5), ValueError, "splits must be a whole number"),
+    "cuts below 0": (lambda k, q, r: k.ExtendConfig(16, 64, 2, 4, -1), ValueError, "cuts must be a whole number from 0 to 65535, got -1"),
+    "half a cut": (lambda k, q, r: k.ExtendConfig(16, 64, 2, 4, 1.5), ValueError, "cuts must be a whole number"),
     "fewer queries than heads": (lambda k, q, r: k.ragged_extend(q[:, :1, None].repeat(1, 40, 1, 1), r, query_positions=r.length[:1, None], scale=1.0, config=k.ExtendConfig(16, 64, 2, 4)), ValueError, "config must have at least 32 queries"),
-    "compensation in splits": (lambda k, q, r: k.ragged_extend(q[:, :, None], replace(r, count=r.length, key_sum=torch.zeros(2, 64, device=DEVICE), value_sum=torch.zeros(2, 64, device=DEVICE)), query_positions=r.length[:1, None], scale=1.0, config=k.ExtendConfig(16, 64, 2, 4, 2)), ValueError, "with compensation entries, 1 split"),
+    "compensation, cut": (lambda k, q, r: k.ragged_extend(q[:, :, None], replace(r, count=r.length, key_sum=torch.zeros(2, 64, device=DEVICE), value_sum=torch.zeros(2, 64, device=DEVICE)), query_positions=r.length[:1, None], scale=1.0, config=k.ExtendConfig(16, 64, 2, 4, 2)), ValueError, "with compensation entries, no cuts"),
     "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
     "keys of D 513": (lambda k, q, r: replace(r, keys=torch.zeros(9, 513)), ValueError, "D from 1 to 512"),
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),

@@ -79,7 +79,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     stands = {}
     for module, names in (
         (decode, ("decode_shares", "combine_segments")),
-        (extend, ("extend_rows", "merge_splits")),
+        (extend, ("extend_rows", "merge_rows")),
         (append, ("append_rows",)),
     ):
         monkeypatch.setattr(module, "guard", lambda tensor: nullcontext())
@@ -123,13 +123,13 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
             extend, config = backend.kernels().ragged_extend, backend.kernels().ExtendConfig.default(q, rows)
             extend(q, rows, query_positions=where, **options)
-            splits = 1 if case.compensate else 2
-            extend(q, rows, query_positions=where, config=replace(config, splits=splits), **options)
+            cuts = 0 if case.compensate else 2
+            extend(q, rows, query_positions=where, config=replace(config, cuts=cuts), **options)
     for tokens, valid in ((1, None), (40, torch.ones(2, 40, dtype=torch.bool))):
         new = torch.zeros(2, 2, tokens, case.dim, dtype=case.dtype)
         backend.kernels().ragged_append(rows, layer.capacity, new, new, seen=7, valid=valid)
     for name, launch in launches.items():
-        if name == "merge_splits" and case.compensate:
+        if name == "merge_rows" and case.compensate:
             continue
         assert launch.compiled, name
         for compiled in launch.compiled:

@@ -1,9 +1,9 @@
-"""Attention of several new tokens over ragged rows: one program for each row, block of queries, and split.
+"""Attention of several new tokens over ragged rows: one program for each block of queries and part of a row.
 
 All that a query may see is a matter of entry numbers: since positions increase along a row, a binary search
 finds how many entries are not after the query and how many are too old for a sliding window. Most entries are
 seen by all queries of a block; masks are computed for the others only. Where there are too few queries to fill the
-GPU, the entries of a row are split over several programs, and a second launch puts their results together.
+GPU, rows are cut into parts, long ones into more of them, and a second launch puts the parts' results together.
 """
 
 from __future__ import annotations
@@ -16,9 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
-from headkv_kernels.softmax import LOG2E, add_block, add_entry, base_two, load_entries, spans, start_softmax
+from headkv_kernels.softmax import (
+    LOG2E,
+    add_block,
+    add_entry,
+    base_two,
+    load_entries,
+    raise_top,
+    spans,
+    start_softmax,
+)
 
-MOST_SPLITS = 65_535  # what a CUDA grid takes in its third dimension
+MOST_CUTS = 65_535
+TRIED = tl.constexpr(8)  # sizes of parts
+VARYING = ["tokens", "blocks", "cuts", "number"]  # Triton would compile anew for 1 and for multiples of 16
+MERGED = 32  # parts, of all queries of a program, whose outputs are merged at once
 
 
 @dataclass(frozen=True)
@@ -30,28 +42,28 @@ class ExtendConfig:
         block: entries read at a time, a power of two, at least 16.
         stages: blocks that are in flight, plus one.
         warps: of 32 threads, a program.
-        splits: programs that share a row's entries, up to 65,535; 1 with compensation entries.
+        cuts: how often rows are cut in all, up to 65,535; 0 with compensation entries. Long rows are cut more often.
     """
 
     queries: int
     block: int
     stages: int
     warps: int
-    splits: int = 1
+    cuts: int = 0
 
     def __post_init__(self) -> None:
         for name, least, most in (("queries", 16, 1024), ("block", 16, 1024), ("warps", 1, 32)):
             number = getattr(self, name)
             if number not in (1 << bit for bit in range(11)) or not least <= number <= most:
                 raise ValueError(f"{name} must be a power of two from {least} to {most}, got {number!r}")
-        for name, most in (("stages", 64), ("splits", MOST_SPLITS)):
+        for name, least, most in (("stages", 1, 64), ("cuts", 0, MOST_CUTS)):
             number = getattr(self, name)
-            if not isinstance(number, int) or not 1 <= number <= most:
-                raise ValueError(f"{name} must be a whole number from 1 to {most}, got {number!r}")
+            if not isinstance(number, int) or not least <= number <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {number!r}")
 
     @classmethod
     def default(cls, q: Tensor, rows: Rows) -> ExtendConfig:
-        """What fits into the registers, and splits enough to fill the GPU; for queries `[B, HQ, T, D]`."""
+        """What fits into the registers, and cuts enough to fill the GPU; for queries `[B, HQ, T, D]`."""
         batch, heads, tokens, _ = q.shape
         group = padded(batch * heads // rows.number, 1)
         wide, compensate, dim = rows.operand(q) == tl.float32, rows.count is not None, padded(rows.dim)
@@ -63,12 +75,22 @@ class ExtendConfig:
         if held <= 128 and tokens * group >= 128:
             queries, warps = 128, 8
         queries = max(16, group, min(queries, padded(tokens, 1) * group))
-        programs = rows.number * triton.cdiv(tokens, queries // group)
-        wanted = triton.cdiv(4 * device_traits(rows.keys.device)[0], programs)
-        # A guess, as only the device knows how long rows are: none has more than eight times the average.
-        longest = rows.keys.shape[0] * 8 // max(8, rows.number)
-        most = 1 if compensate else triton.cdiv(longest, 4 * block)
-        return cls(queries, block, stages, warps, max(1, min(wanted, most, 64)))
+        return cls(
+            queries, block, stages, warps, 0 if compensate else cls._cuts(rows, tokens, queries, group)
+        )
+
+    @staticmethod
+    def _cuts(rows: Rows, tokens: int, queries: int, group: int) -> int:
+        """A part's outputs are written and read once more, so that it must have entries enough; how many there are
+        only the device knows, but not more than slots."""
+        units, blocks = device_traits(rows.keys.device)[0], triton.cdiv(tokens, queries // group)
+        slots, busy = rows.keys.shape[0], rows.number * blocks
+        # A program for each multiprocessor, or two small ones.
+        parts = min(units * (2 if queries < 64 else 1) // blocks, slots // (4 * queries))
+        # Where there are few a multiprocessor, a long row's programs would end last.
+        if busy < 3 * units and slots >= 64 * queries * rows.number:
+            parts = max(parts, 2 * rows.number)
+        return min(max(0, parts - rows.number), MOST_CUTS)
 
 
 def ragged_extend(
@@ -95,21 +117,22 @@ def ragged_extend(
     batch, _, tokens, dim = q.shape
     check_positions(query_positions, (batch, tokens), rows)
     config = config or ExtendConfig.default(q, rows)
-    heads_pad, dim_pad, splits = padded(group, 1), padded(dim), config.splits
-    if config.queries < heads_pad or (splits > 1 and rows.count is not None):
+    heads_pad, dim_pad, parts = padded(group, 1), padded(dim), rows.number + config.cuts
+    if config.queries < heads_pad or (config.cuts and rows.count is not None):
         raise ValueError(
-            f"config must have at least {heads_pad} queries and, with compensation entries, 1 split, got {config}"
+            f"config must have at least {heads_pad} queries and, with compensation entries, no cuts, got {config}"
         )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = None
-    if splits > 1:
-        parts = torch.empty(splits, *q.shape, device=q.device)
-        lse = torch.empty(parts.shape[:-1], device=q.device)
+    result, lse = out, None
+    if config.cuts:
+        result = torch.empty(parts, group, tokens, dim, device=q.device)
+        lse = torch.empty(result.shape[:-1], device=q.device)
+    blocks = triton.cdiv(tokens, config.queries // heads_pad)
     with guard(q):
-        extend_rows[(rows.number, triton.cdiv(tokens, config.queries // heads_pad), splits)](
+        extend_rows[(blocks * parts,)](
             *(q, *q.stride()[:3], query_positions, *query_positions.stride(), rows.number // batch, tokens),
             *(rows.keys, rows.values, rows.positions, rows.start, rows.length, rows.sinks, rows.recent),
-            *(rows.count, rows.key_sum, rows.value_sum, out if lse is None else parts, lse),
+            *(rows.count, rows.key_sum, rows.value_sum, result, lse, blocks, rows.number, config.cuts),
             *(scale, sliding_window or 0, softcap or 1.0),
             G=group,
             HEADS=heads_pad,
@@ -123,12 +146,19 @@ def ragged_extend(
             SOFTCAP=softcap is not None,
             COMPENSATE=rows.count is not None,
             num_warps=config.warps,
+            CUT=config.cuts > 0,
+            PAD=padded(rows.number),
             **FUSED,
         )
         if lse is not None:
-            number = lse[0].numel()
-            merge_splits[(triton.cdiv(number, 4),)](
-                *(parts, lse, out, number, splits), D=dim, D_PAD=dim_pad, QUERIES=4, num_warps=4, **FUSED
+            number, at_once = group * tokens, min(MERGED, padded(parts // rows.number, 2))
+            merge_rows[(rows.number * triton.cdiv(number, MERGED // at_once),)](
+                *(result, lse, out, rows.length, rows.number, config.cuts, number, dim, dim_pad),
+                QUERIES=MERGED // at_once,
+                PARTS=at_once,
+                PAD=padded(rows.number),
+                num_warps=4,
+                **FUSED,
             )
     return out
 
@@ -150,19 +180,49 @@ def entries_until(positions, entries, position):
 
 
 @triton.jit
+def plan_parts(length, rows, cuts, PAD: tl.constexpr):
+    """`[PAD]` twice: into how many parts each row is cut, and the running sum of that, at most `rows + cuts`. They have
+    as few entries as that allows, by some sizes that are tried."""
+    r, most = tl.arange(0, PAD), rows + cuts
+    entries = tl.load(length + r, mask=r < rows, other=0)
+    low, high = tl.cdiv(tl.sum(entries), most), tl.cdiv(tl.sum(entries), cuts)
+    # With `low` there are enough parts if all are full; with `high` even if each row ends with an almost empty one.
+    tried = tl.maximum(low + (high - low) * tl.arange(0, TRIED) // (TRIED - 1), 1)
+    number = parts_of(entries[None, :], tried[:, None])
+    fits = tl.sum(tl.where((r < rows)[None, :], number, 0), 1) <= most
+    size = tl.min(tl.where(fits, tried, tl.maximum(high, 1)))
+    number = tl.where(r < rows, parts_of(entries, size), 0)
+    return number, tl.cumsum(number, 0)
+
+
+@triton.jit
+def parts_of(entries, size):
+    """Parts of a row: one even without entries, so that someone writes its output."""
+    return tl.maximum(tl.cdiv(entries.to(tl.int32), size.to(tl.int32)), 1)
+
+
+@triton.jit(do_not_specialize=VARYING)
 def extend_rows(
     q, q_batch, q_head, q_token, query_positions, p_batch, p_token, heads, tokens, keys, values, positions,
-    start, length, sinks, recent, count, key_sum, value_sum, out, lse, scale, window, softcap,
+    start, length, sinks, recent, count, key_sum, value_sum, out, lse, blocks, rows, cuts, scale, window, softcap,
     G: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, SLIDING: tl.constexpr,
-    SOFTCAP: tl.constexpr, COMPENSATE: tl.constexpr,
+    SOFTCAP: tl.constexpr, COMPENSATE: tl.constexpr, CUT: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """A block of `M // HEADS` queries, for all heads of the row's group, over the row's entries or a split."""
-    row, split = tl.program_id(0), tl.program_id(2)
+    """A block of `M // HEADS` queries, for all heads of the row's group, over a part of the row's entries."""
+    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    # 0 and 1, but not as constants: with those the compiler keeps blocks of both loops at once in shared memory.
+    row, place, parts = part, cuts, cuts + 1
+    if CUT:
+        number, ends = plan_parts(length, rows, cuts, PAD)
+        r = tl.arange(0, PAD)
+        row = tl.minimum(tl.sum((ends <= part).to(tl.int32)), rows - 1)
+        parts = tl.sum(tl.where(r == row, number, 0))
+        place = part - tl.sum(tl.where(r == row, ends, 0)) + parts
     batch, head = row // heads, row % heads
     m, d, n = tl.arange(0, M), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
     # The last queries see most, so they come first.
-    token, g = (tl.num_programs(1) - 1 - tl.program_id(1)) * (M // HEADS) + m // HEADS, m % HEADS
+    token, g = (blocks - 1 - block) * (M // HEADS) + m // HEADS, m % HEADS
     real = (token < tokens) & (g < G)
     query = batch.to(tl.int64) * q_batch + (head * G + g) * q_head + token.to(tl.int64) * q_token  # [M]
     query = tl.load(q + query[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0).to(
@@ -197,8 +257,8 @@ def extend_rows(
     outside = tl.min(tl.where(token < tokens, end, entries)).to(tl.int32) - jump
     outside = tl.maximum(outside // BLOCK, inside)
     edges = inside + tl.cdiv(number, BLOCK) - outside
-    share = tl.cdiv(edges + outside - inside, tl.num_programs(2))
-    begin, stop = split * share, tl.minimum((split + 1) * share, edges + outside - inside)
+    share = tl.cdiv(edges + outside - inside, parts)
+    begin, stop = place * share, tl.minimum((place + 1) * share, edges + outside - inside)
 
     # A logit in units of ln 2 is a product times `factor`, which is one operation together with what follows it.
     factor = 1.0 if SOFTCAP else scale * LOG2E
@@ -244,26 +304,37 @@ def extend_rows(
 
     total = tl.where(total > 0, total, 1.0)
     result = (acc / total[:, None]).to(out.dtype.element_ty)
-    target = ((batch * heads + head) * G + g).to(tl.int64) * tokens + token
-    target += split.to(tl.int64) * tl.num_programs(0) * G * tokens
+    target = ((part if CUT else row) * G + g).to(tl.int64) * tokens + token
     tl.store(out + target[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
-    if lse is not None:
+    if CUT:
         tl.store(lse + target, top + tl.log2(total), mask=real)
 
 
-@triton.jit
-def merge_splits(
-    parts, lse, out, number, splits, D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr
-):
-    """Some of `number` queries' outputs from all splits, each weighted by 2**lse; 0 without any entry."""
-    query, d = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D_PAD)
+@triton.jit(do_not_specialize=VARYING)
+def merge_rows(
+    parts, lse, out, length, rows, cuts, number, D: tl.constexpr, D_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Some queries' outputs from all parts of their row, each weighted by 2**lse; 0 without any entry."""
+    blocks = tl.cdiv(number, QUERIES)
+    row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
+    r, n, d = tl.arange(0, PAD), tl.arange(0, PARTS), tl.arange(0, D_PAD)
+    parts_each, ends = plan_parts(length, rows, cuts, PAD)
+    last = tl.sum(tl.where(r == row, ends, 0))
     real = (query < number)[:, None] & (d < D)[None, :]
     top, total, acc = start_softmax(0, QUERIES, D_PAD)
-    at = query
-    for _ in range(splits):
-        logit = tl.load(lse + at, mask=query < number, other=-float("inf"))
-        part = tl.load(parts + at[:, None] * D + d[None, :], mask=real, other=0.0)
-        top, total, acc = add_entry(logit, part, top, total, acc)
-        at += number
+    for first in range(last - tl.sum(tl.where(r == row, parts_each, 0)), last, PARTS):
+        at = (first + n).to(tl.int64)[:, None] * number + query[None, :]  # [PARTS, QUERIES]
+        here = (first + n < last)[:, None] & (query < number)[None, :]
+        logit = tl.load(lse + at, mask=here, other=-float("inf"))
+        value = tl.load(
+            parts + at[:, :, None] * D + d[None, None, :],
+            mask=here[:, :, None] & (d < D)[None, None, :],
+            other=0.0,
+        )
+        base, top, total, acc = raise_top(tl.max(logit, 0), top, total, acc)
+        weight = tl.exp2(logit - base[None, :])
+        total += tl.sum(weight, 0)
+        acc += tl.sum(value * weight[:, :, None], 0)
     result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + query[:, None] * D + d[None, :], result, mask=real)
+    tl.store(out + (row.to(tl.int64) * number + query)[:, None] * D + d[None, :], result, mask=real)
