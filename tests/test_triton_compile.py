@@ -50,14 +50,15 @@ class Compiler:
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = given.pop(parameter.name)
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[(i,)] = "constexpr", value
                 continue
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         if self.kernel.is_gluon():
             from triton.experimental.gluon._runtime import GluonASTSource as ASTSource

@@ -22,7 +22,6 @@ from headkv_kernels.softmax import (
     add_entry,
     base_two,
     load_entries,
-    raise_top,
     spans,
     start_softmax,
 )
@@ -30,7 +29,6 @@ from headkv_kernels.softmax import (
 MOST_CUTS = 65_535
 TRIED = tl.constexpr(8)  # sizes of parts
 VARYING = ["tokens", "blocks", "cuts", "number"]  # Triton would compile anew for 1 and for multiples of 16
-MERGED = 32  # parts, of all queries of a program, whose outputs are merged at once
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,11 @@ def ragged_extend(
             **FUSED,
         )
         if lse is not None:
-            number, at_once = group * tokens, min(MERGED, padded(parts // rows.number, 2))
-            merge_rows[(rows.number * triton.cdiv(number, MERGED // at_once),)](
+            number, queries = group * tokens, max(1, 512 // dim_pad)
+            merge_rows[(rows.number * triton.cdiv(number, queries),)](
                 *(result, lse, out, rows.length, rows.number, config.cuts, number, dim, dim_pad),
-                QUERIES=MERGED // at_once,
-                PARTS=at_once,
+                QUERIES=queries,
+                PARTS=min(16, padded(parts // rows.number, 2)),
                 PAD=padded(rows.number),
                 num_warps=4,
                 **FUSED,
@@ -318,23 +316,19 @@ def merge_rows(
     """Some queries' outputs from all parts of their row, each weighted by 2**lse; 0 without any entry."""
     blocks = tl.cdiv(number, QUERIES)
     row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
-    r, n, d = tl.arange(0, PAD), tl.arange(0, PARTS), tl.arange(0, D_PAD)
+    r, d = tl.arange(0, PAD), tl.arange(0, D_PAD)
     parts_each, ends = plan_parts(length, rows, cuts, PAD)
     last = tl.sum(tl.where(r == row, ends, 0))
     real = (query < number)[:, None] & (d < D)[None, :]
     top, total, acc = start_softmax(0, QUERIES, D_PAD)
     for first in range(last - tl.sum(tl.where(r == row, parts_each, 0)), last, PARTS):
-        at = (first + n).to(tl.int64)[:, None] * number + query[None, :]  # [PARTS, QUERIES]
-        here = (first + n < last)[:, None] & (query < number)[None, :]
-        logit = tl.load(lse + at, mask=here, other=-float("inf"))
-        value = tl.load(
-            parts + at[:, :, None] * D + d[None, None, :],
-            mask=here[:, :, None] & (d < D)[None, None, :],
-            other=0.0,
-        )
-        base, top, total, acc = raise_top(tl.max(logit, 0), top, total, acc)
-        weight = tl.exp2(logit - base[None, :])
-        total += tl.sum(weight, 0)
-        acc += tl.sum(value * weight[:, :, None], 0)
+        for i in tl.static_range(PARTS):  # in flight together
+            here = (query < number) & (first + i < last)
+            at = number.to(tl.int64) * (first + i) + query
+            logit = tl.load(lse + at, mask=here, other=-float("inf"))
+            value = tl.load(
+                parts + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
+            )
+            top, total, acc = add_entry(logit, value, top, total, acc)
     result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
     tl.store(out + (row.to(tl.int64) * number + query)[:, None] * D + d[None, :], result, mask=real)
