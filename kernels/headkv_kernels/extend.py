@@ -316,6 +316,7 @@ def merge_rows(
     """Some queries' outputs from all parts of their row, each weighted by 2**lse; 0 without any entry."""
     blocks = tl.cdiv(number, QUERIES)
     row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
+    query = query.to(tl.int64)
     r, d = tl.arange(0, PAD), tl.arange(0, D_PAD)
     parts_each, ends = plan_parts(length, rows, cuts, PAD)
     last = tl.sum(tl.where(r == row, ends, 0))
@@ -323,12 +324,12 @@ def merge_rows(
     top, total, acc = start_softmax(0, QUERIES, D_PAD)
     for first in range(last - tl.sum(tl.where(r == row, parts_each, 0)), last, PARTS):
         for i in tl.static_range(PARTS):  # in flight together
-            here = (query < number) & (first + i < last)
-            at = number.to(tl.int64) * (first + i) + query
+            at = query + (first + i) * number
+            here = (query < number) & (at < last * number)
             logit = tl.load(lse + at, mask=here, other=-float("inf"))
             value = tl.load(
                 parts + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
             )
             top, total, acc = add_entry(logit, value, top, total, acc)
     result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row.to(tl.int64) * number + query)[:, None] * D + d[None, :], result, mask=real)
+    tl.store(out + (row * number + query)[:, None] * D + d[None, :], result, mask=real)
