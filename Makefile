@@ -12,7 +12,7 @@ export PYO3_PYTHON := $(abspath $(PY))
 # Two or more processes of one thread each get more done than one process of many threads.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock)
-PACKAGE := $(shell find headkv -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+PACKAGE := $(shell find headkv kernels -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 CHAPTERS := $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
 MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built

@@ -323,7 +323,7 @@ def merge_rows(
     real = (query < number)[:, None] & (d < D)[None, :]
     top, total, acc = start_softmax(0, QUERIES, D_PAD)
     for first in range(last - tl.sum(tl.where(r == row, parts_each, 0)), last, PARTS):
-        for i in tl.static_range(PARTS):  # in flight together
+        for i in tl.static_range(PARTS):
             at = query + (first + i) * number
             here = (query < number) & (at < last * number)
             logit = tl.load(lse + at, mask=here, other=-float("inf"))
