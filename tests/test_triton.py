@@ -62,6 +62,7 @@ def assert_true(got, case, q, layer):
 @compiled
 def test_in_the_interpreter():
     """All other tests of this file on a CPU, without exception."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -15,12 +15,12 @@ from headkv.allocators.uniform import UniformAllocator
 
 @dataclass(frozen=True)
 class AdaptiveAllocator:
-    """Ada-KV, arXiv 2407.11550, Algorithm 1: a layer's slots go to its highest scores, in whichever head.
+    """Ada-KV, arXiv 2407.11550: a layer's slots go to its highest scores, in whichever head (Algorithm 1).
 
     With `c_h` how many of the layer's highest scores lie in head h, and `b_h` what `base` gives it, the
-    budget is `(1 - safeguard) * c_h + safeguard * b_h`, rounded by largest remainder (published code rounds
-    each head by itself, so that its totals drift). Heads that hold equally many of equal scores at the
-    threshold get equally many.
+    budget is `(1 - safeguard) * c_h + safeguard * b_h`, rounded by largest remainder. Published code rounds
+    each head by itself, so that its totals drift; its alpha is `safeguard`, the paper's 1 - `safeguard`.
+    Heads that hold equally many of equal scores at the threshold get equally many.
 
     Attributes:
         safeguard: in [0, 1]; 1 is `base` itself, 0 may starve a head.

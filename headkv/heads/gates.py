@@ -53,8 +53,8 @@ def profile_gates(
 
     Loss: mean squared difference of the last hidden states at the answers + `penalty` * mean of the gates. AdamW, a
     linear warm-up over the first fifth and a linear decay over the last, down to a tenth. The gates are float32 and
-    start at 1. The paper trains for 2,000 steps on texts of up to 32,000 tokens, with 128 sinks and 256 recent
-    entries; the defaults are for a small model on a CPU.
+    start at 1. The paper trains for 2,000 steps on texts as long as the model can take (most of the
+    published gates: 32,000 tokens), with 128 sinks and 256 recent entries; the defaults are for a small model on a CPU.
 
     Args:
         model: a transformers decoder without sliding-window layers; its weights are left as they are.

@@ -1,7 +1,8 @@
 """Echo and induction scores: which heads find the earlier occurrence of a token that repeats.
 
-RazorAttention, section 3.1. The text is a block of random tokens, repeated. A head echoes if it attends to
-the earlier occurrences of the current token, and inducts if it attends to the tokens that came after them.
+RazorAttention (arXiv 2407.15891), for models with rotary embeddings. The text is a block of random tokens, repeated.
+A head echoes if it attends to the earlier occurrences of the current token, and inducts if it attends to the tokens
+that came after them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from headkv.methods.windows import split_share, stored_share, top_heads, windowe
 
 @dataclass(frozen=True)
 class RandomHeads:
-    """The control of DuoAttention (arXiv 2410.10819) and others: as many heads keep all, but any heads.
+    """A control, as in RazorAttention (arXiv 2407.15891): as many heads keep all, but any heads.
 
     Attributes:
         share: share of the model's KV heads that keep all, in [0, 1].
