@@ -5,11 +5,13 @@ A small book of two pages, with the real one's configuration, is always tested; 
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,9 +77,10 @@ INDEX = "# A small book\n\nBuilt with the real one's configuration. See [the pro
 
 @pytest.fixture(scope="module")
 def small_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A book of two pages, built anew with the real book's configuration and static files."""
+    """A book of two pages, built anew with the real book's configuration, extension and static files."""
     folder = tmp_path_factory.mktemp("book")
-    shutil.copytree(BOOK / "_static", folder / "_static")
+    for name in ("_static", "_ext"):
+        shutil.copytree(BOOK / name, folder / name)
     shutil.copy(BOOK / "_config.yml", folder)
     shutil.copy(BOOK / "references.bib", folder)
     (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n  - file: probe\n")
@@ -100,6 +103,18 @@ def small_address(small_book: Path, serve_folder: Callable[..., Any]) -> Iterato
 def book_address(serve_folder: Callable[..., Any]) -> Iterator[str]:
     with serve_folder(BUILT) as address:
         yield address
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_kernel_chapter_is_executed_only_with_triton(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out = runpy.run_path(str(BOOK / "_ext" / "without_triton.py"))["leave_out"]
+    monkeypatch.setitem(leave_out.__globals__, "find_spec", lambda name: name if there else None)
+    config = SimpleNamespace(nb_execution_excludepatterns=["other.md"])
+    leave_out(None, config)
+    assert config.nb_execution_excludepatterns == (["other.md"] if there else ["other.md", "kernel.md"])
+    assert (BOOK / "kernel.md").exists()
 
 
 def test_widget_is_alive_without_a_kernel(small_address: str, page_checker: Callable[..., Any]) -> None:
