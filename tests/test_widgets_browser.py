@@ -1,10 +1,9 @@
-"""The widgets in a real browser, hosted by the plain contract `render({model, el})` and nothing else."""
+"""The widgets in a real chromium, hosted by the plain contract `render({model, el})` and nothing else."""
 
 from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-INSTALL = "python -m playwright install chromium, or the system's package (Debian: apt-get install chromium)"
 pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from headkv.allocators import AdaptiveAllocator, UniformAllocator  # noqa: E402
 from headkv.cache import RaggedLayer  # noqa: E402
@@ -67,22 +65,6 @@ def page_of(widget: Any, theme: str) -> str:
 <script type="text/plain" id="module">{widget._esm}</script><script type="module">{HOST}</script></html>"""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        names = ("chromium", "chromium-browser", "google-chrome")
-        system = next((path for name in names if (path := shutil.which(name))), None)
-        for executable in (None, system):
-            try:
-                found = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-            except sync_api.Error:
-                continue
-            yield found
-            found.close()
-            return
-        pytest.skip(f"no browser: {INSTALL}")
-
-
 @dataclass
 class Shown:
     """A hosted widget: the page, and what its model says."""
@@ -107,9 +89,9 @@ class Shown:
 
 
 @contextmanager
-def shown(browser: Any, widget: Any, *, width: int = 1000, theme: str = "light") -> Iterator[Shown]:
+def shown(chromium: Any, widget: Any, *, width: int = 1000, theme: str = "light") -> Iterator[Shown]:
     """Host `widget`; fails on any console error and on any request that leaves the page."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, reduced_motion="no-preference")
+    page = chromium.new_page(viewport={"width": width, "height": 900}, reduced_motion="no-preference")
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
@@ -197,10 +179,10 @@ SETTINGS = [
         pytest.param((3, 2, 40), 0, False, id="no-window"),
     ],
 )
-def test_the_page_keeps_what_the_package_keeps(browser, shape, window, ties):
+def test_the_page_keeps_what_the_package_keeps(chromium, shape, window, ties):
     explorer = BudgetExplorer(skewed(*shape, ties=ties), window=window)
     n = shape[2] + window
-    with shown(browser, explorer) as page:
+    with shown(chromium, explorer) as page:
         for setting in SETTINGS:
             page.set(**setting)
             kept = page.kept(shape[:2], n)
@@ -210,10 +192,10 @@ def test_the_page_keeps_what_the_package_keeps(browser, shape, window, ties):
             assert page.state()["kept"] == np.flatnonzero(expected[0, 0]).tolist()
 
 
-def test_by_hand_two_heads_three_slots_each(browser):
+def test_by_hand_two_heads_three_slots_each(chromium):
     scores = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
     explorer = BudgetExplorer(scores, budget=3, window=0, pooling="none", head_names=["A", "B"])
-    with shown(browser, explorer) as page:
+    with shown(chromium, explorer) as page:
         assert page.state()["budgets"] == [[2, 4]]
         story = page.page.locator(".hk-story").text_content()
         assert "80.0% of the attention" in story and "uniform budgets would hold 77.5%" in story, (
@@ -232,8 +214,8 @@ def explorer_with_text() -> BudgetExplorer:
     )
 
 
-def test_the_budget_slider_moves_all_three_pictures(browser):
-    with shown(browser, explorer_with_text()) as page:
+def test_the_budget_slider_moves_all_three_pictures(chromium):
+    with shown(chromium, explorer_with_text()) as page:
         cell = page.page.locator('[data-layer="2"][data-head="1"]')
         before = (cell.get_attribute("aria-label"), page.page.locator(".hk-bill-line").text_content())
         share = page.page.locator(".hk-bill-fill").evaluate("(e) => e.style.width")
@@ -252,8 +234,8 @@ def test_the_budget_slider_moves_all_three_pictures(browser):
         assert page.page.evaluate("model.saves") > 0
 
 
-def test_a_chosen_cell_is_chosen_everywhere(browser):
-    with shown(browser, explorer_with_text()) as page:
+def test_a_chosen_cell_is_chosen_everywhere(chromium):
+    with shown(chromium, explorer_with_text()) as page:
         page.page.locator('[data-layer="4"][data-head="1"]').click()
         assert page.get("selected") == [4, 1]
         page.page.keyboard.press("ArrowDown")
@@ -271,12 +253,12 @@ def test_a_chosen_cell_is_chosen_everywhere(browser):
         assert page.page.locator('[data-layer="3"][data-head="0"]').get_attribute("aria-selected") == "true"
 
 
-def test_cells_show_the_attention_held_and_controls_can_be_left_out(browser):
+def test_cells_show_the_attention_held_and_controls_can_be_left_out(chromium):
     scores = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
     explorer = BudgetExplorer(
         scores, budget=3, window=0, pooling="none", allocator="uniform", controls=["budget", "cells"]
     )
-    with shown(browser, explorer) as page:
+    with shown(chromium, explorer) as page:
         page.page.get_by_role("radio", name="Attention").check()
         cells = page.page.locator("[role=gridcell]")
         assert cells.all_text_contents() == ["90%", "65%"] and page.get("cells") == "attention"
@@ -294,10 +276,10 @@ def test_cells_show_the_attention_held_and_controls_can_be_left_out(browser):
         )
 
 
-def test_the_strip_opens_at_the_first_fact(browser):
+def test_the_strip_opens_at_the_first_fact(chromium):
     tokens = [f" w{i}" for i in range(900)]
     explorer = BudgetExplorer(skewed(2, 2, 890), tokens=tokens, facts=[(500, 504)], window=10)
-    with shown(browser, explorer) as page:
+    with shown(chromium, explorer) as page:
         page.page.wait_for_function("document.querySelector('.hk-strip').scrollTop > 0")
         for width in (900, 400):  # also when the page becomes narrower before the reader has moved
             page.page.set_viewport_size({"width": width, "height": 800})
@@ -313,8 +295,8 @@ def test_the_strip_opens_at_the_first_fact(browser):
         assert page.page.locator(".hk-strip").evaluate("(strip) => strip.scrollTop") == 0
 
 
-def test_slots_go_one_by_one_and_can_be_paused(browser):
-    with shown(browser, explorer_with_text()) as page:
+def test_slots_go_one_by_one_and_can_be_paused(chromium):
+    with shown(chromium, explorer_with_text()) as page:
         page.page.locator("summary").click()
         slots = page.page.get_by_label("Slots given")
         total = 3 * (24 - 10)
@@ -331,9 +313,9 @@ def test_slots_go_one_by_one_and_can_be_paused(browser):
         assert f"{paused} of {total} slots given" in page.page.locator(".hk-race-story").text_content()
 
 
-def test_head_grid_syncs_its_selection(browser):
+def test_head_grid_syncs_its_selection(chromium):
     grid = HeadGrid([[0.1, 0.2], [0.9, 0.3], [0.0, 0.4]], label="Induction score")
-    with shown(browser, grid) as page:
+    with shown(chromium, grid) as page:
         page.page.locator('[data-layer="1"][data-head="0"]').click()
         assert page.get("selected") == [1, 0]
         assert page.page.locator(".hk-chosen-line").text_content() == "Layer 1, head 0: 0.90, number 1 of 6"
@@ -341,14 +323,14 @@ def test_head_grid_syncs_its_selection(browser):
         assert page.get("selected") == [2, 1]
 
 
-def test_kinds_are_told_apart_by_signs(browser):
-    with shown(browser, HeadGrid([["full", "streaming"], ["streaming", "streaming"]])) as page:
+def test_kinds_are_told_apart_by_signs(chromium):
+    with shown(chromium, HeadGrid([["full", "streaming"], ["streaming", "streaming"]])) as page:
         assert page.page.locator("[role=gridcell]").all_text_contents() == ["■", "□", "□", "□"]
         assert "streaming: 3 of 4 heads, 75%" in page.page.locator(".hk-kinds").text_content()
 
 
-def test_cache_bill_follows_its_controls(browser):
-    with shown(browser, CacheBill(context=1000)) as page:
+def test_cache_bill_follows_its_controls(chromium):
+    with shown(chromium, CacheBill(context=1000)) as page:
         root = page.page.locator(".hk-cache-bill")
         assert root.get_attribute("data-bytes-per-token") == "46080"
         page.page.get_by_label("Model").select_option("Llama-3.1-8B")
@@ -364,8 +346,8 @@ def test_cache_bill_follows_its_controls(browser):
         assert page.get("layers") == 32 and page.page.get_by_label("Layers").input_value() == "32"
 
 
-def test_cache_bill_knows_the_weights_of_known_models_only(browser):
-    with shown(browser, CacheBill(context=1000)) as page:
+def test_cache_bill_knows_the_weights_of_known_models_only(chromium):
+    with shown(chromium, CacheBill(context=1000)) as page:
         weights, model = page.page.locator(".hk-weights"), page.page.get_by_label("Model")
         page.page.get_by_role("radio", name="bfloat16").check()
         assert weights.is_visible() and model.input_value() == "0", "another type of cache, the same model"
@@ -378,8 +360,8 @@ def test_cache_bill_knows_the_weights_of_known_models_only(browser):
         assert weights.is_visible() and page.get("weight_bytes") == 4 * 134_515_008
 
 
-def test_focus_is_drawn_round_the_thumb_not_over_the_label(browser):
-    with shown(browser, CacheBill()) as page:
+def test_focus_is_drawn_round_the_thumb_not_over_the_label(chromium):
+    with shown(chromium, CacheBill()) as page:
         page.page.keyboard.press("Tab")
         slider = page.page.get_by_label("Context")
         slider.focus()
@@ -392,10 +374,10 @@ def settled(page: Shown) -> dict[str, Any]:
     return page.get("state")
 
 
-def test_ragged_pool_moves_as_the_cache_does(browser):
+def test_ragged_pool_moves_as_the_cache_does(chromium):
     zeros = [torch.zeros(length, 4) for length in (3, 1, 4)]
     layer = RaggedLayer.from_rows([[(x, x) for x in zeros]], headroom=2)
-    with shown(browser, RaggedPool([3, 1, 4], headroom=2, bytes_per_entry=100)) as page:
+    with shown(chromium, RaggedPool([3, 1, 4], headroom=2, bytes_per_entry=100)) as page:
         assert page.get("state")["capacities"] == layer.capacity.tolist() == [5, 3, 6]
         for _ in range(2):
             page.page.get_by_role("button", name="Append one token").click()
@@ -418,9 +400,9 @@ def test_ragged_pool_moves_as_the_cache_does(browser):
         assert state["moved"] == (6 + 12) * 100
 
 
-def test_ragged_pool_rewrites_only_when_full_and_trims_windows(browser):
+def test_ragged_pool_rewrites_only_when_full_and_trims_windows(chromium):
     pool = RaggedPool([3, 1, 4], headroom=1, windows=[(0, 0), (0, 0), (1, 2)], bytes_per_entry=1)
-    with shown(browser, pool) as page:
+    with shown(chromium, pool) as page:
         page.page.get_by_role("button", name="Trim windows").click()
         assert settled(page)["lengths"] == [3, 1, 3]
         assert page.get("state")["moved"] == 2  # the recent two move down behind the sink
@@ -434,8 +416,8 @@ def test_ragged_pool_rewrites_only_when_full_and_trims_windows(browser):
         assert page.get("state")["lengths"] == [3, 1, 4] and page.get("state")["moved"] == 0
 
 
-def test_ragged_pool_says_what_it_did(browser):
-    with shown(browser, RaggedPool([3, 1, 4], headroom=2, windows=[(0, 0), (0, 0), (1, 9)])) as page:
+def test_ragged_pool_says_what_it_did(chromium):
+    with shown(chromium, RaggedPool([3, 1, 4], headroom=2, windows=[(0, 0), (0, 0), (1, 9)])) as page:
         story = page.page.locator(".hk-story")
         append = page.page.get_by_role("button", name="Append one token")
         for _ in range(3):
@@ -455,17 +437,17 @@ def test_ragged_pool_says_what_it_did(browser):
         assert all(rows.nth(i).evaluate(gap) < 8 for i in range(rows.count())), "no wider than its slots"
 
 
-def test_no_row_is_left_empty(browser):
-    with shown(browser, RaggedPool([1, 2])) as page:
+def test_no_row_is_left_empty(chromium):
+    with shown(chromium, RaggedPool([1, 2])) as page:
         page.page.get_by_role("button", name="row 0, position 1").click()
         assert page.page.get_by_role("button", name="Evict marked").is_disabled()
         assert "no row is ever left empty" in page.page.locator(".hk-story").text_content()
 
 
 @pytest.mark.parametrize("lengths", [[12, 4, 16], [95321, 15034, 3814, 1740], [1] * 60 + [700]], ids=len)
-def test_work_shares_cuts_as_the_package_does(browser, lengths):
+def test_work_shares_cuts_as_the_package_does(chromium, lengths):
     widget = WorkShares(lengths, multiprocessors=12)
-    with shown(browser, widget) as page:
+    with shown(chromium, widget) as page:
         state = page.get("state")
         assert state["shares"] == [[list(segment) for segment in own] for own in widget.shares]
         read = [sum(end - begin for _, begin, end in own) for own in state["rows"]]
@@ -522,8 +504,8 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_fits_a_phone_and_can_be_read(browser, make, theme):
-    with shown(browser, make(), width=360, theme=theme) as page:
+def test_fits_a_phone_and_can_be_read(chromium, make, theme):
+    with shown(chromium, make(), width=360, theme=theme) as page:
         if page.page.locator("summary").count():
             page.page.locator("summary").click()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -538,9 +520,9 @@ def test_fits_a_phone_and_can_be_read(browser, make, theme):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_plain_keys_stay_in_the_widget(browser, make):
+def test_plain_keys_stay_in_the_widget(chromium, make):
     """A notebook in command mode takes the arrows that reach it, and prevents what they do."""
-    with shown(browser, make()) as page:
+    with shown(chromium, make()) as page:
         page.page.evaluate("() => { window.heard = []; document.body.onkeydown = (e) => heard.push(e.key); }")
         control = page.page.locator(".hk :is(input, button, [role=gridcell][tabindex='0'])").first
         control.focus()
@@ -550,7 +532,7 @@ def test_plain_keys_stay_in_the_widget(browser, make):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_a_closed_view_leaves_nothing_running(browser, make):
-    with shown(browser, make()) as page:
+def test_a_closed_view_leaves_nothing_running(chromium, make):
+    with shown(chromium, make()) as page:
         page.page.evaluate("window.stop()")
         assert page.page.evaluate("model.watched()") == 0
