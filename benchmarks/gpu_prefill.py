@@ -134,7 +134,7 @@ def attentions(model: Any, n: int) -> dict[str, Callable[[], object]]:
 def compressions(model: Any, n: int) -> dict[str, Callable[[], object]]:
     """Ways to choose and store a fifth of a prompt that was read: all layers, on keys and queries of noise."""
     q, keys, values = noise(model, n)
-    methods = scoring(model) | {"DuoAttention": headkv.DuoAttention.for_share(gates(model), SHARE, n)}
+    methods = scoring(model) | {"DuoAttention": headkv.DuoAttention.for_share(SHARE, n, gates(model))}
 
     def call(method: Any) -> Callable[[], object]:
         def run() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from headkv.cache.ragged import RaggedLayer
+from headkv.cache.rows import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +47,7 @@ def same(keys: Tensor, values: Tensor) -> None:
         raise ValueError(f"values must be on the device of keys {keys.device}, got {values.device}")
 
 
-def appendable(layer: RaggedLayer, keys: Tensor, values: Tensor) -> None:
+def appendable(layer: Rows, keys: Tensor, values: Tensor) -> None:
     """New tokens `[B, H, T, D]` for this layer."""
     storable("keys", keys)
     storable("values", values)
@@ -111,7 +110,7 @@ def window_tensors(
 def contents(
     length: Tensor, sinks: Tensor, recent: Tensor, compensate: Tensor | None = None
 ) -> tuple[bool, bool]:
-    """What only the values of a layer's tensors tell, all in one transfer from the device: no window is negative.
+    """Checks that need values, all in one transfer from the device: no window is negative.
 
     Returns:
         Whether a row of these lengths is empty, and whether any row compensates.

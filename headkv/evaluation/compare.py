@@ -68,8 +68,8 @@ def smollm2_methods(share: float, length: int) -> dict[str, Method]:
     methods: dict[str, Method] = {
         "AdaKV": headkv.AdaKV(share, scorer),
         "HeadKV": headkv.HeadKV(share, profile("smollm2-retrieval"), scorer=scorer),
-        "DuoAttention": headkv.DuoAttention.for_share(gate, share, length),
-        "RazorAttention": headkv.RazorAttention.for_share(echo, induction, share, length, num_kv_heads=3),
+        "DuoAttention": headkv.DuoAttention.for_share(share, length, gate),
+        "RazorAttention": headkv.RazorAttention.for_share(share, length, echo, induction, num_kv_heads=3),
         "SnapKV": headkv.SnapKV(share, scorer),
         "PyramidKV": headkv.PyramidKV(share, scorer=scorer),
         "StreamingLLM": headkv.StreamingLLM(share),

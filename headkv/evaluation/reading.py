@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.integrations.huggingface import NAME, RaggedCache
-from headkv.methods.base import Keep, Prefill
+from headkv.integrations.cache import RaggedCache
+from headkv.integrations.hook import NAME
+from headkv.methods.base import Keep
+from headkv.prefill import Prefill
 from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:

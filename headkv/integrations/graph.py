@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from headkv.attention.api import choose_backend
+from headkv.integrations.cache import RaggedCache
 from headkv.integrations.compiled import compiled_layers, decoder_layers
-from headkv.integrations.huggingface import NAME, RaggedCache
+from headkv.integrations.hook import NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from headkv import _checks
-from headkv.integrations.huggingface import NAME, RaggedCache, supported_config
+from headkv.integrations.cache import RaggedCache
+from headkv.integrations.hook import NAME
+from headkv.integrations.support import supported_config
 from headkv.methods import AdaKV, FullCache
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from headkv.integrations.cache import RaggedCache
 from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.graph import check_device, replaying
-from headkv.integrations.huggingface import NAME, RaggedCache
+from headkv.integrations.hook import NAME
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill, Windows
-from headkv.methods.windows import head_scores, split_share, stored_share, top_heads, windowed, windows_of
+from headkv.methods.base import Keep, Windows
+from headkv.methods.windows import head_scores, split_share, top_heads, windowed, windowed_share, windows_of
+from headkv.prefill import Prefill
 
 if TYPE_CHECKING:
     from headkv.heads import HeadProfile
@@ -58,9 +59,9 @@ class DuoAttention:
     @classmethod
     def for_share(
         cls,
-        profile: HeadProfile,
         share: float,
         length: int,
+        profile: HeadProfile,
         *,
         sinks: int = 64,
         recent: int = 256,
@@ -75,7 +76,7 @@ class DuoAttention:
 
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries."""
         return 0
 
     @property
@@ -89,7 +90,7 @@ class DuoAttention:
 
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens, up to the rounding to whole heads."""
-        return stored_share(1 - self.sparsity, self.sinks + self.recent, length)
+        return windowed_share(1 - self.sparsity, self.sinks + self.recent, length)
 
     def prefill_windows(
         self, *, layer_idx: int, num_layers: int, num_kv_heads: int, length: int | None

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill, budget_capacity, check_budget
+from headkv.methods.base import Keep
+from headkv.methods.selection import budget_capacity, check_budget, stored_share
 from headkv.methods.windows import windowed
+from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,19 @@ class StreamingLLM:
         check_budget(self.budget)
         _checks.whole("sinks", self.sinks)
 
+    @classmethod
+    def for_share(cls, share: float, length: int, *, sinks: int = 4) -> StreamingLLM:
+        """The budget with which `share` of a prompt is stored."""
+        _checks.whole("length", length, 1)
+        return cls(share, sinks)
+
+    def stored_share(self, length: int) -> float:
+        """Share stored of a prompt of `length` tokens."""
+        return stored_share(self.budget, length)
+
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries."""
         return 0
 
     def plan(self, prefill: Prefill) -> Keep:

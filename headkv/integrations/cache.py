@@ -1,0 +1,212 @@
+"""The ragged cache as a transformers cache, which any decoder takes as its `past_key_values`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from headkv.attention.api import BACKENDS, Backend
+from headkv.cache import LayerSnapshot, RaggedLayer
+from headkv.cache.checks import count
+from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.hook import NAME
+from headkv.integrations.layer import RaggedCacheLayer, Storage
+from headkv.integrations.planning import ROLLBACK, Observation
+from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
+from headkv.integrations.support import check_chunks, decoder_of, supported_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headkv.methods.base import Method, PromptMethod
+
+
+class RaggedCache(Cache):
+    """A transformers cache that stores, for every KV head, only the entries that a method keeps.
+
+    Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
+
+    A forward call that fails, e.g. for want of memory, leaves its tokens in the layers that it came through. Take them
+    out before the call is repeated: `cache.crop(n)`, with n the tokens seen before it; `cache.reset()` if it was the
+    prompt.
+    """
+
+    layers: list[RaggedCacheLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: list[RaggedCacheLayer]):
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self._hooks: PromptHooks | None = None  # where the method decides once the whole prompt is read
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        method: Method | PromptMethod,
+        *,
+        backend: Backend = "auto",
+        headroom: int = MIN_HEADROOM,
+        rollback: int = ROLLBACK,
+        chunked_prefill: bool = False,
+    ) -> RaggedCache:
+        """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
+
+        That attention is transformers' own sdpa for every other cache, so it may stay; `headkv.compress` puts the
+        former one back on exit.
+
+        Args:
+            model: a decoder of transformers whose attention goes through its attention interface.
+            method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
+            backend: of attention after the prefill; see `headkv.ragged_decode`.
+            headroom: free slots behind each row after the prefill; it grows by itself when they are used up.
+            rollback: how many tokens windowed rows can take back (`crop`, assisted generation); they store as many
+                entries more than they attend to.
+            chunked_prefill: the prompt comes in several forward calls (`prefill_chunk_size`): wait with compression
+                until the first call with a single token, or until `finalize_prefill()`. Heads that stream while the
+                prompt is read (`streaming_prefill=True` of a method) do not wait: they never hold more than a chunk
+                and their window.
+
+        Raises:
+            TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
+        """
+        config = supported_config(model)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        whole = bool(getattr(method, "whole_prompt", False))
+        if isinstance(method, type) or not callable(
+            getattr(method, "plan_prompt" if whole else "plan", None)
+        ):
+            raise TypeError(
+                f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}"
+            )
+        for profile in getattr(method, "profiles", ()):
+            profile.check_model(model)
+        if chunked_prefill:
+            check_chunks(method, config)
+        storage: Storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
+        num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
+        cache = cls(
+            [RaggedCacheLayer(method, i, num_layers, backend, storage, waits) for i in range(num_layers)]
+        )
+        if whole:
+            cache._hooks = PromptHooks(
+                decoder_of(model), cache, _end_of_call if not chunked_prefill else _nothing
+            )
+        if model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
+        return cache
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hand the new tokens of one layer to the attention function; see `RaggedCacheLayer.update`.
+
+        Raises:
+            RuntimeError: an earlier call got through some of the layers only; the message says what to do.
+        """
+        if layer_idx == 0:
+            self.check_even()
+            if key_states.shape[2] == 1 and self._hooks is not None:
+                self.finalize_prefill()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_even(self) -> None:
+        """All layers have seen the same tokens.
+
+        Raises:
+            RuntimeError: they have not, as a forward call failed on its way; the message says what to do.
+        """
+        seen = {layer.get_seq_length() for layer in self.layers}
+        if len(seen) == 1:
+            return
+        least = min(seen)
+        prompt = least == 0 or self._waiting
+        cure = "cache.reset()" if prompt else f"cache.crop({least})"
+        raise RuntimeError(
+            f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
+            f"call {cure}, then repeat that call"
+        )
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far, also those no longer stored."""
+        return self.get_seq_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold from the allocator, with head room and bookkeeping."""
+        return sum(layer.ragged.nbytes for layer in self.layers if layer.ragged is not None)
+
+    def lengths(self) -> Tensor:
+        """Stored entries, `[layers, B, H]` int64."""
+        return torch.stack([layer.filled().lengths().cpu() for layer in self.layers])
+
+    def finalize_prefill(self) -> None:
+        """End a chunked prefill now; see `for_model`. All or nothing where the method decides for all layers at once.
+
+        Raises:
+            ValueError: a method that answers for another number of layers.
+        """
+        if self._hooks is None or not self._waiting:
+            for layer in self.layers:
+                layer.finalize_prefill()
+            return
+        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend) for x in self.layers]
+        text, method, chosen = self._hooks.text(), cast("PromptMethod", self.layers[0].method), []
+        for b in range(waiting[0].ragged.batch_size):
+            keeps = list(method.plan_prompt(CachedPrompt(self._hooks.decoder, waiting, text, b)))
+            if len(keeps) != len(self.layers):
+                got = f"{len(self.layers)} layers, got {len(keeps)}"
+                raise ValueError(f"plan_prompt of {type(method).__name__} must answer for {got}")
+            chosen.append(keeps)
+        # All of them first: where memory runs out the whole prompt is still there.
+        by_layer = zip(self.layers, zip(*chosen, strict=True), strict=True)
+        stored = [layer.compressed(keeps) for layer, keeps in by_layer]
+        for layer, ragged in zip(self.layers, stored, strict=True):
+            layer.restore(ragged)
+        self._hooks.forget()
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether a prompt is stored that is not compressed yet."""
+        return any(layer.observed is not None for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        if self._hooks is not None:
+            self._hooks.forget()
+
+    def snapshot(self) -> tuple[LayerSnapshot, ...]:
+        """A copy of the whole cache: one compressed context answers many questions."""
+        if self._waiting:
+            raise RuntimeError(
+                "cannot take a snapshot during a chunked prefill; call finalize_prefill() first"
+            )
+        return tuple(layer.filled().snapshot() for layer in self.layers)
+
+    def restore(self, snapshot: tuple[LayerSnapshot, ...]) -> None:
+        """Become what the cache was when `snapshot` was taken."""
+        if len(snapshot) != len(self.layers):
+            raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
+        for layer, copy in zip(self.layers, snapshot, strict=True):
+            layer.restore(RaggedLayer.from_snapshot(copy))
+
+    def __repr__(self) -> str:
+        return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
+
+
+def _end_of_call(cache: RaggedCache) -> None:
+    cache.finalize_prefill()
+
+
+def _nothing(cache: RaggedCache) -> None:
+    """A chunked prefill ends when it is said, or with the first single token."""
+
+
+def _observed(layer: RaggedCacheLayer) -> Observation:
+    assert layer.observed is not None
+    return layer.observed

@@ -1,0 +1,233 @@
+"""A prompt that all layers have read, for methods that decide once it is: its layers, and its text read again.
+
+Until then the cache stores all of it. `PromptHooks` tell when that is, and remember the text.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from headkv.attention import api
+from headkv.attention.api import Backend
+from headkv.cache import RaggedLayer
+from headkv.integrations.hook import NewTokens
+from headkv.integrations.planning import Observation, prefill_of, texts_of
+from headkv.logits import Rule
+from headkv.prefill import Prefill
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+Watch = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class WaitingLayer:
+    """One layer of a prompt that waits to be compressed: all of it, and the queries that a method asked for."""
+
+    ragged: RaggedLayer
+    observed: Observation
+    backend: Backend
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What the model was given as a prompt, `[B, n]` each.
+
+    Attributes:
+        input_ids: int64, or None where it was given embeddings.
+        next_positions: `[B]` int64, the position (as rotary embeddings count) of the token that comes next.
+    """
+
+    input_ids: Tensor | None
+    next_positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CachedPrompt:
+    """One sequence of a batch as a `headkv.methods.Prompt`.
+
+    Args:
+        decoder: reads more text.
+        layers: of the cache.
+        text: what the decoder was given.
+        batch: which sequence.
+    """
+
+    decoder: Module
+    layers: Sequence[WaitingLayer]
+    text: Text
+    batch: int
+    _last: dict[int, Prefill] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, padding not counted."""
+        return int(self.layers[0].ragged.lengths()[self.batch, 0])
+
+    @property
+    def input_ids(self) -> Tensor:
+        """The text, `[n]` int64, without padding.
+
+        Raises:
+            ValueError: the model was given embeddings in place of tokens.
+        """
+        if self.text.input_ids is None:
+            raise ValueError(
+                "input_ids must be given to the model by a method that reads them again, got embeddings"
+            )
+        where = self.layers[0].ragged.row(self.batch, 0).positions.long()
+        ids = self.text.input_ids[self.batch]
+        return ids[where.to(ids.device)]
+
+    def layer(self, layer_idx: int) -> Prefill:
+        """One layer, made when asked; the last one is remembered."""
+        if layer_idx not in self._last:
+            self._last.clear()
+            waiting = self.layers[layer_idx]
+            keys, values, valid = waiting.ragged.to_dense()
+            text = texts_of(valid, keys.shape[0])[self.batch]
+            self._last[layer_idx] = prefill_of(
+                *(waiting.observed, keys, values, text, self.batch),
+                layer_idx=layer_idx,
+                num_layers=self.num_layers,
+            )
+        return self._last[layer_idx]
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, watch: Watch) -> None:
+        """Read `input_ids` `[m]` behind the prompt, and forget them again; see `headkv.methods.Prompt`."""
+        if input_ids.ndim != 1 or input_ids.numel() == 0 or input_ids.dtype != torch.int64:
+            got = f"{input_ids.dtype} {list(input_ids.shape)}"
+            raise ValueError(f"input_ids must be int64 of shape [m] with at least one token, got {got}")
+        self._last.clear()  # a layer that was spread out is memory that the model may need
+        first = self.text.next_positions[self.batch]
+        positions = first + torch.arange(input_ids.numel(), device=first.device)
+        layers = [
+            _ReadingLayer(self._sequence(x.ragged), x.backend, i, watch) for i, x in enumerate(self.layers)
+        ]
+        seen = layers[0].ragged.seen
+        cache = Cache(layers=list(layers))
+        try:
+            self.decoder(
+                input_ids=input_ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
+            )
+        finally:
+            for layer in layers:
+                layer.ragged.crop(layer.ragged.seen - seen)
+
+    def _sequence(self, ragged: RaggedLayer) -> RaggedLayer:
+        """This sequence's rows: the layer itself where it is the only one, else a copy."""
+        if ragged.batch_size == 1:
+            return ragged
+        return ragged.select(torch.tensor([self.batch], device=ragged.device))
+
+
+class _ReadingLayer(CacheLayerMixin):
+    """A layer that stores new tokens behind a prompt, and shows them to a watcher."""
+
+    def __init__(self, ragged: RaggedLayer, backend: Backend, layer_idx: int, watch: Watch) -> None:
+        super().__init__()
+        self.ragged, self.backend, self.layer_idx, self.watch = ragged, backend, layer_idx, watch
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        tokens = NewTokens(self, key_states, value_states)
+        return tokens, tokens
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+        self.watch(self.layer_idx, q[0], keys[0])
+        self.ragged.append(keys, values, valid)
+        return api.extend(q, self.ragged, rule, self.backend)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def get_seq_length(self) -> int:
+        return self.ragged.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.ragged.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class PromptHooks:
+    """Hooks on a decoder that remember the text which goes into one cache, and say when a forward call has ended.
+
+    They go when the cache goes, and do nothing for other caches.
+
+    Args:
+        decoder: the module that hands the cache to the layers.
+        cache: the cache.
+        on_end: called after each forward call over the cache.
+    """
+
+    def __init__(self, decoder: Module, cache: Cache, on_end: Callable[[Any], None]) -> None:
+        self.decoder, self._on_end = decoder, on_end
+        self._cache: Callable[[], Any] = weakref.ref(cache)
+        self._ids: list[Tensor | None] = []
+        self._next: Tensor | None = None
+        handles = (
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True),
+        )
+        for handle in handles:
+            weakref.finalize(cache, handle.remove)
+
+    def forget(self) -> None:
+        """What was read is no longer needed, or another prompt comes."""
+        self._ids, self._next = [], None
+
+    def text(self) -> Text:
+        """All that was read since `forget`.
+
+        Raises:
+            RuntimeError: nothing was, as the decoder was called in a way that no hook sees.
+        """
+        if self._next is None:
+            raise RuntimeError(
+                "the decoder's own layers were called: a prompt must go through the model as a whole"
+            )
+        ids = [part for part in self._ids if part is not None]
+        whole = torch.cat(ids, 1) if len(ids) == len(self._ids) else None
+        return Text(whole, self._next)
+
+    def _before(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self._cache()
+        if cache is None or kwargs.get("past_key_values") is not cache:
+            return
+        seen = cache.get_seq_length()
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        self._ids.append(ids)
+        positions: Tensor | None = kwargs.get("position_ids")
+        end = seen + given.shape[1]
+        if positions is not None:
+            self._next = positions[..., -1].reshape(-1).expand(given.shape[0]) + 1
+        else:
+            self._next = torch.full((given.shape[0],), end, device=given.device)
+
+    def _after(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = self._cache()
+        if cache is not None and kwargs.get("past_key_values") is cache:
+            self._on_end(cache)
