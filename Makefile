@@ -46,10 +46,11 @@ sanitize-gpu: setup ## the kernels under compute-sanitizer: memory, races, unini
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton.py \
 	  -k "test_equals_truth or test_any_cut or test_steps_in_a_row or test_append or (test_fused_steps_through_a_ring and 128)" || exit 1; done
 
-lint: $(VENV)/.rust ## ruff, mypy, cargo fmt, clippy
+lint: $(VENV)/.rust ## ruff, mypy, import-linter, cargo fmt, clippy
 	ruff check .
 	ruff format --check .
 	mypy
+	PYTHONPATH=.:kernels lint-imports
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || { \
 	  echo "headkv: rustfmt or clippy is missing: rustup component add rustfmt clippy (Debian: apt-get install rustfmt rust-clippy)"; exit 1; }
 	cargo fmt --all --check

@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import headkv
 from headkv.evaluation.resident import resident_bytes
 from headkv.heads import HeadProfile
+from headkv.integrations.cache import RaggedCache
+from headkv.methods import (
+    AdaKV,
+    DuoAttention,
+    HeadKV,
+    PyramidKV,
+    RandomHeads,
+    RazorAttention,
+    SnapKV,
+    StreamingLLM,
+)
+from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,16 +75,16 @@ def smollm2_methods(share: float, length: int) -> dict[str, Method]:
     profile = HeadProfile.builtin
     echo, induction, gate = (profile(f"smollm2-{kind}") for kind in ("echo", "induction", "gate"))
     # SmolLM2 reads one token a digit: a narrow kernel would keep only the first ones of a number.
-    scorer = headkv.SnapKVScorer(kernel_size=21)
+    scorer = SnapKVScorer(kernel_size=21)
     methods: dict[str, Method] = {
-        "AdaKV": headkv.AdaKV(share, scorer),
-        "HeadKV": headkv.HeadKV(share, profile("smollm2-retrieval"), scorer=scorer),
-        "DuoAttention": headkv.DuoAttention.for_share(share, length, gate),
-        "RazorAttention": headkv.RazorAttention.for_share(share, length, echo, induction, num_kv_heads=3),
-        "SnapKV": headkv.SnapKV(share, scorer),
-        "PyramidKV": headkv.PyramidKV(share, scorer=scorer),
-        "StreamingLLM": headkv.StreamingLLM(share),
-        "RandomHeads": headkv.RandomHeads.for_share(share, length),
+        "AdaKV": AdaKV(share, scorer),
+        "HeadKV": HeadKV(share, profile("smollm2-retrieval"), scorer=scorer),
+        "DuoAttention": DuoAttention.for_share(share, length, gate),
+        "RazorAttention": RazorAttention.for_share(share, length, echo, induction, num_kv_heads=3),
+        "SnapKV": SnapKV(share, scorer),
+        "PyramidKV": PyramidKV(share, scorer=scorer),
+        "StreamingLLM": StreamingLLM(share),
+        "RandomHeads": RandomHeads.for_share(share, length),
     }
     return methods
 
@@ -176,7 +187,7 @@ def _cache(model: PreTrainedModel, method: Method | None) -> Any:
     if method is None:
         return DynamicCache(config=model.config)
     # Nothing is taken back here, so that windowed rows need store no more than they attend to.
-    return headkv.RaggedCache.for_model(model, method, rollback=0)
+    return RaggedCache.for_model(model, method, rollback=0)
 
 
 def _count_right(facts: Sequence[Fact], answers: Sequence[str]) -> int:

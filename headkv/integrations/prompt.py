@@ -182,7 +182,7 @@ class PromptHooks:
 
     def __init__(self, decoder: Module, cache: Cache, on_end: Callable[[Any], None]) -> None:
         self.decoder, self._on_end = decoder, on_end
-        self._cache: Callable[[], Any] = weakref.ref(cache)
+        self._cache = weakref.ref(cache)
         self._ids: list[Tensor | None] = []
         self._next: Tensor | None = None
         handles = (
@@ -211,23 +211,25 @@ class PromptHooks:
         return Text(whole, self._next)
 
     def _before(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self._cache()
-        if cache is None or kwargs.get("past_key_values") is not cache:
+        if (cache := self._ours(kwargs)) is None:
             return
-        seen = cache.get_seq_length()
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         if given is None:
             return
         self._ids.append(ids)
         positions: Tensor | None = kwargs.get("position_ids")
-        end = seen + given.shape[1]
+        end = cache.get_seq_length() + given.shape[1]
         if positions is not None:
             self._next = positions[..., -1].reshape(-1).expand(given.shape[0]) + 1
         else:
             self._next = torch.full((given.shape[0],), end, device=given.device)
 
     def _after(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = self._cache()
-        if cache is not None and kwargs.get("past_key_values") is cache:
+        if (cache := self._ours(kwargs)) is not None:
             self._on_end(cache)
+
+    def _ours(self, kwargs: dict[str, Any]) -> Cache | None:
+        """The cache, if this call is over it."""
+        cache = self._cache()
+        return cache if cache is not None and kwargs.get("past_key_values") is cache else None
