@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headkv._config import kv_heads
+from headkv._wrappers import unwrapped
 
 KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate")
 
@@ -104,12 +105,13 @@ class HeadProfile:
         return grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
 
     def check_model(self, model: Any) -> None:
-        """Check that this profile was made for `model`, a transformers model or its configuration.
+        """Check that this profile was made for `model`, a transformers model (wrapped or not) or its configuration.
 
         Raises:
             ValueError: the number of layers or heads differs, or both have a name and the names differ (only
                 their last part counts, in any case). `renamed` is the way to use it all the same.
         """
+        model = unwrapped(model)
         config = getattr(model, "config", model)
         name = str(getattr(config, "_name_or_path", "") or "")
         if hasattr(config, "get_text_config"):

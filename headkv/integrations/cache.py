@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from headkv.attention.api import BACKENDS, Backend
+from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
-from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.calls import PLAIN, Arguments, Hooks, TextMemory, check_chunk, only_new, read_call, tokens_in
 from headkv.integrations.hook import NAME
-from headkv.integrations.layer import RaggedCacheLayer, Storage
+from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK, Observation
-from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
-from headkv.integrations.support import check_chunks, decoder_of, supported_config
+from headkv.integrations.prompt import CachedPrompt, WaitingLayer
+from headkv.integrations.support import (
+    CacheOptions,
+    check_method,
+    decoder_of,
+    is_whole_prompt,
+    supported_config,
+    supported_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +47,9 @@ class RaggedCache(Cache):
 
     def __init__(self, layers: list[RaggedCacheLayer]):
         super().__init__(layers=layers)  # type: ignore[arg-type]
-        self._hooks: PromptHooks | None = None  # where the method decides once the whole prompt is read
+        self._call = self._announced = PLAIN
+        self._memory: TextMemory | None = None  # where the method decides once the whole prompt is read
+        self._model: PreTrainedModel | None = None  # whose hooks tell of calls, for as long as the cache lives
 
     @classmethod
     def for_model(
@@ -71,32 +82,106 @@ class RaggedCache(Cache):
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
-        config = supported_config(model)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        whole = bool(getattr(method, "whole_prompt", False))
-        if isinstance(method, type) or not callable(
-            getattr(method, "plan_prompt" if whole else "plan", None)
-        ):
-            raise TypeError(
-                f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}"
-            )
-        for profile in getattr(method, "profiles", ()):
-            profile.check_model(model)
-        if chunked_prefill:
-            check_chunks(method, config)
-        storage: Storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
-        num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
-        cache = cls(
-            [RaggedCacheLayer(method, i, num_layers, backend, storage, waits) for i in range(num_layers)]
-        )
-        if whole:
-            cache._hooks = PromptHooks(
-                decoder_of(model), cache, _end_of_call if not chunked_prefill else _nothing
-            )
+        options = CacheOptions(backend, headroom, rollback, chunked_prefill)
+        model = supported_model(model)
+        check_method(method, model, chunked_prefill)
+        cache = cls.unattached(model, method, options)
+        cache._listen(model)
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         return cache
+
+    @classmethod
+    def unattached(
+        cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
+    ) -> RaggedCache:
+        """An empty cache for `model`, which stays as it is: whoever calls `model` has to tell the cache (`Listener`)."""
+        n = supported_config(model).num_hidden_layers
+        cache = cls([RaggedCacheLayer(method, i, n, options) for i in range(n)])
+        if is_whole_prompt(method):
+            cache._memory = TextMemory(decoder_of(model))
+        return cache
+
+    @classmethod
+    def around(cls, model: PreTrainedModel, layers: list[RaggedCacheLayer]) -> RaggedCache:
+        """The cache of which these are the layers, e.g. those of a copy; see `unattached`.
+
+        Raises:
+            ValueError: they wait for the rest of a prompt, or are another model's.
+        """
+        if any(layer.observed is not None for layer in layers):
+            raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
+        if len(layers) != (n := supported_config(model).num_hidden_layers):
+            raise ValueError(f"past_key_values must have the model's {n} layers, got {len(layers)}")
+        cache = cls(layers)
+        if is_whole_prompt(layers[0].method):
+            cache._memory = TextMemory(decoder_of(model))
+        return cache
+
+    def _listen(self, model: PreTrainedModel) -> None:
+        """Let hooks on `model` tell of calls over this cache, until it is gone."""
+        this = weakref.ref(self)
+        hooks = Hooks(model, lambda arguments: _same(this(), arguments.get("past_key_values")))
+        weakref.finalize(self, hooks.remove)
+        self._model = model
+
+    @property
+    def listens(self) -> bool:
+        """Whether hooks on a model tell this cache of calls; otherwise whoever made it does."""
+        return self._model is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """A copy to go on with by itself; the method and the model are shared."""
+        twin = RaggedCache(copy.deepcopy(self.layers, memo))
+        twin._memory = None if self._memory is None else self._memory.copy()
+        if self._model is not None:
+            twin._listen(self._model)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written to a file: not the model."""
+        return {**vars(self), "_model": None, "_memory": None}
+
+    # -- what is told of calls (`Listener`) ---------------------------------------------------------------------------
+
+    def before_model(self, arguments: Arguments) -> Arguments:
+        """A call of the whole model begins.
+
+        Raises:
+            ValueError: it asks for what can not be done over this cache; the cache is unchanged then.
+        """
+        if arguments.get("use_cache") is False:
+            raise ValueError("use_cache must not be False with a RaggedCache as past_key_values")
+        call = read_call(arguments, self.seen)
+        if call.remaining is not None:
+            check_chunk(arguments, self.seen)
+        if call.drafts and self.layers[0].reads_prompt and self._memory is not None:
+            raise ValueError(
+                f"{type(self.layers[0].method).__name__} decides once the whole prompt is read, so that the prompt must not "
+                "come with drafts behind it: leave out prompt_lookup_num_tokens and assistant_model"
+            )
+        self._announced = call
+        return only_new(arguments, call, self.seen)
+
+    def before_decoder(self, arguments: Arguments) -> None:
+        """The decoder begins, with the call announced or one that went past the model's hooks."""
+        call, self._announced = self._announced, PLAIN
+        if call != self._call:
+            self._call = call
+            for layer in self.layers:
+                layer.call = call
+        if self._memory is None or not self.layers[0].reads_prompt:
+            return
+        if self.seen and call.remaining is None and tokens_in(arguments) == 1:
+            self.finalize_prefill()
+        else:
+            self._memory.add(arguments, self.seen)
+
+    def after_decoder(self) -> None:
+        """All layers have seen the call's tokens: a prompt may have ended."""
+        whole = self._memory is not None and not self.layers[0].options.chunked_prefill
+        if self._call.remaining == 0 or (whole and not self._call.remaining):
+            self.finalize_prefill()
 
     @torch.compiler.disable
     def update(
@@ -109,7 +194,7 @@ class RaggedCache(Cache):
         """
         if layer_idx == 0:
             self.check_even()
-            if key_states.shape[2] == 1 and self._hooks is not None:
+            if key_states.shape[2] == 1 and self._memory is not None and self._call.remaining is None:
                 self.finalize_prefill()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -150,14 +235,14 @@ class RaggedCache(Cache):
         Raises:
             ValueError: a method that answers for another number of layers.
         """
-        if self._hooks is None or not self._waiting:
+        if self._memory is None or not self._waiting:
             for layer in self.layers:
                 layer.finalize_prefill()
             return
         waiting = [WaitingLayer(x.filled(), _observed(x), x.backend) for x in self.layers]
-        text, method, chosen = self._hooks.text(), cast("PromptMethod", self.layers[0].method), []
+        text, method, chosen = self._memory.text(), cast("PromptMethod", self.layers[0].method), []
         for b in range(waiting[0].ragged.batch_size):
-            keeps = list(method.plan_prompt(CachedPrompt(self._hooks.decoder, waiting, text, b)))
+            keeps = list(method.plan_prompt(CachedPrompt(self._memory.decoder, waiting, text, b)))
             if len(keeps) != len(self.layers):
                 got = f"{len(self.layers)} layers, got {len(keeps)}"
                 raise ValueError(f"plan_prompt of {type(method).__name__} must answer for {got}")
@@ -167,7 +252,7 @@ class RaggedCache(Cache):
         stored = [layer.compressed(keeps) for layer, keeps in by_layer]
         for layer, ragged in zip(self.layers, stored, strict=True):
             layer.restore(ragged)
-        self._hooks.forget()
+        self._memory.forget()
 
     @property
     def _waiting(self) -> bool:
@@ -177,8 +262,8 @@ class RaggedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        if self._hooks is not None:
-            self._hooks.forget()
+        if self._memory is not None:
+            self._memory.forget()
 
     def snapshot(self) -> tuple[LayerSnapshot, ...]:
         """A copy of the whole cache: one compressed context answers many questions."""
@@ -199,12 +284,8 @@ class RaggedCache(Cache):
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
 
 
-def _end_of_call(cache: RaggedCache) -> None:
-    cache.finalize_prefill()
-
-
-def _nothing(cache: RaggedCache) -> None:
-    """A chunked prefill ends when it is said, or with the first single token."""
+def _same(cache: RaggedCache | None, given: Any) -> RaggedCache | None:
+    return cache if cache is not None and cache is given else None
 
 
 def _observed(layer: RaggedCacheLayer) -> Observation:
