@@ -32,8 +32,8 @@ def _held(model: Any) -> Any:
             f"model must not be a DataParallel over {len(model.device_ids)} devices, which copies it for each "
             "call; spread it by device_map instead"
         )
-    if callable(getattr(type(model), "get_base_model", None)):  # a PeftModel
-        return model.get_base_model()
+    if callable(base := getattr(type(model), "get_base_model", None)):  # a PeftModel
+        return base(model)
     if "peft_config" in vars(model):  # the tuner inside one
         return model._modules.get("model")
     return next((model._modules[name] for name in _HELD_AS if name in model._modules), None)

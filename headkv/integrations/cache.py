@@ -13,7 +13,16 @@ from transformers import Cache
 from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
 from headkv.cache.ragged import MIN_HEADROOM
-from headkv.integrations.calls import PLAIN, Arguments, Hooks, TextMemory, check_chunk, only_new, read_call, tokens_in
+from headkv.integrations.calls import (
+    PLAIN,
+    Arguments,
+    Hooks,
+    TextMemory,
+    check_chunk,
+    only_new,
+    read_call,
+    tokens_in,
+)
 from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK, Observation
@@ -49,7 +58,9 @@ class RaggedCache(Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self._call = self._announced = PLAIN
         self._memory: TextMemory | None = None  # where the method decides once the whole prompt is read
-        self._model: PreTrainedModel | None = None  # whose hooks tell of calls, for as long as the cache lives
+        self._model: PreTrainedModel | None = (
+            None  # whose hooks tell of calls, for as long as the cache lives
+        )
 
     @classmethod
     def for_model(
@@ -95,7 +106,7 @@ class RaggedCache(Cache):
     def unattached(
         cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
     ) -> RaggedCache:
-        """An empty cache for `model`, which stays as it is: whoever calls `model` has to tell the cache (`Listener`)."""
+        """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
         n = supported_config(model).num_hidden_layers
         cache = cls([RaggedCacheLayer(method, i, n, options) for i in range(n)])
         if is_whole_prompt(method):
@@ -157,8 +168,8 @@ class RaggedCache(Cache):
             check_chunk(arguments, self.seen)
         if call.drafts and self.layers[0].reads_prompt and self._memory is not None:
             raise ValueError(
-                f"{type(self.layers[0].method).__name__} decides once the whole prompt is read, so that the prompt must not "
-                "come with drafts behind it: leave out prompt_lookup_num_tokens and assistant_model"
+                f"{type(self.layers[0].method).__name__} decides once the whole prompt is read: drafts must not "
+                "come with the prompt: leave out prompt_lookup_num_tokens and assistant_model"
             )
         self._announced = call
         return only_new(arguments, call, self.seen)
@@ -277,8 +288,8 @@ class RaggedCache(Cache):
         """Become what the cache was when `snapshot` was taken."""
         if len(snapshot) != len(self.layers):
             raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
-        for layer, copy in zip(self.layers, snapshot, strict=True):
-            layer.restore(RaggedLayer.from_snapshot(copy))
+        for layer, taken in zip(self.layers, snapshot, strict=True):
+            layer.restore(RaggedLayer.from_snapshot(taken))
 
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"

@@ -194,8 +194,7 @@ class Hooks:
     Args:
         model: a decoder of transformers.
         find: from a call's arguments, which it may change, to the cache to be told; None: no such call.
-        owner: who wants every call over a cache to be one that is found; the decoder's `forward`, called past its hooks,
-            is refused then.
+        owner: who wants to see all calls over a cache; the decoder's `forward`, called past its hooks, is refused then.
     """
 
     def __init__(
@@ -223,23 +222,29 @@ class Hooks:
         copy.find, copy.owner, copy.handles = _find_none, None, []
         return copy
 
+    # Hooks of a cache that is collected while torch goes through a module's hooks are still called, without kwargs.
+
     @torch.compiler.disable
-    def _before_model(self, module: Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+    def _before_model(self, module: Module, args: tuple[Any, ...], kwargs: Arguments | None = None) -> Any:
+        if kwargs is None:
+            return None
         arguments = named(module, args, kwargs)
         if (cache := self.find(arguments)) is not None:
             arguments = cache.before_model(arguments)
         return (), arguments
 
     @torch.compiler.disable
-    def _before_decoder(self, module: Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+    def _before_decoder(self, module: Module, args: tuple[Any, ...], kwargs: Arguments | None = None) -> Any:
+        if kwargs is None:
+            return None
         arguments = named(module, args, kwargs)
         if (cache := self.find(arguments)) is not None:
             cache.before_decoder(arguments)
         return (), arguments
 
     @torch.compiler.disable
-    def _after_decoder(self, module: Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        if (cache := self.find(kwargs)) is not None:
+    def _after_decoder(self, module: Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if output is not None and (cache := self.find(kwargs)) is not None:
             cache.after_decoder()
 
     @torch.compiler.disable
@@ -247,8 +252,8 @@ class Hooks:
         cache = kwargs.get("past_key_values")
         if self.owner is not None and isinstance(cache, Cache) and not attends(cache):
             raise RuntimeError(
-                "the decoder's forward was called directly, which no hook sees, so that nothing would be compressed: call "
-                "the model itself"
+                "the decoder's forward was called directly, which no hook sees, so that nothing would be compressed: "
+                "call the model itself"
             )
 
 

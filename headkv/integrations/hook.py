@@ -54,8 +54,8 @@ class NewTokens:
 
 def attends(cache: Any) -> bool:
     """Whether `cache` hands tokens to layers of ours."""
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and hasattr(layers[0], "attend")
+    layers = getattr(cache, "layers", None) or [None]
+    return hasattr(layers[0], "attend")
 
 
 class UnsupportedMask(ValueError, AttributeError):

@@ -90,12 +90,13 @@ class RaggedCacheLayer(CacheLayerMixin):
         if not drafts or not self.reads_prompt:
             return self._attend(q, keys, values, valid, rule)
         end = q.shape[2] - drafts
-        both = [(x[:, :, :end], x[:, :, end:]) for x in (q, keys, values)]
-        text, behind = (None, None) if valid is None else (valid[:, :end], valid[:, end:])
-        prompt, new = zip(*both, strict=True)
-        out = self._attend(*prompt, text, rule)
+        prompt, new = (
+            (q[:, :, part], keys[:, :, part], values[:, :, part], None if valid is None else valid[:, part])
+            for part in (slice(None, end), slice(end, None))
+        )
+        out = self._attend(*prompt, rule)
         self.finalize_prefill()
-        return torch.cat([out, self._attend(*new, behind, rule)], 2)
+        return torch.cat([out, self._attend(*new, rule)], 2)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         if self.ragged is None:

@@ -19,7 +19,8 @@ from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
-from headkv.integrations.support import CacheOptions, check_method, decoder_of, supported_model
+from headkv.integrations.support import CacheOptions, check_method, decoder_of, supported_config, supported_model
+from headkv.methods import FullCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +105,7 @@ class Session:
         self._options, self._decoding = options, decoding
         check_method(method, self.model, options.chunked_prefill)
         decoding.check(self.model)
+        self._num_layers = supported_config(self.model).num_hidden_layers
         self._cache: RaggedCache | None = None
         # Caches of the user's own, and what stands for each from the first call on.
         self._others: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
@@ -130,7 +132,9 @@ class Session:
         self._former = self.model.config._attn_implementation
         self.model.set_attn_implementation(NAME)
         self._hooks = Hooks(self.model, self._supply, owner=self)
-        if self._decoding.cuda_graph:  # as transformers itself gives a model with a decode loop of its own that loop
+        if (
+            self._decoding.cuda_graph
+        ):  # as transformers itself gives a model with a decode loop of its own that loop
             own: Any = vars(self.model)
             self._own_generate = own.get("generate")
             own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
@@ -149,12 +153,16 @@ class Session:
         self.model.set_attn_implementation(self._former)
 
     def _supply(self, arguments: Arguments) -> RaggedCache | None:
-        """Give a call a ragged cache where it has none, or an empty one of another kind; answer it if it is ours to tell."""
+        """Give a call a ragged cache where it has none, or an empty one of another kind.
+
+        Returns:
+            It, if nobody else tells it of the call.
+        """
         if arguments.get("output_attentions") or self.model.config.output_attentions:
             raise ValueError(
                 "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
             )
-        given = arguments.get("past_key_values")
+        given: Any = arguments.get("past_key_values")
         if arguments.get("use_cache") is False:
             raise ValueError(
                 "use_cache must not be False inside headkv.compress, as nothing is compressed without a cache; "
@@ -167,13 +175,15 @@ class Session:
         if attends(given) and not isinstance(given.layers[0], RaggedCacheLayer):
             return None  # a method reads the prompt again
         ragged = given if isinstance(given, RaggedCache) else self._ragged(given)
-        arguments["past_key_values"] = self._cache = ragged
+        arguments["past_key_values"] = ragged
+        if len(ragged.layers) == self._num_layers:
+            self._cache = ragged
         return None if ragged.listens else ragged
 
     def _ragged(self, given: Any) -> RaggedCache:
         """What stands for a cache of the user's own from now on."""
         if given is None:
-            return RaggedCache.unattached(self.model, self.method, self._options)
+            return self._empty()
         known = self._others.get(given) if isinstance(given, Cache) else None
         if known is not None and known.layers is given.layers:
             return known
@@ -181,11 +191,16 @@ class Session:
             ragged = RaggedCache.around(self.model, cast("list[RaggedCacheLayer]", given.layers))
         else:
             check_replaceable(given)
-            ragged = RaggedCache.unattached(self.model, self.method, self._options)
+            ragged = self._empty()
             # Its layers are a cache: with ours in their place it counts tokens, is cropped, reordered and copied right.
             given.layers = ragged.layers
         self._others[given] = ragged
         return ragged
+
+    def _empty(self) -> RaggedCache:
+        # With assistant_early_exit the model drafts by its first layers alone, for which the method was not made.
+        drafting = supported_config(self.model).num_hidden_layers != self._num_layers
+        return RaggedCache.unattached(self.model, FullCache() if drafting else self.method, self._options)
 
 
 def check_replaceable(given: Any) -> None:
