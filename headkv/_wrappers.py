@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-# Where wrappers hold what they wrap: torch.compile, (Distributed)DataParallel and DeepSpeed, FSDP.
-_HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module")
+# Where wrappers hold what they wrap: torch.compile, (Distributed)DataParallel and DeepSpeed, FSDP, a PeftMixedModel.
+_HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module", "base_model")
 
 
 def unwrapped(model: Any) -> Any:

@@ -182,6 +182,7 @@ def joint_budgets(scores: Sequence[Tensor], allocator: Allocator, budget: int) -
         allocator: splits a layer's budget by its scores, e.g. `AdaptiveAllocator`.
         budget: entries a KV head on average.
     """
-    rows = torch.cat([layer.float() for layer in scores])
+    # Layers of a model that is spread lie on several devices.
+    rows = torch.cat([layer.to(scores[0].device, torch.float32) for layer in scores])
     together = allocator.allocate(rows, budget, layer_idx=0, num_layers=1).cpu()
     return list(together.split([len(layer) for layer in scores]))
