@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from generation_cases import KV_HEADS, LAYERS, METHODS, Collect, prompts
+from generation_cases import KV_HEADS, LAYERS, METHODS, RAZOR, Collect, prompts
 from masked_oracle import oracle_cache
 from packaging.version import Version
 
@@ -313,6 +313,44 @@ def training():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+OFF = {
+    "budget": (0.2, TypeError, "unexpected keyword argument 'budget'"),
+    "backend": ("cuda", ValueError, "backend must be one of auto, reference, rust, triton, got 'cuda'"),
+    "headroom": (-1, ValueError, "headroom must be an int of at least 0, got -1"),
+    "rollback": (1.5, ValueError, "rollback must be an int of at least 0, got 1.5"),
+    "chunked_prefill": ("yes", TypeError, "chunked_prefill must be True or False, got 'yes'"),
+    "cuda_graph": (1, TypeError, "cuda_graph must be True or False, got 1"),
+    "compile_layers": (True, ValueError, "compile_layers must be False without cuda_graph=True, got True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_options_are_checked_at_the_call(name):
+    """Not when the block is entered, nor at the first prompt; those of a cache are the same."""
+    value, error, message = OFF[name]
+    model = tiny_model("llama")
+    with pytest.raises(error, match=message):
+        headkv.compress(model, headkv.FullCache(), **{name: value})
+    if name not in ("cuda_graph", "compile_layers"):
+        with pytest.raises(error, match=message):
+            headkv.RaggedCache.for_model(model, headkv.FullCache(), **{name: value})
+
+
+def test_methods_are_checked_at_the_call():
+    """So is what can not know a chunked prompt's length ahead."""
+    razor = headkv.RazorAttention(echo=RAZOR.echo, induction=RAZOR.induction, streaming_prefill=True)
+    bad = {
+        0.2: (TypeError, "method must be"),
+        headkv.AdaKV: (TypeError, "method must be"),
+        razor: (ValueError, "chunk"),
+    }
+    for method, (error, message) in bad.items():
+        model = tiny_model("llama")
+        with pytest.raises(error, match=message):
+            headkv.compress(model, method, chunked_prefill=True)
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_refused_model_is_unchanged():

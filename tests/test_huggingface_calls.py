@@ -72,7 +72,9 @@ def test_drafts_over_a_cache_passed_on(name: str, chunked_prefill: bool) -> None
     inputs = {key: x[2:] for key, x in prompts().items()}
     want = model.generate(**inputs, past_key_values=oracle_cache(model, method), **LENGTH, **LOGITS)
     cache = headkv.RaggedCache.for_model(model, method, chunked_prefill=chunked_prefill, rollback=2)
-    alike(model.generate(**inputs, past_key_values=cache, prompt_lookup_num_tokens=6, **LENGTH, **LOGITS), want)
+    alike(
+        model.generate(**inputs, past_key_values=cache, prompt_lookup_num_tokens=6, **LENGTH, **LOGITS), want
+    )
     assert cache.seen == 75 and not any(layer.call.drafts for layer in cache.layers)
 
 
@@ -83,7 +85,9 @@ def test_drafts_behind_a_prompt_in_chunks() -> None:
     cache = headkv.RaggedCache.for_model(model, method, chunked_prefill=True)
     with torch.no_grad():
         model(inputs["input_ids"][:, :37], past_key_values=cache)
-    alike(model.generate(**inputs, past_key_values=cache, prompt_lookup_num_tokens=6, **LENGTH, **LOGITS), want)
+    alike(
+        model.generate(**inputs, past_key_values=cache, prompt_lookup_num_tokens=6, **LENGTH, **LOGITS), want
+    )
 
 
 def test_logits_of_more_tokens_are_no_drafts() -> None:
@@ -101,7 +105,9 @@ def test_drafts_and_a_method_of_the_whole_prompt() -> None:
     model = tiny_model("llama")
     with (
         headkv.compress(model, MODEL),
-        pytest.raises(ValueError, match="AdaKV decides once the whole prompt is read: drafts must not come with"),
+        pytest.raises(
+            ValueError, match="AdaKV decides once the whole prompt is read: drafts must not come with"
+        ),
     ):
         model.generate(**prompts(1), prompt_lookup_num_tokens=3, **LENGTH)
 
@@ -144,7 +150,9 @@ def test_methods_read_chunks(name: str) -> None:
     methods = {**METHODS, "model": MODEL, "streaming prefill": STREAMING["DuoAttention"]}
     model, method, inputs = tiny_model("llama"), methods[name], prompts(1)
     with headkv.compress(model, method, chunked_prefill=name == "streaming prefill") as session:
-        model(**inputs) if name != "streaming prefill" else [model(x, past_key_values=session._cache) for x in inputs["input_ids"].split(9, 1)]
+        model(**inputs) if name != "streaming prefill" else [
+            model(x, past_key_values=session._cache) for x in inputs["input_ids"].split(9, 1)
+        ]
         session.cache.finalize_prefill()
         want = session.cache.lengths()
     with headkv.compress(model, method) as session:
@@ -170,7 +178,9 @@ def test_chunks_of_a_later_turn_are_stored_whole() -> None:
 def test_a_method_that_must_know_the_length() -> None:
     """As with `chunked_prefill=True`."""
     model = tiny_model("llama")
-    razor = headkv.RazorAttention(echo=RAZOR.echo, induction=RAZOR.induction, window_share=0.2, streaming_prefill=True)
+    razor = headkv.RazorAttention(
+        echo=RAZOR.echo, induction=RAZOR.induction, window_share=0.2, streaming_prefill=True
+    )
     with headkv.compress(model, razor), pytest.raises(ValueError, match="chunk|length"):
         model.generate(**prompts(1), max_new_tokens=2, prefill_chunk_size=9)
 
@@ -186,7 +196,9 @@ def test_positions_of_ones_own_are_no_chunks() -> None:
 def test_memory_of_chunks_goes_back() -> None:
     """Compressed when the last chunk is read: nothing of the prompt waits for the first single token."""
     model, inputs = tiny_model("llama"), prompts(1)
-    with headkv.compress(model, headkv.AdaKV(budget=6, scorer=METHODS["AdaKV"].scorer), headroom=0) as session:
+    with headkv.compress(
+        model, headkv.AdaKV(budget=6, scorer=METHODS["AdaKV"].scorer), headroom=0
+    ) as session:
         model.generate(**inputs, max_new_tokens=1, prefill_chunk_size=9)
         chunked = session.cache.nbytes
         model.generate(**inputs, max_new_tokens=1)

@@ -25,11 +25,17 @@ MODEL = headkv.AdaKV(budget=20, scope="model")
 
 def turn(model: Any, text: torch.Tensor, mask: torch.Tensor, cache: Any, **options: Any) -> Any:
     return model.generate(
-        text, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **{**LENGTH, **options}
+        text,
+        attention_mask=mask,
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        **{**LENGTH, **options},
     )
 
 
-def chat(model: Any, pass_on: Callable[[Any, Any], Any], cache: Any, batch: int = 1, **options: Any) -> torch.Tensor:
+def chat(
+    model: Any, pass_on: Callable[[Any, Any], Any], cache: Any, batch: int = 1, **options: Any
+) -> torch.Tensor:
     """Two turns; `pass_on(cache, first answer)` is the cache of the second."""
     inputs = prompts(batch)
     first = turn(model, inputs["input_ids"], inputs["attention_mask"], cache, **options)
@@ -130,7 +136,9 @@ def test_one_prefix_many_questions() -> None:
             with torch.no_grad():
                 kept = model(prefix, past_key_values=cache).past_key_values
             questions = [torch.cat([prefix, MORE[b : b + 1]], 1) for b in range(3)]
-            answers.append([model.generate(q, past_key_values=copy.deepcopy(kept), **LENGTH) for q in questions])
+            answers.append(
+                [model.generate(q, past_key_values=copy.deepcopy(kept), **LENGTH) for q in questions]
+            )
             assert kept.seen == cache.get_seq_length() == 60
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
     fresh = tiny_model("llama")
@@ -156,7 +164,10 @@ def test_a_cache_of_ones_own_is_cropped_and_reset() -> None:
 def test_a_pipeline_of_transformers() -> None:
     model, tokenizer = tiny_model("llama"), letters()
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    text, options = "the quick brown fox jumps over the lazy dog " * 2, {"max_new_tokens": 5, "do_sample": False}
+    text, options = (
+        "the quick brown fox jumps over the lazy dog " * 2,
+        {"max_new_tokens": 5, "do_sample": False},
+    )
     want = pipe(text, **options)
     with headkv.compress(model, headkv.FullCache()):
         assert pipe(text, **options) == want

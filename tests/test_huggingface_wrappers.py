@@ -42,7 +42,9 @@ def mixed(model: Any) -> Any:
 def prompt_tuning(model: Any) -> Any:
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    return peft.get_peft_model(
+        model, peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    ).eval()
 
 
 def compiled(model: Any) -> Any:
@@ -183,7 +185,9 @@ def several(model: Any) -> Any:
 
 def prefix_tuning(model: Any) -> Any:
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
-    wrapped = peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    wrapped = peft.get_peft_model(
+        model, peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    ).eval()
     with headkv.compress(wrapped, ADA):
         wrapped.generate(**prompts(1), **LENGTH)
 
@@ -211,7 +215,13 @@ def test_a_graph_of_what_runs_inside() -> None:
 
 # -- models that are spread ---------------------------------------------------------------------------------------------
 
-PARTS = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", *(f"model.layers.{i}" for i in range(3))]
+PARTS = [
+    "model.embed_tokens",
+    "model.rotary_emb",
+    "model.norm",
+    "lm_head",
+    *(f"model.layers.{i}" for i in range(3)),
+]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 2},
@@ -244,10 +254,17 @@ def loaded(model: Any, folder: Path) -> Any:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
     model.save_pretrained(folder / "tiny")
     places = dict.fromkeys(PARTS, "cpu") | {"model.layers.1": "disk"}
-    return type(model).from_pretrained(folder / "tiny", device_map=places, offload_folder=folder / "off").eval()
+    return (
+        type(model).from_pretrained(folder / "tiny", device_map=places, offload_folder=folder / "off").eval()
+    )
 
 
-SPREAD = {"a layer on disk": on_disk, "all on disk": all_on_disk, "in memory": in_memory, "from_pretrained": loaded}
+SPREAD = {
+    "a layer on disk": on_disk,
+    "all on disk": all_on_disk,
+    "in memory": in_memory,
+    "from_pretrained": loaded,
+}
 
 
 @pytest.mark.parametrize("name", ["FullCache", "AdaKV", "DuoAttention", "model"])

@@ -19,7 +19,13 @@ from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
-from headkv.integrations.support import CacheOptions, check_method, decoder_of, supported_config, supported_model
+from headkv.integrations.support import (
+    CacheOptions,
+    check_method,
+    decoder_of,
+    supported_config,
+    supported_model,
+)
 from headkv.methods import FullCache
 
 if TYPE_CHECKING:
