@@ -186,6 +186,15 @@ def test_a_configuration_without_cache(positional: bool) -> None:
     assert session.cache.seen == 60 and int(session.cache.lengths().float().mean()) <= 30
 
 
+def test_a_call_without_cache_is_plain() -> None:
+    """One forward call that asks for none, as outside the block."""
+    model, inputs = tiny_model("llama"), prompts()
+    want = model(**inputs, use_cache=False).logits
+    with headkv.compress(model, METHODS["AdaKV"]):
+        out = model(**inputs, use_cache=False)
+    assert torch.equal(out.logits, want) and out.past_key_values is None
+
+
 class Kept(Cache):
     """A cache of somebody else's kind."""
 

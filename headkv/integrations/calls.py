@@ -47,7 +47,8 @@ def named(module: Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments
     """All arguments of a forward call by their names, in a dict of its own."""
     if not args:
         return dict(kwargs)
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+    _, *names = inspect.signature(type(module).forward).parameters  # the module's own may be a wrapper
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def text_in(arguments: Arguments) -> Tensor | None:
@@ -62,6 +63,11 @@ def tokens_in(arguments: Arguments) -> int:
     return 0 if text is None else int(text.shape[1])
 
 
+def is_of_generate(arguments: Arguments) -> bool:
+    """Whether a decode loop of transformers made this call, other than the assisted one."""
+    return arguments.get("return_dict") is True and "position_ids" in arguments
+
+
 def read_call(arguments: Arguments, seen: int) -> Call:
     """What a call of `generate` says; nothing is known of other calls.
 
@@ -72,10 +78,10 @@ def read_call(arguments: Arguments, seen: int) -> Call:
     tokens, positions = tokens_in(arguments), arguments.get("position_ids")
     if arguments.get("use_cache") is not True or "position_ids" not in arguments:
         return PLAIN
-    if "return_dict" not in arguments:  # no decode loop of transformers but the assisted one leaves that out
+    if "return_dict" not in arguments:  # no decode loop but the assisted one leaves that out
         wanted = arguments.get("logits_to_keep")
         return Call(drafts=wanted - 1) if isinstance(wanted, int) and 1 < wanted <= tokens else PLAIN
-    if not isinstance(positions, Tensor) or positions.ndim < 2 or positions.shape[-1] != tokens:
+    if not is_of_generate(arguments) or not isinstance(positions, Tensor) or positions.ndim < 2 or positions.shape[-1] != tokens:
         return PLAIN
     total = positions.stride(-2)  # columns of what the positions were cut from, itself unless it is longer
     return Call(remaining=max(0, total - seen - tokens)) if total > tokens else PLAIN

@@ -13,7 +13,7 @@ from headkv import _checks
 from headkv.attention.api import Backend
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.cache import RaggedCache
-from headkv.integrations.calls import Arguments, Hooks
+from headkv.integrations.calls import Arguments, Hooks, is_of_generate
 from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends
@@ -169,11 +169,13 @@ class Session:
                 "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
             )
         given: Any = arguments.get("past_key_values")
-        if arguments.get("use_cache") is False:
-            raise ValueError(
-                "use_cache must not be False inside headkv.compress, as nothing is compressed without a cache; "
-                "is it in model.generation_config? Otherwise leave the block for this call"
-            )
+        if given is None and arguments.get("use_cache") is False:
+            if is_of_generate(arguments):
+                raise ValueError(
+                    "use_cache must not be False inside headkv.compress, as nothing is compressed without a cache; "
+                    "is it in model.generation_config?"
+                )
+            return None
         if getattr(decoder_of(self.model), "gradient_checkpointing", False) and self.model.training:
             raise ValueError(
                 "gradient checkpointing leaves the cache out in training mode; call model.eval() first"
@@ -222,7 +224,7 @@ def check_replaceable(given: Any) -> None:
         raise ValueError(f"past_key_values must be empty or a RaggedCache, got a filled {kind}")
     if given.is_compileable:
         raise ValueError(f"past_key_values must not be a static cache, got {kind}")
-    if not isinstance(given, DynamicCache):
+    if not isinstance(given, DynamicCache) or type(given).update is not DynamicCache.update:
         raise ValueError(f"past_key_values must be a DynamicCache, a RaggedCache or None, got {kind}")
     if getattr(given, "offloading", False):
         raise ValueError(
