@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from headkv.methods import DuoAttention as DuoAttention
     from headkv.methods import FullCache as FullCache
     from headkv.methods import HeadKV as HeadKV
+    from headkv.methods import KVzip as KVzip
     from headkv.methods import PyramidKV as PyramidKV
     from headkv.methods import RandomHeads as RandomHeads
     from headkv.methods import RazorAttention as RazorAttention
@@ -40,7 +41,7 @@ _HOME = {
     "pipeline": "headkv.integrations.pipeline",
     "compress": "headkv.integrations.session",
     "DecodeGraph": "headkv.integrations.graph",
-    **dict.fromkeys(("AdaKV", "DuoAttention", "FullCache", "HeadKV", "PyramidKV"), "headkv.methods"),
+    **dict.fromkeys(("AdaKV", "DuoAttention", "FullCache", "HeadKV", "KVzip", "PyramidKV"), "headkv.methods"),
     **dict.fromkeys(
         ("RandomHeads", "RazorAttention", "ScoredMethod", "SnapKV", "StreamingLLM"), "headkv.methods"
     ),

@@ -91,9 +91,7 @@ class RaggedCache(Cache):
             [RaggedCacheLayer(method, i, num_layers, backend, storage, waits) for i in range(num_layers)]
         )
         if whole:
-            cache._hooks = PromptHooks(
-                decoder_of(model), cache, _end_of_call if not chunked_prefill else _nothing
-            )
+            cache._hooks = PromptHooks(decoder_of(model), cache, chunked_prefill)
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         return cache
@@ -109,8 +107,6 @@ class RaggedCache(Cache):
         """
         if layer_idx == 0:
             self.check_even()
-            if key_states.shape[2] == 1 and self._hooks is not None:
-                self.finalize_prefill()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_even(self) -> None:
@@ -123,7 +119,7 @@ class RaggedCache(Cache):
         if len(seen) == 1:
             return
         least = min(seen)
-        prompt = least == 0 or self._waiting
+        prompt = least == 0 or self.waiting
         cure = "cache.reset()" if prompt else f"cache.crop({least})"
         raise RuntimeError(
             f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
@@ -150,7 +146,7 @@ class RaggedCache(Cache):
         Raises:
             ValueError: a method that answers for another number of layers.
         """
-        if self._hooks is None or not self._waiting:
+        if self._hooks is None or not self.waiting:
             for layer in self.layers:
                 layer.finalize_prefill()
             return
@@ -170,7 +166,7 @@ class RaggedCache(Cache):
         self._hooks.forget()
 
     @property
-    def _waiting(self) -> bool:
+    def waiting(self) -> bool:
         """Whether a prompt is stored that is not compressed yet."""
         return any(layer.observed is not None for layer in self.layers)
 
@@ -182,7 +178,7 @@ class RaggedCache(Cache):
 
     def snapshot(self) -> tuple[LayerSnapshot, ...]:
         """A copy of the whole cache: one compressed context answers many questions."""
-        if self._waiting:
+        if self.waiting:
             raise RuntimeError(
                 "cannot take a snapshot during a chunked prefill; call finalize_prefill() first"
             )
@@ -197,14 +193,6 @@ class RaggedCache(Cache):
 
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
-
-
-def _end_of_call(cache: RaggedCache) -> None:
-    cache.finalize_prefill()
-
-
-def _nothing(cache: RaggedCache) -> None:
-    """A chunked prefill ends when it is said, or with the first single token."""
 
 
 def _observed(layer: RaggedCacheLayer) -> Observation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -169,19 +169,34 @@ class _ReadingLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+class Waits(Protocol):
+    """A cache that stores a prompt until all layers have read it."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a prompt is stored that is not compressed yet."""
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far."""
+
+    def finalize_prefill(self) -> None:
+        """Compress the prompt that waits."""
+
+
 class PromptHooks:
-    """Hooks on a decoder that remember the text which goes into one cache, and say when a forward call has ended.
+    """Hooks on a decoder that remember the text which goes into one cache, and compress it when it has been read.
 
     They go when the cache goes, and do nothing for other caches.
 
     Args:
         decoder: the module that hands the cache to the layers.
         cache: the cache.
-        on_end: called after each forward call over the cache.
+        chunked: the prompt comes in several calls; the first single token, or whoever knows, ends it.
     """
 
-    def __init__(self, decoder: Module, cache: Cache, on_end: Callable[[Any], None]) -> None:
-        self.decoder, self._on_end = decoder, on_end
+    def __init__(self, decoder: Module, cache: Waits, chunked: bool) -> None:
+        self.decoder, self._chunked = decoder, chunked
         self._cache = weakref.ref(cache)
         self._ids: list[Tensor | None] = []
         self._next: Tensor | None = None
@@ -217,19 +232,24 @@ class PromptHooks:
         given = ids if ids is not None else embeds
         if given is None:
             return
+        if cache.waiting and given.shape[1] == 1:
+            cache.finalize_prefill()
+        if not cache.waiting and cache.seen:
+            return  # the prompt is over
         self._ids.append(ids)
         positions: Tensor | None = kwargs.get("position_ids")
-        end = cache.get_seq_length() + given.shape[1]
         if positions is not None:
             self._next = positions[..., -1].reshape(-1).expand(given.shape[0]) + 1
         else:
+            end = cache.seen + given.shape[1]
             self._next = torch.full((given.shape[0],), end, device=given.device)
 
     def _after(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if (cache := self._ours(kwargs)) is not None:
-            self._on_end(cache)
+        cache = self._ours(kwargs)
+        if cache is not None and cache.waiting and not self._chunked:
+            cache.finalize_prefill()
 
-    def _ours(self, kwargs: dict[str, Any]) -> Cache | None:
+    def _ours(self, kwargs: dict[str, Any]) -> Waits | None:
         """The cache, if this call is over it."""
         cache = self._cache()
         return cache if cache is not None and kwargs.get("past_key_values") is cache else None

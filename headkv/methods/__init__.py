@@ -5,6 +5,7 @@ from headkv.methods.base import Keep, Method, PromptMethod, StreamingMethod, Win
 from headkv.methods.duo_attention import DuoAttention
 from headkv.methods.full_cache import FullCache
 from headkv.methods.head_kv import HeadKV
+from headkv.methods.kvzip import KVzip
 from headkv.methods.pyramid_kv import PyramidKV
 from headkv.methods.random_heads import RandomHeads
 from headkv.methods.razor_attention import RazorAttention
@@ -19,6 +20,7 @@ __all__ = [
     "DuoAttention",
     "FullCache",
     "HeadKV",
+    "KVzip",
     "Keep",
     "Method",
     "Prefill",

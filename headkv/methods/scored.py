@@ -90,7 +90,7 @@ class ScoredMethod:
 
     def _budgets(self, scores: Sequence[Tensor], budget: int) -> list[Tensor]:
         if self.scope == "model":
-            return joint_budgets(scores, self.allocator, budget)
+            return joint_budgets(scores, self.allocator, budget, least=int(self.scorer.window == 0))
         allocate, num_layers = self.allocator.allocate, len(scores)
         return [allocate(x, budget, layer_idx=i, num_layers=num_layers) for i, x in enumerate(scores)]
 

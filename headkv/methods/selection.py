@@ -174,14 +174,17 @@ def best(scores: Tensor, budgets: Tensor, n: int, source: str) -> Keep:
     return Keep(mask)
 
 
-def joint_budgets(scores: Sequence[Tensor], allocator: Allocator, budget: int) -> list[Tensor]:
+def joint_budgets(scores: Sequence[Tensor], allocator: Allocator, budget: int, least: int) -> list[Tensor]:
     """Budgets `[H]` of every layer where the rows of all layers share one total, as if they were one layer's.
 
     Args:
         scores: `[H, m]` a layer.
         allocator: splits a layer's budget by its scores, e.g. `AdaptiveAllocator`.
         budget: entries a KV head on average.
+        least: 1 where a row would be left empty otherwise, else 0.
     """
     rows = torch.cat([layer.float() for layer in scores])
     together = allocator.allocate(rows, budget, layer_idx=0, num_layers=1).cpu()
+    if least:
+        together = at_least_one(together, rows.shape[1])
     return list(together.split([len(layer) for layer in scores]))
