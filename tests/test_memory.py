@@ -25,7 +25,7 @@ def figure(name):
 model = tiny_model("llama", num_hidden_layers={LAYERS}, num_attention_heads={KV_HEADS}, num_key_value_heads={KV_HEADS},
                    head_dim={DIM}, max_position_embeddings={TOKENS} + 64)
 ids = torch.randint(3, 97, (1, {TOKENS}))
-method = {{"full": headkv.FullCache(), "tenth": headkv.AdaKV(budget=0.1)}}[sys.argv[1]]
+method = {{"full": headkv.FullCache(), "tenth": headkv.AdaKV(budget=0.1), "model": headkv.AdaKV(budget=0.1, scope="model")}}[sys.argv[1]]
 
 def prefill(tokens):
     cache = headkv.RaggedCache.for_model(model, method)
@@ -38,7 +38,6 @@ before = psutil.Process().memory_info().rss
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 cache = prefill(ids)
 after, peak = psutil.Process().memory_info().rss, figure("VmHWM")
-cropped = None
 print(json.dumps({{"held": after - before, "peak": peak - before, "nbytes": cache.nbytes}}))
 """
 
@@ -67,3 +66,12 @@ def test_prefill_peak_is_the_compressed_layers_and_one_full_layer():
     # the peak: all layers full against all layers compressed and one full
     saved = full["peak"] - tenth["peak"]
     assert saved > (LAYERS - 1) * 0.87 * LAYER_BYTES - slack, (full, tenth)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
+def test_peak_of_a_method_that_sees_the_whole_prompt():
+    """The whole cache once, with what is kept and one layer that is spread out; afterwards what the budget says."""
+    full, whole = measure("full"), measure("model")
+    everything = LAYERS * LAYER_BYTES
+    assert whole["nbytes"] < 0.13 * everything and abs(whole["held"] - whole["nbytes"]) < 0.1 * everything
+    assert whole["peak"] < full["peak"] + 0.13 * everything + 2 * LAYER_BYTES, (full, whole)
