@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from headkv.integrations.pipeline import pipeline as pipeline
     from headkv.integrations.session import compress as compress
     from headkv.methods import AdaKV as AdaKV
+    from headkv.methods import CriticalKV as CriticalKV
+    from headkv.methods import DefensiveKV as DefensiveKV
     from headkv.methods import DuoAttention as DuoAttention
     from headkv.methods import FullCache as FullCache
     from headkv.methods import HeadKV as HeadKV
@@ -41,7 +43,10 @@ _HOME = {
     "pipeline": "headkv.integrations.pipeline",
     "compress": "headkv.integrations.session",
     "DecodeGraph": "headkv.integrations.graph",
-    **dict.fromkeys(("AdaKV", "DuoAttention", "FullCache", "HeadKV", "KVzip", "PyramidKV"), "headkv.methods"),
+    **dict.fromkeys(
+        ("AdaKV", "CriticalKV", "DefensiveKV", "DuoAttention", "FullCache", "HeadKV", "KVzip", "PyramidKV"),
+        "headkv.methods",
+    ),
     **dict.fromkeys(
         ("RandomHeads", "RazorAttention", "ScoredMethod", "SnapKV", "StreamingLLM"), "headkv.methods"
     ),

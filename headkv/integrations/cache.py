@@ -16,7 +16,7 @@ from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer, Storage
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
-from headkv.integrations.support import check_chunks, decoder_of, supported_config
+from headkv.integrations.support import check_chunks, decoder_of, parts_of, supported_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,9 +87,9 @@ class RaggedCache(Cache):
             check_chunks(method, config)
         storage: Storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
         num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
-        cache = cls(
-            [RaggedCacheLayer(method, i, num_layers, backend, storage, waits) for i in range(num_layers)]
-        )
+        parts = parts_of(model)
+        where = [(method, i, num_layers, backend, storage, waits, parts[i]) for i in range(num_layers)]
+        cache = cls([RaggedCacheLayer(*arguments) for arguments in where])
         if whole:
             cache._hooks = PromptHooks(decoder_of(model), cache, chunked_prefill)
         if model.config._attn_implementation != NAME:
@@ -150,7 +150,7 @@ class RaggedCache(Cache):
             for layer in self.layers:
                 layer.finalize_prefill()
             return
-        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend) for x in self.layers]
+        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.layers]
         text, method, chosen = self._hooks.text(), cast("PromptMethod", self.layers[0].method), []
         for b in range(waiting[0].ragged.batch_size):
             keeps = list(method.plan_prompt(CachedPrompt(self._hooks.decoder, waiting, text, b)))

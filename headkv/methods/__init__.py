@@ -2,6 +2,8 @@
 
 from headkv.methods.ada_kv import AdaKV
 from headkv.methods.base import Keep, Method, PromptMethod, StreamingMethod, Windows
+from headkv.methods.critical_kv import CriticalKV
+from headkv.methods.defensive_kv import DefensiveKV
 from headkv.methods.duo_attention import DuoAttention
 from headkv.methods.full_cache import FullCache
 from headkv.methods.head_kv import HeadKV
@@ -17,6 +19,8 @@ from headkv.prefill import Prefill, Prompt
 
 __all__ = [
     "AdaKV",
+    "CriticalKV",
+    "DefensiveKV",
     "DuoAttention",
     "FullCache",
     "HeadKV",
