@@ -157,14 +157,15 @@ class RaggedCacheLayer(CacheLayerMixin):
             self.ragged = self.compressed(chosen)
         self._observed = None
 
-    def compressed(self, chosen: Sequence[Keep] | None = None) -> RaggedLayer:
+    def compressed(self, chosen: Sequence[Keep] | None = None, *, rollback: int | None = None) -> RaggedLayer:
         """What will be stored of a prompt that waits; the layer stays as it is.
 
         Args:
             chosen: what to keep, for each sequence; default: the method is asked for this layer.
+            rollback: in place of the layer's own.
         """
         assert self._observed is not None
-        return self._compressed(*self.filled().to_dense(), self._observed, chosen)
+        return self._compressed(*self.filled().to_dense(), self._observed, chosen, rollback)
 
     def _compressed(
         self,
@@ -173,9 +174,11 @@ class RaggedCacheLayer(CacheLayerMixin):
         valid: Tensor | None,
         observed: Observation,
         chosen: Sequence[Keep] | None = None,
+        rollback: int | None = None,
     ) -> RaggedLayer:
         """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
-        rollback, headroom = self.storage["rollback"], self.storage["headroom"]
+        headroom = self.storage["headroom"]
+        rollback = self.storage["rollback"] if rollback is None else rollback
         if chosen is None:
             where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
             where["parts"] = self.parts
