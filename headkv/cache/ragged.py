@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -364,6 +365,35 @@ class RaggedLayer(Rows):
         """A new layer with copies of the batch entries `index` `[new B]`."""
         changes: dict[str, Any] = {**self._selected(index), "ticket": None}
         return replace(self, **changes)
+
+    @classmethod
+    def join(cls, layers: Sequence[RaggedLayer]) -> RaggedLayer:
+        """The sequences of several layers as one batch; all have seen as many tokens.
+
+        Raises:
+            ValueError: layers that do not fit together.
+        """
+        alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, x.device) for x in layers}
+        if len(alike) != 1:
+            raise ValueError(
+                f"layers must be alike in heads, tokens seen, D, dtype and device, got {list(alike)}"
+            )
+        if any(layer.count is not None for layer in layers):  # the others' rows do not compensate: count -1
+            none = [
+                Sums.of(x) or Sums.none(torch.zeros_like(x.start, dtype=torch.bool), x.head_dim)
+                for x in layers
+            ]
+            layers = [
+                replace(x, key_sum=s.keys, value_sum=s.values, count=s.number)
+                for x, s in zip(layers, none, strict=True)
+            ]
+        first = layers[0]
+        names = [name for name, _ in first.tensors() if name not in ("start", "ticket")]
+        joined = {name: torch.cat([getattr(x, name) for x in layers]) for name in names}
+        offsets = [0, *itertools.accumulate(x.keys.shape[0] for x in layers[:-1])]
+        joined["start"] = torch.cat([x.start + offset for x, offset in zip(layers, offsets, strict=True)])
+        changes: dict[str, Any] = {**joined, "ticket": None, "_free": min(x._free for x in layers)}
+        return replace(first, **changes)
 
     def _selected(self, index: Tensor) -> dict[str, Tensor]:
         index = checks.batch_index(index, self.batch_size).to(self.device)
