@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from headkv.evaluation.resident import resident_bytes
 
 LAYERS, KV_HEADS, DIM, TOKENS = 8, 4, 64, 6000
 LAYER_BYTES = 2 * KV_HEADS * TOKENS * DIM * 4
@@ -67,3 +71,16 @@ def test_prefill_peak_is_the_compressed_layers_and_one_full_layer():
     # the peak: all layers full against all layers compressed and one full
     saved = full["peak"] - tenth["peak"]
     assert saved > (LAYERS - 1) * 0.87 * LAYER_BYTES - slack, (full, tenth)
+
+
+def test_resident_bytes_are_what_the_system_says():
+    """The figure of the benchmarks and of `headkv demo`: 64 MB that are written show up, and go when they are freed."""
+    before = resident_bytes()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    held = resident_bytes() - before
+    del block
+    after = resident_bytes() - before
+    assert held == pytest.approx(64 << 20, abs=4 << 20) and abs(after) < 4 << 20
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        assert resident_bytes() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), abs=4 << 20)
