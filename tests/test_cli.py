@@ -179,7 +179,10 @@ def test_demo(tmp_path, capsys):
 
 
 def test_a_table_is_aligned():
-    rows = [{"method": "AdaKV", "MB": 39.9, "answer": "4 boats"}, {"method": "none", "MB": 183.5, "answer": ""}]
+    rows = [
+        {"method": "AdaKV", "MB": 39.9, "answer": "4 boats"},
+        {"method": "none", "MB": 183.5, "answer": ""},
+    ]
     assert table(rows, words=("method", "answer")).splitlines() == [
         "method     MB  answer",
         "──────  ─────  ───────",
