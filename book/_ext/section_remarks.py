@@ -1,4 +1,4 @@
-"""Docstrings may say something about a section in its heading, `Attributes (all on one device):`, which napoleon can not."""
+"""A docstring may remark on a section in its heading, `Attributes (on one device):`, which napoleon does not read."""
 
 from __future__ import annotations
 

@@ -162,6 +162,7 @@ def ragged_step(
             raise ValueError(f"{name} must be {str(dtype)[6:]} [{number}] on {device}, got {got}")
     if not capacity.is_contiguous():
         raise ValueError(f"capacity must be contiguous, got strides {list(capacity.stride())}")
+    tokens: tuple[Tensor | int, ...]
     tokens = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
     options = (scale, sliding_window, softcap)
     return _launch(q, rows, group, capacity, None, ticket, tokens, options, ahead, config)
