@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from headkv._version import find_version
 
 if TYPE_CHECKING:
     from headkv import widgets as widgets
@@ -53,7 +56,7 @@ _HOME = {
     "load_smollm2": "headkv.models",
     "SnapKVScorer": "headkv.scorers",
 }
-__version__ = "0.1.0"
+__version__ = find_version(Path(__file__).parent)
 __all__ = sorted([*_HOME, "__version__", "widgets"])
 
 

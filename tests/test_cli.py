@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
 import torch
 from letters import letters
 
+from headkv._table import table
 from headkv.cli import PROFILE_HELP, main, parser
 from headkv.evaluation.profiling import PROFILERS, profile_options
 from headkv.heads import KINDS, HeadProfile
@@ -174,3 +176,29 @@ def test_demo(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     assert main([*arguments[:4], "AdaKV", "--new-tokens", "2", "--picture", str(picture)]) == 0
     assert "against full" in capsys.readouterr().out
+
+
+def test_a_table_is_aligned():
+    rows = [
+        {"method": "AdaKV", "MB": 39.9, "answer": "4 boats"},
+        {"method": "none", "MB": 183.5, "answer": ""},
+    ]
+    assert table(rows, words=("method", "answer")).splitlines() == [
+        "method     MB  answer",
+        "──────  ─────  ───────",
+        "AdaKV    39.9  4 boats",
+        "none    183.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows must hold at least one row, got none"),
+        ([{"a": 1, "b": 2}, {"b": 2, "a": 1}], "rows must have the columns ['a', 'b'], got ['b', 'a']"),
+    ],
+    ids=["no row", "other columns"],
+)
+def test_a_table_needs_rows_of_equal_columns(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        table(rows)

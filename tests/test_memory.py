@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from headkv.evaluation.resident import resident_bytes
 
 LAYERS, KV_HEADS, DIM, TOKENS = 8, 4, 64, 6000
 LAYER_BYTES = 2 * KV_HEADS * TOKENS * DIM * 4
@@ -75,3 +79,16 @@ def test_peak_of_a_method_that_sees_the_whole_prompt():
     everything = LAYERS * LAYER_BYTES
     assert whole["nbytes"] < 0.13 * everything and abs(whole["held"] - whole["nbytes"]) < 0.1 * everything
     assert whole["peak"] < full["peak"] + 0.13 * everything + 2 * LAYER_BYTES, (full, whole)
+
+
+def test_resident_bytes_are_what_the_system_says():
+    """The figure of the benchmarks and of `headkv demo`: 64 MB that are written show up, and go when they are freed."""
+    before = resident_bytes()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    held = resident_bytes() - before
+    del block
+    after = resident_bytes() - before
+    assert held == pytest.approx(64 << 20, abs=4 << 20) and abs(after) < 4 << 20
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        assert resident_bytes() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), abs=4 << 20)
