@@ -87,7 +87,8 @@ def haystack(
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depths must be in [0, 1], got {outside[0]}")
     placed = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
-    header, footer = _chat(tokenizer)
+    header, footer = chat_frame(tokenizer)
+    header += _INTRODUCTION
     sentences = _sentences(seed)
     room = num_tokens - _count(tokenizer, header) - sum(_count(tokenizer, " " + f.sentence) for f in facts)
     lengths: list[int] = []
@@ -150,14 +151,14 @@ def _hide(
     return text, places
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return what stands before the document, and what stands between the question and the answer."""
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what stands before the text, and what stands between the question and the answer."""
     if not tokenizer.chat_template:
-        return (tokenizer.bos_token or "") + _INTRODUCTION, "\n"
+        return tokenizer.bos_token or "", "\n"
     message = [{"role": "user", "content": _MARK}]
     chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     header, footer = str(chat).split(_MARK)
-    return header + _INTRODUCTION, footer
+    return header, footer
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headkv.models.tuned import TUNED_ID, add_low_rank
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,19 +44,24 @@ def cache_home() -> Path:
     return user_cache_path("headkv", appauthor=False)
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(
+    dtype: torch.dtype = torch.float32, *, tuned: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct: 30 layers, 9 query heads, 3 KV heads, head dim 64.
 
     The first call fetches and converts the model (half a minute, 540 MB of disk); later calls are offline and quick.
 
     Args:
         dtype: of the weights. float32 is the fastest on most CPUs.
+        tuned: add the low-rank weights that come with headkv. The model is then called
+            headkv/SmolLM2-135M-Instruct-needles: it does RULER's offline tasks, which the plain one does not.
 
     Returns:
         The model, on the CPU and in evaluation mode, and its tokenizer with the chat template.
 
     Raises:
         RuntimeError: the first fetch or the conversion failed; the message says what to do.
+        ValueError: the low-rank weights are not whole.
     """
     folder = fetch_smollm2()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,6 +71,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # The model is known by its public name, not by this user's folder: head profiles are checked against it.
     model.name_or_path = model.config._name_or_path = MODEL_ID
+    if tuned:
+        add_low_rank(model)
+        model.name_or_path = model.config._name_or_path = TUNED_ID
     return model, tokenizer
 
 
