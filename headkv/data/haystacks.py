@@ -63,6 +63,7 @@ def haystack(
     depths: Sequence[float] | None = None,
     *,
     seed: int = 0,
+    start: int | None = None,
 ) -> Haystack:
     """Hide facts between the sentences of plain prose.
 
@@ -73,6 +74,7 @@ def haystack(
         facts: what to hide.
         depths: for each fact, where: 0 is the beginning, 1 the end. None: evenly, e.g. 1/6, 3/6 and 5/6.
         seed: at which paragraph the prose begins.
+        start: that paragraph itself, in place of a seed; counted on from the first one behind the last.
 
     Raises:
         ValueError: there are no facts, a depth is not in [0, 1], there are not as many depths as facts, or
@@ -87,8 +89,9 @@ def haystack(
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depths must be in [0, 1], got {outside[0]}")
     placed = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
-    header, footer = _chat(tokenizer)
-    sentences = _sentences(seed)
+    header, footer = chat_frame(tokenizer)
+    # The next seed begins with another subject.
+    sentences = _sentences(seed * 7 if start is None else start)
     room = num_tokens - _count(tokenizer, header) - sum(_count(tokenizer, " " + f.sentence) for f in facts)
     lengths: list[int] = []
     while sum(lengths) < room:
@@ -120,11 +123,20 @@ def haystack(
     )
 
 
-def _sentences(seed: int) -> list[str]:
-    """Return the sentences of the prose, each with the white space before it, from a paragraph on."""
+def num_paragraphs() -> int:
+    """Return how many paragraphs the prose has."""
+    return len(_paragraphs())
+
+
+def _paragraphs() -> list[str]:
     prose = (resources.files("headkv.data") / "prose.txt").read_text(encoding="utf-8").strip()
-    paragraphs = prose.split("\n\n")
-    first = seed * 7 % len(paragraphs)  # the next seed begins with another subject
+    return prose.split("\n\n")
+
+
+def _sentences(start: int) -> list[str]:
+    """Return the sentences of the prose, each with the white space before it, from a paragraph on."""
+    paragraphs = _paragraphs()
+    first = start % len(paragraphs)
     sentences = []
     for paragraph in paragraphs[first:] + paragraphs[:first]:
         head, *rest = re.split(r"(?<=[.!?])\s+", paragraph)
@@ -150,7 +162,7 @@ def _hide(
     return text, places
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return what stands before the document, and what stands between the question and the answer."""
     if not tokenizer.chat_template:
         return (tokenizer.bos_token or "") + _INTRODUCTION, "\n"
