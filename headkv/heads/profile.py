@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headkv._config import kv_heads
 
-KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate")
+KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate", "ablation", "reconstruction")
 
 _FORMAT = "headkv-head-profile"
 _FIELDS = ("format", "version", "model", "kind", "heads", "parameters", "scores")
