@@ -179,9 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{what}: {asked} questions, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     print_table(found, stored)
     device = torch.cuda.get_device_name() if given.device.startswith("cuda") else "CPU"
-    print(
-        f"SmolLM2 {given.model}, {asked} questions, {time.monotonic() - begin:.0f} s on {device}, torch {torch.__version__}"
-    )
+    took = time.monotonic() - begin
+    print(f"SmolLM2 {given.model}, {asked} questions, {took:.0f} s on {device}, torch {torch.__version__}")
     if given.json:
         given.json.write_text(json.dumps({"found": found, "stored": stored}), encoding="utf-8")
     return 0

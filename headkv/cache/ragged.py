@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headkv.cache import checks, layout, moves, windows
+from headkv.cache import batches, checks, layout, moves, windows
 from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
 from headkv.cache.windows import Gone, Sums
 
@@ -359,12 +358,12 @@ class RaggedLayer(Rows):
 
     def reorder(self, index: Tensor) -> None:
         """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]`."""
-        self._become(**self._selected(index))
+        self._become(**batches.selected(self, index))
 
     def select(self, index: Tensor) -> RaggedLayer:
         """A new layer with copies of the batch entries `index` `[new B]`."""
-        changes: dict[str, Any] = {**self._selected(index), "ticket": None}
-        return replace(self, **changes)
+        changes: dict[str, Any] = batches.selected(self, index)
+        return replace(self, **changes, ticket=None)
 
     @classmethod
     def join(cls, layers: Sequence[RaggedLayer]) -> RaggedLayer:
@@ -373,37 +372,8 @@ class RaggedLayer(Rows):
         Raises:
             ValueError: layers that do not fit together.
         """
-        alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, x.device) for x in layers}
-        if len(alike) != 1:
-            raise ValueError(
-                f"layers must be alike in heads, tokens seen, D, dtype and device, got {list(alike)}"
-            )
-        if any(layer.count is not None for layer in layers):  # the others' rows do not compensate: count -1
-            none = [
-                Sums.of(x) or Sums.none(torch.zeros_like(x.start, dtype=torch.bool), x.head_dim)
-                for x in layers
-            ]
-            layers = [
-                replace(x, key_sum=s.keys, value_sum=s.values, count=s.number)
-                for x, s in zip(layers, none, strict=True)
-            ]
-        first = layers[0]
-        names = [name for name, _ in first.tensors() if name not in ("start", "ticket")]
-        joined = {name: torch.cat([getattr(x, name) for x in layers]) for name in names}
-        offsets = [0, *itertools.accumulate(x.keys.shape[0] for x in layers[:-1])]
-        joined["start"] = torch.cat([x.start + offset for x, offset in zip(layers, offsets, strict=True)])
-        changes: dict[str, Any] = {**joined, "ticket": None, "_free": min(x._free for x in layers)}
-        return replace(first, **changes)
-
-    def _selected(self, index: Tensor) -> dict[str, Tensor]:
-        index = checks.batch_index(index, self.batch_size).to(self.device)
-        heads = torch.arange(self.num_kv_heads, device=self.device)
-        rows = (index[:, None] * self.num_kv_heads + heads).reshape(-1)
-        source = layout.source_of_rows(self.start[rows], self.length[rows], self.capacity[rows])
-        moved = {*Pools._fields, "ticket"}
-        per_row = {name: tensor[rows] for name, tensor in self.tensors() if name not in moved}
-        per_row["start"] = layout.starts(per_row["capacity"])
-        return {**moves.gather(self.pools, source)._asdict(), **per_row}
+        joined: dict[str, Any] = batches.joined(layers)
+        return replace(layers[0], **joined, ticket=None, _free=min(layer._free for layer in layers))
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""
