@@ -231,3 +231,17 @@ def test_parts_are_the_models_own(family):
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu(name):
+    """The same heads keep as many entries as on the CPU, up to ties that rounding breaks."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama").to(device)
+        cache = headkv.RaggedCache.for_model(model, METHODS[name])
+        with torch.no_grad():
+            model(**{key: x.to(device) for key, x in prompts(3).items()}, past_key_values=cache)
+        found.append(cache.lengths())
+    assert int((found[0] - found[1]).abs().max()) <= 1
