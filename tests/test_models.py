@@ -81,10 +81,11 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     letters = [*bytes_to_unicode().values()]
+    pairs = [letters[:2], letters[2:4]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *letters, "".join(letters[:2])])
-    writer.add_token_types([3, 3, 3, *[1] * 257])
-    writer.add_token_merges([" ".join(letters[:2])])
+    writer.add_token_list(["<unk>", "<s>", "</s>", *letters, *map("".join, pairs)])
+    writer.add_token_types([3, 3, 3, *[1] * 258])
+    writer.add_token_merges([*map(" ".join, pairs)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
@@ -106,7 +107,7 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
 
 def test_a_converted_model_is_the_stored_one(tmp_path: Path) -> None:
     """Every weight in its place: the logits are those of the model that was stored."""
-    model = tiny_model("llama", vocab_size=260, tie_word_embeddings=True)
+    model = tiny_model("llama", vocab_size=261, tie_word_embeddings=True)
     write_gguf(tmp_path / "tiny.gguf", model)
     folder = smollm2._convert(tmp_path / "tiny.gguf", tmp_path / "ready")
     assert all((folder / name).is_file() for name in smollm2._FILES)

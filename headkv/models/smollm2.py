@@ -169,8 +169,8 @@ def _convert(gguf: Path, ready: Path) -> Path:
     tokenizer.model_max_length = model.config.max_position_embeddings
     config = model.config
     config.architectures = [type(model).__name__]
-    # The model came from a quantized file, so save_pretrained would refuse it; its weights are float32 by now.
-    del config.quantization_config
+    # Newer transformers note that the file was quantized; the weights are float32 by now.
+    vars(config).pop("quantization_config", None)
     weights = model.state_dict()
     del weights["lm_head.weight"]  # the embedding, once more
     ready.mkdir()
