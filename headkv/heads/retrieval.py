@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headkv._config import class_or_name
 from headkv.data import Fact, haystack
 from headkv.heads.observe import Attention, observe
 from headkv.heads.profile import HeadProfile
@@ -98,7 +99,7 @@ def profile_retrieval(
     kind = "retrieval-reasoning" if reasoning else "retrieval"
     parameters: dict[str, Any] = {"lengths": list(lengths), "depths": list(depths)}
     parameters |= {"samples": len(grid), "samples_counted": counted}
-    name = model.config._name_or_path or type(model).__name__
+    name = class_or_name(model)
     return HeadProfile(name, kind, "query", total / counted, parameters)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from headkv import _checks
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
-from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer, Storage
@@ -72,8 +72,7 @@ class RaggedCache(Cache):
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
         config = supported_config(model)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        _checks.one_of("backend", backend, BACKENDS)
         whole = bool(getattr(method, "whole_prompt", False))
         if isinstance(method, type) or not callable(
             getattr(method, "plan_prompt" if whole else "plan", None)
@@ -85,7 +84,10 @@ class RaggedCache(Cache):
             profile.check_model(model)
         if chunked_prefill:
             check_chunks(method, config)
-        storage: Storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
+        storage: Storage = {
+            "headroom": _checks.whole("headroom", headroom),
+            "rollback": _checks.whole("rollback", rollback),
+        }
         num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
         cache = cls(
             [RaggedCacheLayer(method, i, num_layers, backend, storage, waits) for i in range(num_layers)]

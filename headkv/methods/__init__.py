@@ -3,6 +3,7 @@
 from headkv.methods.ada_kv import AdaKV
 from headkv.methods.base import Keep, Method, PromptMethod, StreamingMethod, Windows
 from headkv.methods.duo_attention import DuoAttention
+from headkv.methods.explanation import Explained, Explanation
 from headkv.methods.full_cache import FullCache
 from headkv.methods.head_kv import HeadKV
 from headkv.methods.kvzip import KVzip
@@ -18,6 +19,8 @@ from headkv.prefill import Prefill, Prompt
 __all__ = [
     "AdaKV",
     "DuoAttention",
+    "Explained",
+    "Explanation",
     "FullCache",
     "HeadKV",
     "KVzip",
