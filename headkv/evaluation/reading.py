@@ -12,7 +12,9 @@ from headkv import _checks
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
 from headkv.methods.base import Keep
-from headkv.prefill import Prefill
+from headkv.models.attention import chosen_attention, kept_attention
+from headkv.models.decoding import greedy
+from headkv.prefill import ALL, Prefill
 from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class _Witness:
 
     seen: list[Prefill] = field(default_factory=list)
 
-    observed_queries = None
+    observed_queries = ALL
 
     def plan(self, prefill: Prefill) -> Keep:
         self.seen.append(prefill)
@@ -55,13 +57,10 @@ class Reading:
                 f"input_ids must have shape [1, n] with n at least 2, got {list(input_ids.shape)}"
             )
         self.model, self.last = model, input_ids[:, -1:]
-        witness, former = _Witness(), model.config._attn_implementation
-        self.cache = RaggedCache.for_model(model, witness)
-        try:
-            with torch.inference_mode():
-                model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
-        finally:
-            model.set_attn_implementation(former)
+        witness = _Witness()
+        with kept_attention(model), torch.inference_mode():
+            self.cache = RaggedCache.for_model(model, witness)
+            model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
         self.layers: tuple[Prefill, ...] = tuple(witness.seen)
         self._full = self.cache.snapshot()
 
@@ -104,16 +103,8 @@ class Reading:
         _checks.whole("max_new_tokens", max_new_tokens, 1)
         if any(layer.sliding_window is not None for layer in self.layers):
             raise ValueError("model must not have layers with a sliding window, to be compressed once more")
-        former = self.model.config._attn_implementation
         self.cache.restore(self._full)
         for layer, mask in zip(self.cache.layers, self.kept(method), strict=True):
             layer.filled().evict(mask[None])
-        token, answer = self.last, []
-        try:
-            self.model.set_attn_implementation(NAME)
-            for _ in range(max_new_tokens):
-                token = self.model(token, past_key_values=self.cache).logits[:, -1:].argmax(-1)
-                answer.append(token[0])
-        finally:
-            self.model.set_attn_implementation(former)
-        return torch.cat(answer).cpu()
+        with chosen_attention(self.model, NAME):
+            return torch.tensor(list(greedy(self.model, self.last, self.cache, max_new_tokens)))

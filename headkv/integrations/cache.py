@@ -17,6 +17,7 @@ from headkv.integrations.layer import RaggedCacheLayer, Storage
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
 from headkv.integrations.support import check_chunks, decoder_of, supported_config
+from headkv.models.attention import choose_attention, decoder_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,8 +95,8 @@ class RaggedCache(Cache):
         )
         if whole:
             cache._hooks = PromptHooks(decoder_of(model), cache, chunked_prefill)
-        if model.config._attn_implementation != NAME:
-            model.set_attn_implementation(NAME)
+        if decoder_attention(model) != NAME:
+            choose_attention(model, NAME)
         return cache
 
     @torch.compiler.disable

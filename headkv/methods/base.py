@@ -113,7 +113,7 @@ class Method(Protocol):
 
     @property
     def observed_queries(self) -> int | None:
-        """How many of the last queries `plan` needs; None for all of them, 0 for none."""
+        """How many of the last queries `plan` needs: 0 for none, `headkv.prefill.ALL` (None) for all of them."""
 
     def plan(self, prefill: Prefill) -> Keep:
         """Decide one layer of one prompt."""

@@ -80,7 +80,7 @@ class DuoAttention(Explained):
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     @property

@@ -20,7 +20,7 @@ class FullCache(Explained):
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def plan(self, prefill: Prefill) -> Keep:

@@ -50,7 +50,7 @@ class RandomHeads(Explained):
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def retrieval_heads(self, num_layers: int, num_kv_heads: int) -> Tensor:

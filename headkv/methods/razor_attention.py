@@ -107,7 +107,7 @@ class RazorAttention(Explained):
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     @property

@@ -45,7 +45,7 @@ class StreamingLLM(Explained):
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def plan(self, prefill: Prefill) -> Keep:
