@@ -43,18 +43,8 @@ class CacheShape:
 
     @classmethod
     def of(cls, model: Any) -> CacheShape:
-        """Of a transformers decoder or of its configuration, which may not say a dtype: float32 then.
-
-        Raises:
-            TypeError: it is neither.
-        """
-        config = getattr(model, "config", model)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        if not hasattr(config, "num_hidden_layers"):
-            raise TypeError(
-                f"model must be a Prefill, a transformers model or its configuration, got {type(model).__name__}"
-            )
+        """Of a transformers decoder, or of its configuration, which may not say a dtype: float32 then."""
+        config = getattr(model, "config", model).get_text_config()
         layers = int(config.num_hidden_layers)
         kinds = getattr(config, "layer_types", None) or [None] * layers
         window = getattr(config, "sliding_window", None)

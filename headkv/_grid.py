@@ -59,7 +59,7 @@ def grid_html(values: Tensor, caption: str, *, unit: str, heads: str, low: float
 
 def _legend(layers: int, heads: str, unit: str, low: float, high: float) -> str:
     """How the picture is read."""
-    return f"{layers} layers downward, {heads}s across; the stronger, the more: {low:.4g} to {high:.4g} {unit}".rstrip()
+    return f"{layers} layers downward, {heads}s across; the stronger, the more: {spread([low, high])} {unit}".rstrip()
 
 
 def spread(values: Sequence[float] | Tensor) -> str:

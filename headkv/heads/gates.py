@@ -8,7 +8,7 @@ those of the full model, and a penalty on the gates pushes every one down that i
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -74,13 +74,12 @@ def profile_gates(
         ValueError: a number is out of range, or the model has sliding-window layers or soft-capped attention.
         TypeError: an option is no number.
     """
-    _checks.whole("steps", steps, 1)
-    _checks.whole("passkeys", passkeys, 1, len(_ORDINALS))
-    _checks.whole("words", words, 1)
-    _checks.whole("sinks", sinks)
-    _checks.whole("recent", recent, 1)
-    _checks.whole("seed", seed)
-    _check_lengths(lengths, sinks + recent)
+    steps = _checks.whole("steps", steps, 1)
+    passkeys = _checks.whole("passkeys", passkeys, 1, len(_ORDINALS))
+    words = _checks.whole("words", words, 1)
+    sinks, recent = _checks.whole("sinks", sinks), _checks.whole("recent", recent, 1)
+    seed = _checks.whole("seed", seed)
+    least, greatest = _span(lengths, sinks + recent)
     _checks.between("learning_rate", learning_rate, 0)
     _checks.between("penalty", penalty, 0)
     config = model.config.get_text_config()
@@ -92,7 +91,7 @@ def profile_gates(
         for step in track(range(steps), "Gates", progress):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * schedule(step, steps)
-            text, answers = passkey_text(tokenizer, source.randint(*lengths), passkeys, words, source)
+            text, answers = passkey_text(tokenizer, source.randint(least, greatest), passkeys, words, source)
             text = text.to(model.device)
             mixer.full.clear()
             with torch.no_grad():
@@ -107,7 +106,7 @@ def profile_gates(
                 mixer.gates.clamp_(0, 1)
     parameters: dict[str, Any] = {
         "steps": steps,
-        "lengths": list(lengths),
+        "lengths": [least, greatest],
         "sinks": sinks,
         "recent": recent,
         "passkeys": passkeys,
@@ -228,8 +227,9 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _check_lengths(lengths: tuple[int, int], window: int) -> None:
-    for length in lengths:
-        _checks.whole("lengths", length)
-    if len(lengths) != 2 or not window < lengths[0] <= lengths[1]:
+def _span(lengths: Sequence[int], window: int) -> tuple[int, int]:
+    """The least and the greatest length, beyond sinks and window."""
+    found = [_checks.whole("lengths", length) for length in lengths]
+    if len(found) != 2 or not window < found[0] <= found[1]:
         raise ValueError(f"lengths must be (least, greatest), over sinks + recent = {window}, got {lengths}")
+    return found[0], found[1]

@@ -53,12 +53,13 @@ def profile_repeats(
         TypeError: an option is no number.
     """
     vocabulary = ordinary_tokens(model, tokenizer)
+    num_tokens = _checks.whole("num_tokens", num_tokens, 2, len(vocabulary))
+    repeats = _checks.whole("repeats", repeats, 2)
+    seeds = [_checks.whole("seeds", seed) for seed in seeds]
     bos = getattr(tokenizer, "bos_token_id", None)
     start = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", num_tokens * repeats + 1)
     limit -= len(start)
-    _checks.whole("num_tokens", num_tokens, 2, len(vocabulary))
-    _checks.whole("repeats", repeats, 2)
     if repeats > limit // num_tokens:
         raise ValueError(
             f"repeats must be an int in [2, {limit // num_tokens}] (the model reads {limit} tokens, the block "
@@ -66,8 +67,6 @@ def profile_repeats(
         )
     if not seeds:
         raise ValueError("seeds must hold at least one int, got none")
-    for seed in seeds:
-        _checks.whole("seeds", seed)
     totals: dict[int, Tensor] = {}
 
     def watch(attention: Attention) -> None:
@@ -81,7 +80,7 @@ def profile_repeats(
             # The inner model: the scores need no logits over the vocabulary.
             model.base_model(input_ids=text[None].to(model.device), use_cache=False)
     scores = torch.stack([totals[layer] for layer in sorted(totals)]).cpu() / len(seeds)  # [layers, 2, HQ]
-    parameters: dict[str, Any] = {"num_tokens": num_tokens, "repeats": repeats, "seeds": list(seeds)}
+    parameters: dict[str, Any] = {"num_tokens": num_tokens, "repeats": repeats, "seeds": seeds}
     name = class_or_name(model)
     echo, induction = (
         HeadProfile(name, kind, "query", scores[:, index], parameters)

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Cache
 
 from headkv import _checks
+from headkv._figure import grid_figure
+from headkv._grid import grid_html
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
 from headkv.cache.ragged import MIN_HEADROOM
@@ -20,6 +22,7 @@ from headkv.integrations.support import check_chunks, decoder_of, supported_conf
 from headkv.models.attention import choose_attention, decoder_attention
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
     from headkv.methods.base import Method, PromptMethod
@@ -196,6 +199,30 @@ class RaggedCache(Cache):
 
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
+
+    def _repr_html_(self) -> str:
+        if self.seen == 0:
+            return f"<p>{self}</p>"
+        return grid_html(self._stored(), f"{self}{self._whose()}", unit="entries", heads="KV head", low=0)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the entries that each KV head stores: layers downward, heads across.
+
+        Raises:
+            RuntimeError: before the first prompt.
+            ImportError: there is no matplotlib; the message says how to install it.
+        """
+        title = f"{self.seen:,} tokens seen{self._whose()}"
+        return grid_figure(self._stored(), title, unit="entries stored", heads="KV head", low=0)
+
+    def _stored(self) -> Tensor:
+        """Entries of each head, `[layers, H]`: of the one sequence, or the mean of several."""
+        lengths = self.lengths()
+        return lengths[:, 0] if lengths.shape[1] == 1 else lengths.double().mean(1)
+
+    def _whose(self) -> str:
+        sequences = self.layers[0].filled().batch_size
+        return "" if sequences == 1 else f"; mean of {sequences} sequences"
 
 
 def _observed(layer: RaggedCacheLayer) -> Observation:

@@ -95,6 +95,9 @@ class Explained:
             if length is not None:
                 raise ValueError(f"length must be None with a Prefill, which has its own, got {length!r}")
             return self._of_layer(prompt)
+        if not hasattr(prompt, "config") and not hasattr(prompt, "get_text_config"):
+            allowed = "a Prefill, a transformers model or its configuration"
+            raise TypeError(f"prompt must be {allowed}, got {type(prompt).__name__}")
         shape = CacheShape.of(prompt)
         length = _checks.whole("length", length, 1)
         for profile in getattr(self, "profiles", ()):
@@ -103,9 +106,10 @@ class Explained:
         full = shape.num_layers * shape.num_kv_heads * length
         if budgets is None:
             method: Any = self
-            kept = round(method.stored_share(length) * length)
-            seen = [kept if window is None else min(kept, max(1, window - 1)) for window in shape.windows]
-            entries = sum(seen) * shape.num_kv_heads
+            reach = [
+                length if window is None else min(length, max(1, window - 1)) for window in shape.windows
+            ]
+            entries = min(round(method.stored_share(length) * full), sum(reach) * shape.num_kv_heads)
         else:
             entries = int(torch.stack(budgets).sum())
         return Explanation(
