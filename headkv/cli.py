@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import headkv
-from headkv.evaluation.profiling import profile_options, run_profile
-from headkv.heads.profile import KINDS
+from headkv._table import table
+from headkv.evaluation.profiling import PROFILERS, profile_options, run_profile
 
 if TYPE_CHECKING:
     from headkv.evaluation.compare import Result
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measure what kind each head is, and write a profile that HeadKV, DuoAttention and "
         "RazorAttention read.",
     )
-    measure.add_argument("--kind", choices=KINDS, required=True, help="what to measure")
+    measure.add_argument("--kind", choices=tuple(PROFILERS), required=True, help="what to measure")
     measure.add_argument("--model", default="smollm2", help="smollm2, or a transformers name or folder")
     measure.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     measure.add_argument("--force", action="store_true", help="replace that file if it exists")
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_profile_options(command: argparse.ArgumentParser) -> None:
     """Every option of every profiler, in a group that names the kinds it belongs to; those not given stay away."""
     defaults: dict[str, dict[str, Any]] = {}  # option -> kind -> default
-    for kind in KINDS:
+    for kind in PROFILERS:
         for name, default in profile_options(kind).items():
             defaults.setdefault(name, {})[kind] = default
     groups: dict[tuple[str, ...], Any] = {}
@@ -130,7 +130,7 @@ def _words(value: Any) -> str:
 
 def demo(options: argparse.Namespace) -> None:
     """`headkv demo`."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from tqdm import tqdm
 
     from headkv.data import haystack
     from headkv.evaluation.compare import compare, smollm2_methods
@@ -140,7 +140,6 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError(f"--share must be in (0, 1], got {options.share}")
     if options.new_tokens < 2:
         raise ValueError(f"--new-tokens must be at least 2, got {options.new_tokens}")
-    console = _console()
     model, tokenizer = headkv.load_smollm2()
     document = haystack(tokenizer, options.tokens)
     n = document.context_ids.shape[1]
@@ -148,22 +147,19 @@ def demo(options: argparse.Namespace) -> None:
     if unknown := set(options.methods or ()) - set(methods):
         raise ValueError(f"--methods must be of {', '.join(methods)}, got {', '.join(sorted(unknown))}")
     chosen = {name: m for name, m in methods.items() if not options.methods or name in options.methods}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     results = []
-    with Progress(
-        *columns, *Progress.get_default_columns()[1:2], console=console, transient=True
-    ) as progress:
-        task = progress.add_task("prefill", total=len(chosen) + 1)
+    # The full cache comes first: what the others are compared with.
+    with tqdm(total=len(chosen) + 1, leave=False) as bar:
         for result in compare(
             model,
             tokenizer,
             document,
             chosen,
             max_new_tokens=options.new_tokens,
-            on_step=lambda name: progress.update(task, description=f"{name}: {n} tokens"),
+            on_step=bar.set_description,
         ):
             results.append(result)
-            progress.advance(task)
+            bar.update()
     if options.picture is not None:
         plot_lengths(results, n).savefig(options.picture, dpi=150)
     if options.json:
@@ -202,36 +198,25 @@ def show_info(options: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if options.json else as_text(found))
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
 def _print_table(results: Sequence[Result], facts: Sequence[Any], tokens: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     full = results[0]
-    table = Table(title=f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts")
-    table.add_column("method", no_wrap=True)
-    for heading in ("stored", "our count", "resident", "decode", "against full", "right", "question unseen"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("answers: " + ", ".join(fact.answer for fact in facts))
-    for result in results:
-        resident = "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB"
-        table.add_row(
-            result.name,
-            f"{result.stored_share:.1%}",
-            f"{result.nbytes / 1e6:.1f} MB",
-            resident,
-            f"{1000 / result.decode_ms:.1f} tok/s",
-            f"{full.decode_ms / result.decode_ms:.2f} x",
-            f"{result.right} / {result.asked}",
-            f"{result.right_unseen} / {result.asked}",
-            " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
-        )
-    Console(width=None if sys.stdout.isatty() else 165).print(table)
+    answers = "answers: " + ", ".join(fact.answer for fact in facts)
+    rows = [
+        {
+            "method": result.name,
+            "stored": f"{result.stored_share:.1%}",
+            "our count": f"{result.nbytes / 1e6:.1f} MB",
+            "resident": "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB",
+            "decode": f"{1000 / result.decode_ms:.1f} tok/s",
+            "against full": f"{full.decode_ms / result.decode_ms:.2f} x",
+            "right": f"{result.right} / {result.asked}",
+            "question unseen": f"{result.right_unseen} / {result.asked}",
+            answers: " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
+        }
+        for result in results
+    ]
+    print(f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts\n")
+    print(table(rows, words=("method", answers)))
 
 
 if __name__ == "__main__":

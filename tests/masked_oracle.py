@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 from headkv.heads.observe import observe
-from headkv.prefill import Prefill
+from headkv.integrations.support import parts_of
+from headkv.prefill import Parts, Prefill
 
 NAME = "headkv-test-oracle"
 
@@ -33,6 +34,7 @@ class OracleLayer(DynamicLayer):
         self.plan = None  # keep [B, H, n], sinks, recent, compensate [B, H]
         self.queries = None
         self.rule = {}  # scale, sliding_window, softcap
+        self.parts = Parts()
         self.siblings, self.ids, self.model = (
             [],
             [],
@@ -74,7 +76,7 @@ class OracleLayer(DynamicLayer):
             self.keys[b, :, :n][:, real],
             self.values[b, :, :n][:, real],
         )
-        return Prefill(*tensors, self.layer_idx, self.num_layers, **self.rule)
+        return Prefill(*tensors, self.layer_idx, self.num_layers, **self.rule, parts=self.parts)
 
     def make_windows(self, valid, sliding_window):
         """The plan of a method whose heads stream from the first token: nothing is evicted, rows see less."""
@@ -210,7 +212,7 @@ def oracle_cache(model, method, chunked_prefill=False):
     n = model.config.num_hidden_layers
     layers = [OracleLayer(method, i, n, chunked_prefill) for i in range(n)]
     cache, ids = Cache(layers=layers), []
-    for layer in layers:
+    for layer, layer.parts in zip(layers, parts_of(model), strict=True):
         layer.siblings, layer.ids, layer.model = layers, ids, model
 
     def remember(module, args, kwargs):

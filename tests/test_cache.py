@@ -379,3 +379,37 @@ def test_an_empty_layer_can_be_trimmed():
     layer = RaggedLayer.from_rows([[(empty, empty)]], sinks=1, recent=1)
     layer.trim(3)
     assert layer.capacity.tolist() == [3] and layer.length.tolist() == [0]
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (0, 3), (5, 2)], ids=str)
+def test_to_dense_is_the_inverse_of_from_dense(padding):
+    keys, values = torch.randn(2, 2, 3, 9, 4, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(9) >= torch.tensor(padding)[:, None]
+    layer = RaggedLayer.from_dense(keys, values, valid=valid if sum(padding) else None, headroom=2)
+    got = layer.to_dense()
+    assert (got.valid is None) == (sum(padding) == 0)
+    assert got.valid is None or torch.equal(got.valid, valid)
+    real = valid[:, None].expand(2, 3, 9)
+    assert torch.equal(got.keys[real], keys[real]) and torch.equal(got.values[real], values[real])
+
+
+def test_to_dense_says_where_a_sequence_stores_something():
+    keys = torch.arange(6.0).view(1, 1, 6, 1).expand(1, 2, 6, 1).contiguous()
+    keep = torch.tensor([[[1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 1, 0]]]).bool()
+    dense = RaggedLayer.from_dense(keys, keys, keep=keep).to_dense()
+    assert dense.valid.tolist() == [[True, False, False, True, True, False]]
+    assert (dense.keys[0, 0, [0, 4], 0].tolist(), dense.keys[0, 1, [3, 4], 0].tolist()) == ([0, 4], [3, 4])
+
+
+def test_a_layer_is_made_by_its_rows():
+    with pytest.raises(TypeError, match="missing .* required positional arguments: 'keys', 'values'"):
+        RaggedLayer()
+
+
+def test_select_leaves_the_layer_as_it_was():
+    keys, values = torch.randn(2, 3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    layer = RaggedLayer.from_dense(keys, values, headroom=1)
+    chosen = layer.select(torch.tensor([2]))
+    assert (layer.batch_size, chosen.batch_size) == (3, 1)
+    chosen.append(*torch.ones(2, 1, 2, 1, 4))
+    assert torch.equal(chosen.row(0, 1).keys[:5], keys[2, 1]) and layer.lengths().tolist() == [[5, 5]] * 3

@@ -293,3 +293,20 @@ def test_papers_are_compositions():
             == pytest.approx({20: 1 / 3, 0.3: 0.3}[method.budget])
         )
         assert type(method).for_share(0.25, 60).stored_share(60) == 0.25
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", WHOLE)
+def test_on_a_gpu(method):
+    """What is kept, and what comes after it, as on the CPU; the text is read again by the kernels."""
+    kept = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama").to(device)
+        inputs = {name: x.to(device) for name, x in prompts(3).items()}
+        cache = headkv.RaggedCache.for_model(model, WHOLE[method])
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            logits = model(inputs["input_ids"][:, :1], past_key_values=cache).logits
+        kept.append((cache.lengths(), logits.cpu()))
+    assert torch.equal(kept[0][0], kept[1][0])
+    torch.testing.assert_close(kept[0][1], kept[1][1], rtol=1e-3, atol=1e-3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.cache import checks, layout, moves, windows
+from headkv.cache import batches, checks, layout, moves, windows
 from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
 from headkv.cache.windows import Gone, Sums
 
@@ -359,22 +359,22 @@ class RaggedLayer(Rows):
 
     def reorder(self, index: Tensor) -> None:
         """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]`."""
-        self._become(**self._selected(index))
+        self._become(**batches.selected(self, index))
 
     def select(self, index: Tensor) -> RaggedLayer:
         """A new layer with copies of the batch entries `index` `[new B]`."""
-        changes: dict[str, Any] = {**self._selected(index), "ticket": None}
-        return replace(self, **changes)
+        changes: dict[str, Any] = batches.selected(self, index)
+        return replace(self, **changes, ticket=None)
 
-    def _selected(self, index: Tensor) -> dict[str, Tensor]:
-        index = checks.batch_index(index, self.batch_size).to(self.device)
-        heads = torch.arange(self.num_kv_heads, device=self.device)
-        rows = (index[:, None] * self.num_kv_heads + heads).reshape(-1)
-        source = layout.source_of_rows(self.start[rows], self.length[rows], self.capacity[rows])
-        moved = {*Pools._fields, "ticket"}
-        per_row = {name: tensor[rows] for name, tensor in self.tensors() if name not in moved}
-        per_row["start"] = layout.starts(per_row["capacity"])
-        return {**moves.gather(self.pools, source)._asdict(), **per_row}
+    @classmethod
+    def join(cls, layers: Sequence[RaggedLayer]) -> RaggedLayer:
+        """The sequences of several layers as one batch; all have seen as many tokens.
+
+        Raises:
+            ValueError: layers that do not fit together.
+        """
+        joined: dict[str, Any] = batches.joined(layers)
+        return replace(layers[0], **joined, ticket=None, _free=min(layer._free for layer in layers))
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""

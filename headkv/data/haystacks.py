@@ -63,6 +63,7 @@ def haystack(
     depths: Sequence[float] | None = None,
     *,
     seed: int = 0,
+    start: int | None = None,
 ) -> Haystack:
     """Plain prose with facts hidden between its sentences.
 
@@ -73,6 +74,7 @@ def haystack(
         facts: what to hide.
         depths: for each fact, where: 0 is the beginning, 1 the end. None: evenly, e.g. 1/6, 3/6 and 5/6.
         seed: at which paragraph the prose begins.
+        start: that paragraph itself, in place of a seed; counted on from the first one behind the last.
 
     Raises:
         ValueError: there are no facts, a depth is not in [0, 1], there are not as many depths as facts, or
@@ -89,7 +91,8 @@ def haystack(
     placed = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
     header, footer = chat_frame(tokenizer)
     header += _INTRODUCTION
-    sentences = _sentences(seed)
+    # The next seed begins with another subject.
+    sentences = _sentences(seed * 7 if start is None else start)
     room = num_tokens - _count(tokenizer, header) - sum(_count(tokenizer, " " + f.sentence) for f in facts)
     lengths: list[int] = []
     while sum(lengths) < room:
@@ -121,11 +124,20 @@ def haystack(
     )
 
 
-def _sentences(seed: int) -> list[str]:
-    """The sentences of the prose, each with the white space before it, from a paragraph on."""
+def num_paragraphs() -> int:
+    """How many paragraphs the prose has."""
+    return len(_paragraphs())
+
+
+def _paragraphs() -> list[str]:
     prose = (resources.files("headkv.data") / "prose.txt").read_text(encoding="utf-8").strip()
-    paragraphs = prose.split("\n\n")
-    first = seed * 7 % len(paragraphs)  # the next seed begins with another subject
+    return prose.split("\n\n")
+
+
+def _sentences(start: int) -> list[str]:
+    """The sentences of the prose, each with the white space before it, from a paragraph on."""
+    paragraphs = _paragraphs()
+    first = start % len(paragraphs)
     sentences = []
     for paragraph in paragraphs[first:] + paragraphs[:first]:
         head, *rest = re.split(r"(?<=[.!?])\s+", paragraph)

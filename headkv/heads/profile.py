@@ -22,7 +22,7 @@ from headkv._grid import grid_html, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate")
+KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate", "ablation", "reconstruction")
 
 _FORMAT = "headkv-head-profile"
 _DATA = resources.files("headkv.heads") / "data"
@@ -264,7 +264,7 @@ class HeadProfile:
         Args:
             model: a transformers decoder.
             tokenizer: its tokenizer.
-            kind: one of `KINDS`.
+            kind: one of `headkv.heads.profilers.PROFILERS`.
             options: of the kind's profiler; `headkv.heads.profilers.profile_options(kind)` lists them. `progress=True`
                 shows a progress bar.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headkv import _checks
 from headkv.heads.gates import profile_gates
 from headkv.heads.induction import profile_repeats
-from headkv.heads.profile import KINDS, HeadProfile
+from headkv.heads.profile import HeadProfile
 from headkv.heads.retrieval import profile_retrieval
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def check_options(kind: str, options: Iterable[str]) -> None:
         ValueError: an unknown kind.
         TypeError: the profiler has no such option.
     """
-    _checks.one_of("kind", kind, KINDS)
+    _checks.one_of("kind", kind, tuple(PROFILERS))
     known = profile_options(kind)
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"options of kind {kind!r} must be of {', '.join(known)}, got {', '.join(unknown)}")

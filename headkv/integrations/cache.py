@@ -18,7 +18,7 @@ from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer, Storage
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
-from headkv.integrations.support import check_chunks, decoder_of, supported_config
+from headkv.integrations.support import check_chunks, decoder_of, parts_of, supported_config
 from headkv.models.attention import choose_attention, decoder_attention
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ class RaggedCache(Cache):
             "rollback": _checks.whole("rollback", rollback),
         }
         num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
-        cache = cls(
-            [RaggedCacheLayer(method, i, num_layers, backend, storage, waits) for i in range(num_layers)]
-        )
+        parts = parts_of(model)
+        where = [(method, i, num_layers, backend, storage, waits, parts[i]) for i in range(num_layers)]
+        cache = cls([RaggedCacheLayer(*arguments) for arguments in where])
         if whole:
             cache._hooks = PromptHooks(decoder_of(model), cache, chunked_prefill)
         if decoder_attention(model) != NAME:
@@ -156,10 +156,9 @@ class RaggedCache(Cache):
             for layer in self.layers:
                 layer.finalize_prefill()
             return
-        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend) for x in self.layers]
-        text, method, chosen = self._hooks.text(), cast("PromptMethod", self.layers[0].method), []
-        for b in range(waiting[0].ragged.batch_size):
-            keeps = list(method.plan_prompt(CachedPrompt(self._hooks.decoder, waiting, text, b)))
+        method, chosen = cast("PromptMethod", self.layers[0].method), []
+        for prompt in self.prompts():
+            keeps = list(method.plan_prompt(prompt))
             if len(keeps) != len(self.layers):
                 got = f"{len(self.layers)} layers, got {len(keeps)}"
                 raise ValueError(f"plan_prompt of {type(method).__name__} must answer for {got}")
@@ -170,6 +169,14 @@ class RaggedCache(Cache):
         for layer, ragged in zip(self.layers, stored, strict=True):
             layer.restore(ragged)
         self._hooks.forget()
+
+    def prompts(self) -> list[CachedPrompt]:
+        """The prompt that waits for a method which sees it whole: one for each sequence of the batch."""
+        if self._hooks is None or not self.waiting:
+            raise RuntimeError("no prompt waits: the method decides layer by layer, or has decided already")
+        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.layers]
+        decoder, text = self._hooks.decoder, self._hooks.text()
+        return [CachedPrompt(decoder, waiting, text, b) for b in range(waiting[0].ragged.batch_size)]
 
     @property
     def waiting(self) -> bool:

@@ -22,6 +22,7 @@ from headkv.integrations.planning import (
     texts_of,
 )
 from headkv.logits import Rule
+from headkv.prefill import Parts
 
 if TYPE_CHECKING:
     from headkv.methods.base import Keep, Method, PromptMethod
@@ -44,6 +45,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         storage: head room and rollback of the rows.
         waits: the prompt is not compressed when its first call has been read, but by `finalize_prefill`: it comes in
             chunks, or the method decides for all layers at once.
+        parts: of the layer's attention, for methods that look at weights.
     """
 
     is_croppable = True
@@ -56,10 +58,11 @@ class RaggedCacheLayer(CacheLayerMixin):
         backend: Backend,
         storage: Storage,
         waits: bool,
+        parts: Parts = Parts(),  # noqa: B008  (frozen)
     ):
         super().__init__()
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
-        self.backend, self.storage, self.waits = backend, storage, waits
+        self.backend, self.storage, self.waits, self.parts = backend, storage, waits, parts
         self.ragged: RaggedLayer | None = None
         # The next token's position on the device, while a `DecodeGraph` records a step.
         self.clock: Tensor | None = None
@@ -154,14 +157,15 @@ class RaggedCacheLayer(CacheLayerMixin):
             self.ragged = self.compressed(chosen)
         self._observed = None
 
-    def compressed(self, chosen: Sequence[Keep] | None = None) -> RaggedLayer:
+    def compressed(self, chosen: Sequence[Keep] | None = None, *, rollback: int | None = None) -> RaggedLayer:
         """What will be stored of a prompt that waits; the layer stays as it is.
 
         Args:
             chosen: what to keep, for each sequence; default: the method is asked for this layer.
+            rollback: in place of the layer's own.
         """
         assert self._observed is not None
-        return self._compressed(*self.filled().to_dense(), self._observed, chosen)
+        return self._compressed(*self.filled().to_dense(), self._observed, chosen, rollback)
 
     def _compressed(
         self,
@@ -170,11 +174,14 @@ class RaggedCacheLayer(CacheLayerMixin):
         valid: Tensor | None,
         observed: Observation,
         chosen: Sequence[Keep] | None = None,
+        rollback: int | None = None,
     ) -> RaggedLayer:
         """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
-        rollback, headroom = self.storage["rollback"], self.storage["headroom"]
+        headroom = self.storage["headroom"]
+        rollback = self.storage["rollback"] if rollback is None else rollback
         if chosen is None:
-            where = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+            where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+            where["parts"] = self.parts
             method: Any = self.method
             stored = keep_entries(method, observed, keys, values, valid, rollback=rollback, **where)
         else:

@@ -21,7 +21,7 @@ from headkv.cache import RaggedLayer
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import Observation, prefill_of, texts_of
 from headkv.logits import Rule
-from headkv.prefill import Prefill
+from headkv.prefill import Parts, Prefill
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -36,6 +36,7 @@ class WaitingLayer:
     ragged: RaggedLayer
     observed: Observation
     backend: Backend
+    parts: Parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,7 @@ class CachedPrompt:
                 *(waiting.observed, keys, values, text, self.batch),
                 layer_idx=layer_idx,
                 num_layers=self.num_layers,
+                parts=waiting.parts,
             )
         return self._last[layer_idx]
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from headkv._config import kv_heads
 from headkv.integrations.planning import prefill_windows
+from headkv.prefill import Parts
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -40,10 +47,56 @@ def supported_config(model: Any) -> PreTrainedConfig:
     return config
 
 
+# Rotary embeddings whose angles follow from the position alone; others depend on how long a text is.
+FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
+
+
 def decoder_of(model: PreTrainedModel) -> Module:
     """The part of `model` that hands a cache to the layers: the decoder without its head."""
     decoder: Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     return decoder
+
+
+def parts_of(model: PreTrainedModel) -> list[Parts]:
+    """What each layer's attention has besides queries, keys and values; see `headkv.prefill.Parts`."""
+    decoder, config = decoder_of(model), supported_config(model)
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    parts = [Parts()] * config.num_hidden_layers
+    for module in decoder.modules():
+        index, output = getattr(module, "layer_idx", None), _output_weight(module)
+        if isinstance(index, int) and output is not None and 0 <= index < len(parts):
+            parts[index] = Parts(output, _rotary(decoder, module, kinds[index]))
+    return parts
+
+
+def _output_weight(attention: Module) -> Tensor | None:
+    for name in ("o_proj", "out_proj", "dense"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+            return weight.detach()
+    return None
+
+
+def _rotary(
+    decoder: Module, attention: Module, kind: str | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """Cosines and sines by position, where they follow from the position alone and turn halves against each other."""
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    types = getattr(rotary, "rope_type", "default")
+    rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
+    if rotary is None or rotate_half is None:
+        return None
+    if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    if not {types} <= FIXED if isinstance(types, str) else not set(types.values()) <= FIXED:
+        return None
+    more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+
+    def at(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(torch.zeros(1, device=positions.device), positions[None], *more)
+        return cos[0].float(), sin[0].float()
+
+    return at
 
 
 def check_chunks(method: Method | PromptMethod, config: PreTrainedConfig) -> None:

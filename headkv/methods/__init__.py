@@ -2,6 +2,8 @@
 
 from headkv.methods.ada_kv import AdaKV
 from headkv.methods.base import Keep, Method, PromptMethod, StreamingMethod, Windows
+from headkv.methods.critical_kv import CriticalKV
+from headkv.methods.defensive_kv import DefensiveKV
 from headkv.methods.duo_attention import DuoAttention
 from headkv.methods.explanation import Explained, Explanation
 from headkv.methods.full_cache import FullCache
@@ -18,6 +20,8 @@ from headkv.prefill import Prefill, Prompt
 
 __all__ = [
     "AdaKV",
+    "CriticalKV",
+    "DefensiveKV",
     "DuoAttention",
     "Explained",
     "Explanation",

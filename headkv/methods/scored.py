@@ -20,6 +20,7 @@ from headkv.methods.selection import (
     budget_capacity,
     by_age,
     check_budget,
+    for_budget,
     joint_budgets,
     plan_by_scores,
     scores_matter,
@@ -83,10 +84,11 @@ class ScoredMethod(Explained):
         capacity = budget_capacity(self.budget, n)
         if not scores_matter(capacity, window, n):
             return [by_age(prompt.layer(i), capacity) for i in layers]
-        if isinstance(self.scorer, PromptScorer):
-            scores = self.scorer.score_prompt(prompt)
+        scorer = for_budget(self.scorer, capacity)
+        if isinstance(scorer, PromptScorer):
+            scores = scorer.score_prompt(prompt)
         else:
-            scores = [scores_of(prompt.layer(i), self.scorer) for i in layers]
+            scores = [scores_of(prompt.layer(i), scorer) for i in layers]
         budgets = self._budgets(scores, capacity - window)
         source = type(self.allocator).__name__
         return [best(scores[i], budgets[i], n, f"{source} in layer {i}") for i in layers]

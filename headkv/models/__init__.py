@@ -22,3 +22,7 @@ def __getattr__(name: str) -> Any:
     from headkv.models import smollm2, tiny
 
     return getattr(smollm2 if name == "load_smollm2" else tiny, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
