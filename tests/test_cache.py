@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from headkv.cache import RaggedLayer, layout
+from headkv.cache import RaggedLayer, Rows, layout
 from headkv.cache.ragged import MIN_HEADROOM
 
 HEADS, DIM = 2, 4
@@ -413,3 +415,10 @@ def test_select_leaves_the_layer_as_it_was():
     assert (layer.batch_size, chosen.batch_size) == (3, 1)
     chosen.append(*torch.ones(2, 1, 2, 1, 4))
     assert torch.equal(chosen.row(0, 1).keys[:5], keys[2, 1]) and layer.lengths().tolist() == [[5, 5]] * 3
+
+
+def test_the_kernels_read_rows_by_the_same_names():
+    """What `headkv_kernels.Rows` describes for itself, as it knows nothing of headkv, are fields of `Rows`."""
+    kernels = pytest.importorskip("headkv_kernels.rows", reason="needs Triton: pip install triton")
+    ours, theirs = ({f.name for f in dataclasses.fields(rows)} for rows in (Rows, kernels.Rows))
+    assert ours - theirs == {"capacity", "evicted_end", "num_kv_heads", "seen"} and theirs < ours

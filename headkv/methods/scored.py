@@ -64,6 +64,12 @@ class ScoredMethod(Explained):
         _checks.has("allocator", self.allocator, "allocate")
         _checks.one_of("scope", self.scope, SCOPES)
 
+    @classmethod
+    def for_share(cls, share: float, length: int, *args: Any, **options: Any) -> ScoredMethod:
+        """The method with which `share` of a prompt of `length` tokens is stored; other arguments as in the class."""
+        _checks.whole("length", length, 1)
+        return cls(share, *args, **options)
+
     @property
     def observed_queries(self) -> int | None:
         """What the scorer needs."""
