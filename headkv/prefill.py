@@ -9,7 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.logits import Rule
+
+ALL = None  # of a prompt's queries, as `observed_queries` says it
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,8 @@ class Prefill:
     sliding_window: int | None = None
     softcap: float | None = None
     parts: Parts = Parts()
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or 0 in self.keys.shape:

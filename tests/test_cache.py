@@ -305,7 +305,7 @@ BAD = {
     "all padding": (lambda: RaggedLayer.from_dense(*dense(batch=2), valid=torch.tensor([[True] * 5, [False] * 5])), ValueError, "batch 1, head 0.*all padding"),
     "negative headroom": (lambda: RaggedLayer.from_dense(*dense(), headroom=-1), ValueError, "headroom must be an int of at least 0, got -1"),
     "float sinks": (lambda: RaggedLayer.from_dense(*dense(), sinks=torch.ones(1, 2), recent=1), TypeError, "sinks must be an int tensor"),
-    "bool recent": (lambda: RaggedLayer.from_dense(*dense(), recent=True), ValueError, "recent must be an int"),
+    "bool recent": (lambda: RaggedLayer.from_dense(*dense(), recent=True), TypeError, "recent must be an int of at least 0, got True"),
     "no rows": (lambda: RaggedLayer.from_rows([]), ValueError, "at least one batch entry"),
     "rows of unequal heads": (lambda: RaggedLayer.from_rows([[(torch.zeros(1, 4),) * 2] * 2, [(torch.zeros(1, 4),) * 2]]), ValueError, r"rows\[1\] must have 2 heads"),
     "rows of unequal D": (lambda: RaggedLayer.from_rows([[(torch.zeros(1, 4),) * 2, (torch.zeros(1, 8),) * 2]]), ValueError, r"rows\[0\]\[1\].*\[n, 4\]"),

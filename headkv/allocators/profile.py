@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.allocators.rounding import largest_remainder, water_fill
 
 
@@ -43,6 +45,9 @@ class ProfileAllocator:
     beta: float = 1.5
     temperature: float = 1.0
     reduce: str = "sum"
+    needs_scores: ClassVar[bool] = False
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         _checks.between("beta", self.beta, 1)

@@ -13,7 +13,9 @@ from headkv import _checks
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
 from headkv.methods.base import Keep
-from headkv.prefill import Prefill, Prompt
+from headkv.models.attention import chosen_attention, kept_attention
+from headkv.models.decoding import greedy
+from headkv.prefill import ALL, Prefill, Prompt
 from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 class _Witness:
     """A method that has the whole prompt kept, with all queries."""
 
-    observed_queries = None
+    observed_queries = ALL
     whole_prompt = True
 
     def plan_prompt(self, prompt: Prompt) -> list[Keep]:
@@ -55,13 +57,9 @@ class Reading:
                 f"input_ids must have shape [1, n] with n at least 2, got {list(input_ids.shape)}"
             )
         self.model, self.last = model, input_ids[:, -1:]
-        self._former = model.config._attn_implementation
-        self.cache = RaggedCache.for_model(model, _Witness(), chunked_prefill=True)
-        try:
-            with torch.inference_mode():
-                model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
-        finally:
-            model.set_attn_implementation(self._former)
+        with kept_attention(model), torch.inference_mode():
+            self.cache = RaggedCache.for_model(model, _Witness(), chunked_prefill=True)
+            model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
         self.prompt: Prompt = self.cache.prompts()[0]
         self._layers: tuple[Prefill, ...] | None = None
 
@@ -90,13 +88,9 @@ class Reading:
     def plan(self, method: Method | PromptMethod) -> Sequence[Keep]:
         """What `method` keeps of each layer."""
         asked: Any = method
-        former = self.model.config._attn_implementation
         if getattr(method, "whole_prompt", False):
-            try:
-                self.model.set_attn_implementation(NAME)  # it may read more
+            with chosen_attention(self.model, NAME):  # it may read more
                 answer: Sequence[Keep] = asked.plan_prompt(self.prompt)
-            finally:
-                self.model.set_attn_implementation(former)
             return answer
         wanted, keeps = method.observed_queries, []
         for i in range(self.prompt.num_layers):
@@ -125,9 +119,8 @@ class Reading:
             keeps: its answer, if it was asked before.
         """
         keeps = self.plan(method) if keeps is None else keeps
-        former = self.model.config._attn_implementation
-        cache = RaggedCache.for_model(self.model, method, rollback=0)
-        self.model.set_attn_implementation(former)
+        with kept_attention(self.model):
+            cache = RaggedCache.for_model(self.model, method, rollback=0)
         for layer, full, keep in zip(cache.layers, self.cache.layers, keeps, strict=True):
             layer.restore(full.compressed([keep], rollback=0))
         return cache
@@ -136,13 +129,6 @@ class Reading:
     def answer(self, method: Method | PromptMethod, max_new_tokens: int = 4) -> Tensor:
         """Compress by `method`, then decode greedily: `[max_new_tokens]` int64."""
         _checks.whole("max_new_tokens", max_new_tokens, 1)
-        cache, former = self.compressed(method), self.model.config._attn_implementation
-        token, answer = self.last, []
-        try:
-            self.model.set_attn_implementation(NAME)
-            for _ in range(max_new_tokens):
-                token = self.model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-                answer.append(token[0])
-        finally:
-            self.model.set_attn_implementation(former)
-        return torch.cat(answer).cpu()
+        cache = self.compressed(method)
+        with chosen_attention(self.model, NAME):
+            return torch.tensor(list(greedy(self.model, self.last, cache, max_new_tokens)))

@@ -14,6 +14,7 @@ from headkv.evaluation.reading import Reading
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
 from headkv.methods import FullCache
+from headkv.models.attention import chosen_attention
 from headkv.scorers import PromptScorer
 
 if TYPE_CHECKING:
@@ -126,16 +127,13 @@ def judge(
     for layer, joined in zip(together.layers, layers, strict=True):
         layer.restore(joined)
     del caches, layers
-    saved, former, verdicts = together.snapshot(), model.config._attn_implementation, []
-    model.set_attn_implementation(NAME)
-    try:
+    saved, verdicts = together.snapshot(), []
+    with chosen_attention(model, NAME):
         for question in questions:
             together.restore(saved)
             texts = _answers(model, tokenizer, question, together, len(names))
             found = [question.found_in(text) for text in texts]
             verdicts.append(list(map(Verdict, names, shares, sizes, found, texts)))
-    finally:
-        model.set_attn_implementation(former)
     return verdicts
 
 

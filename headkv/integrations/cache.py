@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from headkv import _checks
+from headkv._figure import grid_figure
+from headkv._grid import grid_html
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
-from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer, Storage
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
 from headkv.integrations.support import check_chunks, decoder_of, parts_of, supported_config
+from headkv.models.attention import choose_attention, decoder_attention
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
     from headkv.methods.base import Method, PromptMethod
@@ -72,8 +76,7 @@ class RaggedCache(Cache):
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
         config = supported_config(model)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        _checks.one_of("backend", backend, BACKENDS)
         whole = bool(getattr(method, "whole_prompt", False))
         if isinstance(method, type) or not callable(
             getattr(method, "plan_prompt" if whole else "plan", None)
@@ -85,15 +88,18 @@ class RaggedCache(Cache):
             profile.check_model(model)
         if chunked_prefill:
             check_chunks(method, config)
-        storage: Storage = {"headroom": count("headroom", headroom), "rollback": count("rollback", rollback)}
+        storage: Storage = {
+            "headroom": _checks.whole("headroom", headroom),
+            "rollback": _checks.whole("rollback", rollback),
+        }
         num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
         parts = parts_of(model)
         where = [(method, i, num_layers, backend, storage, waits, parts[i]) for i in range(num_layers)]
         cache = cls([RaggedCacheLayer(*arguments) for arguments in where])
         if whole:
             cache._hooks = PromptHooks(decoder_of(model), cache, chunked_prefill)
-        if model.config._attn_implementation != NAME:
-            model.set_attn_implementation(NAME)
+        if decoder_attention(model) != NAME:
+            choose_attention(model, NAME)
         return cache
 
     @torch.compiler.disable
@@ -200,6 +206,30 @@ class RaggedCache(Cache):
 
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
+
+    def _repr_html_(self) -> str:
+        if self.seen == 0:
+            return f"<p>{self}</p>"
+        return grid_html(self._stored(), f"{self}{self._whose()}", unit="entries", heads="KV head", low=0)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the entries that each KV head stores: layers downward, heads across.
+
+        Raises:
+            RuntimeError: before the first prompt.
+            ImportError: there is no matplotlib; the message says how to install it.
+        """
+        title = f"{self.seen:,} tokens seen{self._whose()}"
+        return grid_figure(self._stored(), title, unit="entries stored", heads="KV head", low=0)
+
+    def _stored(self) -> Tensor:
+        """Entries of each head, `[layers, H]`: of the one sequence, or the mean of several."""
+        lengths = self.lengths()
+        return lengths[:, 0] if lengths.shape[1] == 1 else lengths.double().mean(1)
+
+    def _whose(self) -> str:
+        sequences = self.layers[0].filled().batch_size
+        return "" if sequences == 1 else f"; mean of {sequences} sequences"
 
 
 def _observed(layer: RaggedCacheLayer) -> Observation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,6 +11,7 @@ from headkv.integrations.cache import RaggedCache
 from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME
+from headkv.models.attention import kept_attention
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -69,7 +71,7 @@ class Session:
         self._cache: RaggedCache | None = None
         self._replaced: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
         self._hook: Any = None
-        self._former = ""
+        self._former = ExitStack()  # puts back the attention that the model had
         self._own_generate: Any = None
 
     @property
@@ -87,13 +89,14 @@ class Session:
         hooks = getattr(self.model, "_forward_pre_hooks", {}).values()
         if any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks):
             raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
-        former = getattr(getattr(self.model, "config", None), "_attn_implementation", "")
         if self._cuda_graph:
             check_device(self.model)
             if self._compile_layers:
                 decoder_layers(self.model)
-        RaggedCache.for_model(self.model, self.method, **self._options)  # refuses what is not supported
-        self._former = former
+        with ExitStack() as former:
+            former.enter_context(kept_attention(self.model))
+            RaggedCache.for_model(self.model, self.method, **self._options)  # refuses what is not supported
+            self._former = former.pop_all()
         self._hook = self.model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
         if self._cuda_graph:  # as transformers itself gives a model with a decode loop of its own that loop
             own: Any = vars(self.model)
@@ -110,7 +113,7 @@ class Session:
             del own["generate"]
             if self._own_generate is not None:
                 own["generate"] = self._own_generate
-        self.model.set_attn_implementation(self._former)
+        self._former.close()
 
     def _supply_cache(
         self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -5,6 +5,7 @@ from headkv.methods.base import Keep, Method, PromptMethod, StreamingMethod, Win
 from headkv.methods.critical_kv import CriticalKV
 from headkv.methods.defensive_kv import DefensiveKV
 from headkv.methods.duo_attention import DuoAttention
+from headkv.methods.explanation import Explained, Explanation
 from headkv.methods.full_cache import FullCache
 from headkv.methods.head_kv import HeadKV
 from headkv.methods.kvzip import KVzip
@@ -22,6 +23,8 @@ __all__ = [
     "CriticalKV",
     "DefensiveKV",
     "DuoAttention",
+    "Explained",
+    "Explanation",
     "FullCache",
     "HeadKV",
     "KVzip",

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from headkv import _checks
 from headkv.allocators import Allocator, UniformAllocator
 from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
 from headkv.methods.selection import (
+    at_least_one,
     best,
     budget_capacity,
     by_age,
@@ -33,7 +36,7 @@ Self = TypeVar("Self", bound="Scored")
 
 
 @dataclass(frozen=True)
-class ScoredMethod:
+class ScoredMethod(Explained):
     """Each row keeps its best entries, by any scorer, as many as any allocator gives it.
 
     The methods of the papers are made of it: `SnapKV(0.2)` is
@@ -102,12 +105,29 @@ class ScoredMethod:
         allocate, num_layers = self.allocator.allocate, len(scores)
         return [allocate(x, budget, layer_idx=i, num_layers=num_layers) for i, x in enumerate(scores)]
 
+    def budgets_ahead(self, layers: Sequence[Prefill]) -> list[Tensor] | None:
+        """The allocator's budgets with the window; None where the allocator needs scores. See `Explained`."""
+        n, window, m = layers[0].length, self.scorer.window, layers[0].length - self.scorer.window
+        capacity = budget_capacity(self.budget, n)
+        if not scores_matter(capacity, window, n):
+            kept = [torch.full((x.num_kv_heads,), min(capacity, n)) for x in layers]
+        elif getattr(self.allocator, "needs_scores", True):
+            return None
+        else:
+            blank = [torch.zeros(1).expand(x.num_kv_heads, m) for x in layers]
+            split = [budgets.cpu() for budgets in self._budgets(blank, capacity - window)]
+            kept = [x + window if window else at_least_one(x, n) for x in split]
+        return [
+            x if layer.sliding_window is None else x.clamp(max=max(1, layer.sliding_window - 1))
+            for x, layer in zip(kept, layers, strict=True)
+        ]
+
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens."""
         return stored_share(self.budget, length)
 
 
-class Scored:
+class Scored(Explained):
     """What a `ScoredMethod` does, under the name and with the parameters of a paper: a subclass says which it is."""
 
     budget: int | float
@@ -143,6 +163,10 @@ class Scored:
     def plan_prompt(self, prompt: Prompt) -> Sequence[Keep]:
         """Keep the best entries of all layers."""
         return self.composed.plan_prompt(prompt)
+
+    def budgets_ahead(self, layers: Sequence[Prefill]) -> list[Tensor] | None:
+        """As many entries as the allocator says, where it needs no scores."""
+        return self.composed.budgets_ahead(layers)
 
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens."""
