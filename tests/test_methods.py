@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prefills import prefill, profile
 from torch import Tensor
 
+import headkv
 from headkv.allocators import AdaptiveAllocator, FixedAllocator, UniformAllocator
 from headkv.methods import (
     AdaKV,
