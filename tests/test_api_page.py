@@ -25,6 +25,11 @@ DIRECTIVE = re.compile(
 )
 
 
+def extension() -> dict[str, Any]:
+    """The functions of the book's Sphinx extension."""
+    return runpy.run_path(str(ROOT / "book" / "_ext" / "docstrings.py"))
+
+
 def resolve(name: str) -> Any:
     """What a dotted name stands for."""
     try:
@@ -120,6 +125,15 @@ def test_sphinx_wrote_every_one_of_them() -> None:
     ids=["remark", "none", "last line"],
 )
 def test_remarks_on_a_section_are_sentences(written: list[str], read: list[str]) -> None:
-    take_out = runpy.run_path(str(ROOT / "book" / "_ext" / "section_remarks.py"))["take_out"]
-    take_out(None, "class", "headkv.RaggedLayer", None, None, written)
+    take_out_remarks = extension()["take_out_remarks"]
+    take_out_remarks(None, "class", "headkv.RaggedLayer", None, None, written)
     assert written == read
+
+
+def test_widgets_show_their_own_arguments() -> None:
+    show = extension()["show_own_arguments"]
+    shown, _ = show(
+        None, "class", "", headkv.widgets.CacheBill, None, "(*args: t.Any, **kwargs: t.Any)", None
+    )
+    assert shown.startswith("(*, layers: int = 30, kv_heads: int = 3,") and "None = None)" in shown
+    assert show(None, "class", "", headkv.AdaKV, None, "(budget)", None) == ("(budget)", None)

@@ -15,6 +15,8 @@ from headkv.allocators import AdaptiveAllocator, FixedAllocator, PyramidAllocato
 from headkv.methods import Keep
 from headkv.models.tiny import tiny_model
 from headkv.scorers import KeyNormScorer, SnapKVScorer
+from headkv.scorers.defensive import DefensiveScorer
+from headkv.scorers.kvzip import KVzipScorer
 
 SCORER = SnapKVScorer(window=4, kernel_size=3)
 GATES = profile("gate", layers=3, heads=2, per="kv")
@@ -48,7 +50,7 @@ BY_HAND: dict[str, tuple[Any, list[list[int]] | None, int]] = {
     "AdaKV over all layers": (headkv.AdaKV(7, SCORER, scope="model"), None, 42),
     "AdaKV with a full safeguard": (headkv.AdaKV(7, SCORER, safeguard=1), [[7, 7]] * 3, 42),
     "AdaKV that keeps all": (headkv.AdaKV(1.0, SCORER), [[40, 40]] * 3, 240),
-    "KVzip": (headkv.KVzip(0.5, headkv.scorers.KVzipScorer(window=4)), None, 120),
+    "KVzip": (headkv.KVzip(0.5, KVzipScorer(window=4)), None, 120),
 }
 
 
@@ -82,8 +84,15 @@ METHODS: dict[str, Any] = {
     "razor": headkv.RazorAttention(ECHO, INDUCTION, sinks=1, min_recent=6, window_share=0.1),
     "random": headkv.RandomHeads(0.5, sinks=2, recent=4),
     "streaming": headkv.StreamingLLM(9, sinks=2),
-    "kvzip": headkv.KVzip(0.3, headkv.scorers.KVzipScorer(window=4)),
+    "kvzip": headkv.KVzip(0.3, KVzipScorer(window=4)),
+    "defensive": headkv.DefensiveKV(0.3, DefensiveScorer(window=4)),
+    "critical": headkv.CriticalKV(0.3, SCORER),
+    "critical-ada": headkv.CriticalKV(0.3, SCORER, adaptive=True),
 }
+BY_SCORES = set(METHODS) - {"full", "duo", "razor", "random", "streaming"}
+FOLLOW = {"ada", "ada-pyramid", "ada-model", "kvzip", "defensive", "critical-ada"}
+ALL_LAYERS = {"ada-model", "kvzip"}
+OF_WEIGHTS = {"defensive", "critical", "critical-ada"}  # a prefill made by hand has no output projection
 
 
 def stored(cache: Any) -> Tensor:
@@ -105,17 +114,16 @@ def test_the_cache_stores_what_was_said(family: str, name: str) -> None:
     with torch.inference_mode():
         model(ids, past_key_values=cache)
     told, found = method.explain(model, 40), stored(cache)
-    by_scores = name in {"snap", "pyramid", "ada", "ada-pyramid", "ada-model", "head", "kvzip"}
-    if getattr(model.config, "sliding_window", None) and by_scores:
+    if getattr(model.config, "sliding_window", None) and name in BY_SCORES:
         assert told.entries >= int(found.sum()), "an upper bound: what has left the window is not stored"
         assert told.budgets is None or bool((told.budgets >= found).all())
         return
     assert told.entries == int(found.sum())
-    assert (told.budgets is None) == (name in {"ada", "ada-pyramid", "ada-model", "kvzip"})
+    assert (told.budgets is None) == (name in FOLLOW)
     assert told.budgets is None or torch.equal(told.budgets, found)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in {"ada-model", "kvzip"}])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ALL_LAYERS | OF_WEIGHTS])
 def test_one_layer_that_was_read(name: str) -> None:
     method = METHODS[name]
     p = prefill(60, heads=2, layer_idx=1, num_layers=3, queries=method.observed_queries)
