@@ -82,6 +82,12 @@ def configurations(
             for power in (0.5,):
                 flat = ProfileAllocator(profile.scores.clamp(min=0), beta, power, reduce="max")
                 made[f"KVzip w8 by {kind} b{beta} p{power}"] = ScoredMethod(share, zips["KVzip w8"], flat)
+        for safeguard in (0.3, 0.6):
+            for beta in (1.1, 1.5):
+                base = ProfileAllocator(profile.scores.clamp(min=0), beta, reduce="max")
+                made[f"KVzip w8, model + {kind} b{beta} s{safeguard}"] = ScoredMethod(
+                    share, zips["KVzip w8"], AdaptiveAllocator(safeguard, base), scope="model"
+                )
         made[f"DuoAttention by {kind}"] = headkv.DuoAttention.for_share(share, length, profile)
         made[f"Duo16 by {kind}"] = headkv.DuoAttention.for_share(
             share, length, profile, sinks=4, recent=max(8, round(share / 4 * length))

@@ -68,6 +68,9 @@ class ProfileAllocator:
             ValueError: a profile of another number of layers or heads.
         """
         heads, m = scores.shape
+        layers = self.scores.shape[0]
+        if num_layers == 1 < layers and heads % layers == 0:  # the rows of all layers, to share one budget
+            return self.budgets(budget, m, heads // layers).flatten()
         if self.scores.shape[0] != num_layers or self.scores.shape[1] % heads:
             raise ValueError(
                 f"scores of the head profile must have shape [{num_layers}, {heads}] for this model, "

@@ -73,15 +73,26 @@ _POOLS = {
             "Agnes Boris Clara Dmitri Elena Felix Greta Henrik Irma Jakob".split()
         ),
         words=(
-            ("secret city", tuple("Quito Lisbon Oslo Hanoi Tunis Lima Cairo Rome Vienna Dublin Prague".split())),
-            ("secret country", tuple("Norway Peru Kenya Japan Chile Egypt India Poland Cuba Ghana Nepal".split())),
+            (
+                "secret city",
+                tuple("Quito Lisbon Oslo Hanoi Tunis Lima Cairo Rome Vienna Dublin Prague".split()),
+            ),
+            (
+                "secret country",
+                tuple("Norway Peru Kenya Japan Chile Egypt India Poland Cuba Ghana Nepal".split()),
+            ),
             ("favorite planet", tuple("Mars Venus Jupiter Saturn Neptune Mercury Uranus Earth".split())),
         ),
         number="access code",
         pair=("The key {key} opens the box {value}.", "Which box does the key {key} open?"),
         wish=(
             "best thing to do in the house",
-            ("to drink a cup of tea", "to read an old book", "to paint a small picture", "to play a game of chess"),
+            (
+                "to drink a cup of tea",
+                "to read an old book",
+                "to paint a small picture",
+                "to play a game of chess",
+            ),
             ("with the old neighbors", "with two white cats", "by the light of a candle", "in a red coat"),
             ("in the kitchen", "under the roof", "on the balcony", "behind the green door"),
         ),
@@ -153,7 +164,9 @@ def needle_texts(
         raise ValueError(f"texts and each must be at least 1, got {texts} and {each}")
     pool = _POOLS[split]
     if (wanted := each * len(kinds)) > len(pool.people):
-        raise ValueError(f"each must leave a person for every fact, of {len(pool.people)}, got {wanted} facts")
+        raise ValueError(
+            f"each must leave a person for every fact, of {len(pool.people)}, got {wanted} facts"
+        )
     half = num_paragraphs() // 2  # training begins in the first, validation in the second
     made = []
     for index in range(texts):
@@ -195,7 +208,10 @@ def _split(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tu
 
 def _fact(name: str, answer: str) -> Fact:
     return Fact(
-        f"{name[0].upper()}{name[1:]} is {answer}.", f"What is {name}?", f"{name[0].upper()}{name[1:]} is", answer
+        f"{name[0].upper()}{name[1:]} is {answer}.",
+        f"What is {name}?",
+        f"{name[0].upper()}{name[1:]} is",
+        answer,
     )
 
 
@@ -205,7 +221,9 @@ def _words(pool: _Pool, people: list[str], count: int, source: random.Random) ->
 
 
 def _numbers(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
-    return [_fact(f"the {pool.number} of {people.pop()}", f"{source.randrange(10**5):05}") for _ in range(count)]
+    return [
+        _fact(f"the {pool.number} of {people.pop()}", f"{source.randrange(10**5):05}") for _ in range(count)
+    ]
 
 
 def _pairs(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:

@@ -82,7 +82,9 @@ def profile_ablation(
     }
     name = model.config._name_or_path or type(model).__name__
     notes = Journal(journal, {"kind": "ablation", "model": name, **options})
-    scores, found = ablate(model, made, Stream(sinks, recent), greedy=greedy, journal=notes, progress=progress)
+    scores, found = ablate(
+        model, made, Stream(sinks, recent), greedy=greedy, journal=notes, progress=progress
+    )
     return HeadProfile(name, "ablation", "kv", scores, options | found)
 
 
@@ -118,7 +120,9 @@ def ablate(
             piece = _leave_one_out(asker, context, text)
         notes.add(piece)
         done.append(piece)
-    asked, counted = (sum((Counter(piece[name]) for piece in done), Counter()) for name in ("asked", "counted"))
+    asked, counted = (
+        sum((Counter(piece[name]) for piece in done), Counter()) for name in ("asked", "counted")
+    )
     if not counted.total():
         raise RuntimeError(
             f"the model answered none of {asked.total()} questions, so its heads can not be scored"
@@ -144,14 +148,18 @@ class Held:
     needles: tuple[Needle, ...]
 
 
-def hold(model: PreTrainedModel, texts: Sequence[NeedleText], stream: Stream, progress: bool = False) -> list[Held]:
+def hold(
+    model: PreTrainedModel, texts: Sequence[NeedleText], stream: Stream, progress: bool = False
+) -> list[Held]:
     """Read all texts and keep them, each with the questions that count."""
     held = []
     for text in track(texts, "Reading", progress):
         context = read(model, text.context_ids)
         with asking(model, stream) as asker:
             right = asker.try_all(context, text.needles, torch.ones(1, *asker.shape)).right
-        needles = tuple(needle for needle, is_right in zip(text.needles, right.tolist(), strict=True) if is_right)
+        needles = tuple(
+            needle for needle, is_right in zip(text.needles, right.tolist(), strict=True) if is_right
+        )
         if needles:
             held.append(Held(context, needles))
     return held

@@ -89,7 +89,14 @@ def profile_cached_gates(
         judged = hold(model, needle_texts(tokenizer, texts=validation, lengths=lengths, **options), stream)
     with frozen(model), asking(model, stream) as asker:
         gates, log = learn_gates(
-            asker, held, [penalty], steps=steps, learning_rate=learning_rate, judged=judged, seed=seed, progress=progress
+            asker,
+            held,
+            [penalty],
+            steps=steps,
+            learning_rate=learning_rate,
+            judged=judged,
+            seed=seed,
+            progress=progress,
         )
     parameters: dict[str, Any] = {
         "way": "cached",

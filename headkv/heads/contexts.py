@@ -144,7 +144,9 @@ class Asker:
         """
         device = self.model.device
         texts = [torch.cat([needle.question_ids, needle.answer_ids], dim=1)[0, :-1] for needle in needles]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)  # what follows an answer is not seen
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(
+            device
+        )  # what follows an answer is not seen
         lengths = torch.tensor([needle.answer_ids.shape[1] for needle in needles])
         begins = torch.tensor([needle.question_ids.shape[1] - 1 for needle in needles])
         answers = nn.utils.rnn.pad_sequence([needle.answer_ids[0] for needle in needles], batch_first=True)
@@ -227,7 +229,9 @@ class Asker:
         grouped = query.unflatten(1, (keys.shape[0], -1)) * (size**-0.5 if scaling is None else scaling)
         held = keys.shape[1]
         far = slice(0, 0) if sliding_window is not None else self.stream.far(held)
-        near_keys, near_values = (torch.cat([x[:, : far.start], x[:, far.stop :]], dim=1) for x in (keys, values))
+        near_keys, near_values = (
+            torch.cat([x[:, : far.start], x[:, far.stop :]], dim=1) for x in (keys, values)
+        )
         columns = near_keys.shape[1]
         logits = torch.cat([_products(grouped, near_keys), grouped @ key[:, :, None].mT], dim=-1)
         logits = _capped(logits, softcap)  # [R, H, G, T, columns + T]
