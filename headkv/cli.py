@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headkv.evaluation.profiling import profile_options, run_profile
-from headkv.heads.profile import KINDS
+import headkv
+from headkv._table import table
+from headkv.evaluation.profiling import PROFILERS, profile_options, run_profile
 
 if TYPE_CHECKING:
     from headkv.evaluation.compare import Result
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
     top = argparse.ArgumentParser(prog="headkv", description="Head-specific KV-cache compression.")
+    top.add_argument("--version", action="version", version=f"headkv {headkv.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     show = commands.add_parser(
@@ -53,13 +55,17 @@ def parser() -> argparse.ArgumentParser:
         help="every method on one prompt with hidden facts: memory, speed, answers",
         description="Hide facts in a text, compress SmolLM2's cache by every method, and ask for the facts.",
     )
-    show.add_argument("--tokens", type=int, default=4000, help="length of the context (default: 4000)")
-    show.add_argument("--share", type=float, default=0.2, help="share of the cache to keep (default: 0.2)")
-    show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. AdaKV SnapKV")
-    show.add_argument("--new-tokens", type=int, default=12, help="tokens of each answer (default: 12)")
     show.add_argument(
-        "--picture", type=Path, default=Path("headkv-demo.png"), help="(default: headkv-demo.png)"
+        "--tokens", type=int, default=4000, metavar="N", help="length of the context (default: 4000)"
     )
+    show.add_argument(
+        "--share", type=float, default=0.2, metavar="X", help="share of the cache to keep (default: 0.2)"
+    )
+    show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. AdaKV SnapKV")
+    show.add_argument(
+        "--new-tokens", type=int, default=12, metavar="N", help="tokens of each answer (default: 12)"
+    )
+    show.add_argument("--picture", type=Path, metavar="FILE", help="draw each head's entries to this file")
     show.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     show.set_defaults(run=demo)
 
@@ -69,20 +75,28 @@ def parser() -> argparse.ArgumentParser:
         description="Measure what kind each head is, and write a profile that HeadKV, DuoAttention and "
         "RazorAttention read.",
     )
-    measure.add_argument("--kind", choices=KINDS, required=True, help="what to measure")
+    measure.add_argument("--kind", choices=tuple(PROFILERS), required=True, help="what to measure")
     measure.add_argument("--model", default="smollm2", help="smollm2, or a transformers name or folder")
     measure.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     measure.add_argument("--force", action="store_true", help="replace that file if it exists")
     measure.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: cpu)")
     _add_profile_options(measure)
     measure.set_defaults(run=profile)
+
+    what = commands.add_parser(
+        "info",
+        help="versions, backends, and what is missing",
+        description="Say what runs here: versions, backends, and what is missing with the line that installs it.",
+    )
+    what.add_argument("--json", action="store_true", help="print one JSON object")
+    what.set_defaults(run=show_info)
     return top
 
 
 def _add_profile_options(command: argparse.ArgumentParser) -> None:
     """Every option of every profiler, in a group that names the kinds it belongs to; those not given stay away."""
     defaults: dict[str, dict[str, Any]] = {}  # option -> kind -> default
-    for kind in KINDS:
+    for kind in PROFILERS:
         for name, default in profile_options(kind).items():
             defaults.setdefault(name, {})[kind] = default
     groups: dict[tuple[str, ...], Any] = {}
@@ -95,12 +109,13 @@ def _add_profile_options(command: argparse.ArgumentParser) -> None:
         if len(set(texts.values())) == 1:
             default = texts[kinds[0]]
         example = by_kind[kinds[0]]
+        number = type(example[0] if isinstance(example, tuple) else example)
         groups[kinds].add_argument(
             _flag(name),
-            type=type(example[0] if isinstance(example, tuple) else example),
+            type=number,
             nargs="+" if isinstance(example, tuple) else None,
             default=argparse.SUPPRESS,
-            metavar="N",
+            metavar="X" if number is float else "N",
             help=f"{PROFILE_HELP[name]} (default: {default})",
         )
 
@@ -115,9 +130,8 @@ def _words(value: Any) -> str:
 
 def demo(options: argparse.Namespace) -> None:
     """`headkv demo`."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from tqdm import tqdm
 
-    import headkv
     from headkv.data import haystack
     from headkv.evaluation.compare import compare, smollm2_methods
     from headkv.evaluation.plots import plot_lengths
@@ -126,7 +140,6 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError(f"--share must be in (0, 1], got {options.share}")
     if options.new_tokens < 2:
         raise ValueError(f"--new-tokens must be at least 2, got {options.new_tokens}")
-    console = _console()
     model, tokenizer = headkv.load_smollm2()
     document = haystack(tokenizer, options.tokens)
     n = document.context_ids.shape[1]
@@ -134,29 +147,29 @@ def demo(options: argparse.Namespace) -> None:
     if unknown := set(options.methods or ()) - set(methods):
         raise ValueError(f"--methods must be of {', '.join(methods)}, got {', '.join(sorted(unknown))}")
     chosen = {name: m for name, m in methods.items() if not options.methods or name in options.methods}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     results = []
-    with Progress(
-        *columns, *Progress.get_default_columns()[1:2], console=console, transient=True
-    ) as progress:
-        task = progress.add_task("prefill", total=len(chosen) + 1)
+    # The full cache comes first: what the others are compared with.
+    with tqdm(total=len(chosen) + 1, leave=False) as bar:
         for result in compare(
             model,
             tokenizer,
             document,
             chosen,
             max_new_tokens=options.new_tokens,
-            on_step=lambda name: progress.update(task, description=f"{name}: {n} tokens"),
+            on_step=bar.set_description,
         ):
             results.append(result)
-            progress.advance(task)
-    plot_lengths(results, n).savefig(options.picture, dpi=150)
+            bar.update()
+    if options.picture is not None:
+        plot_lengths(results, n).savefig(options.picture, dpi=150)
     if options.json:
-        summary = {"tokens": n, "share": options.share, "picture": str(options.picture)}
+        picture = None if options.picture is None else str(options.picture)
+        summary = {"tokens": n, "share": options.share, "picture": picture}
         print(json.dumps({**summary, "results": [result.to_json() for result in results]}, indent=2))
     else:
         _print_table(results, document.facts, n)
-        print(f"\nPer-head lengths: {options.picture}")
+    if options.picture is not None:
+        print(f"Entries of each head: {options.picture}", file=sys.stderr)
 
 
 def profile(options: argparse.Namespace) -> None:
@@ -177,36 +190,33 @@ def profile(options: argparse.Namespace) -> None:
     print(f"{options.out}: {result.kind} scores of {shape}")
 
 
-def _console() -> Any:
-    from rich.console import Console
+def show_info(options: argparse.Namespace) -> None:
+    """`headkv info`."""
+    from headkv.info import as_text, info
 
-    return Console(stderr=True)
+    found = info(headkv.__version__)
+    print(json.dumps(found, indent=2) if options.json else as_text(found))
 
 
 def _print_table(results: Sequence[Result], facts: Sequence[Any], tokens: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     full = results[0]
-    table = Table(title=f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts")
-    table.add_column("method", no_wrap=True)
-    for heading in ("stored", "our count", "resident", "decode", "against full", "right", "question unseen"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("answers: " + ", ".join(fact.answer for fact in facts))
-    for result in results:
-        resident = "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB"
-        table.add_row(
-            result.name,
-            f"{result.stored_share:.1%}",
-            f"{result.nbytes / 1e6:.1f} MB",
-            resident,
-            f"{1000 / result.decode_ms:.1f} tok/s",
-            f"{full.decode_ms / result.decode_ms:.2f} x",
-            f"{result.right} / {result.asked}",
-            f"{result.right_unseen} / {result.asked}",
-            " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
-        )
-    Console(width=None if sys.stdout.isatty() else 165).print(table)
+    answers = "answers: " + ", ".join(fact.answer for fact in facts)
+    rows = [
+        {
+            "method": result.name,
+            "stored": f"{result.stored_share:.1%}",
+            "our count": f"{result.nbytes / 1e6:.1f} MB",
+            "resident": "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB",
+            "decode": f"{1000 / result.decode_ms:.1f} tok/s",
+            "against full": f"{full.decode_ms / result.decode_ms:.2f} x",
+            "right": f"{result.right} / {result.asked}",
+            "question unseen": f"{result.right_unseen} / {result.asked}",
+            answers: " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
+        }
+        for result in results
+    ]
+    print(f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts\n")
+    print(table(rows, words=("method", answers)))
 
 
 if __name__ == "__main__":

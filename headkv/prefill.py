@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.logits import Rule
+
+ALL = None  # of a prompt's queries, as `observed_queries` says it
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a layer's attention has besides queries, keys and values; None where the model has it in no known form.
+
+    Attributes:
+        output: `[hidden, HQ * D]`, weight of the output projection.
+        rotary: positions `[m]` to the cosines and sines `[m, R]` of the rotary embedding, float32, which turns the
+            first `R <= D` dimensions, halves against each other.
+    """
+
+    output: Tensor | None = None
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def require(self, name: str, who: str) -> Any:
+        """The part `name`, which `who` can not do without.
+
+        Raises:
+            ValueError: the model has none that headkv knows.
+        """
+        part = getattr(self, name)
+        if part is None:
+            what = {"output": "output projection", "rotary": "rotary embedding"}[name]
+            raise ValueError(
+                f"{who} needs the {what} of the model's attention, which has none that headkv knows"
+            )
+        return part
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +54,7 @@ class Prefill:
         layer_idx: this layer, from 0.
         num_layers: layers of the model.
         scale, sliding_window, softcap: how queries meet keys, see `headkv.logits.Rule`.
+        parts: of the layer's attention, for scorers that look at weights.
 
     Raises:
         ValueError: shapes that do not belong together, an empty prompt, a layer outside the model, or a window or
@@ -37,6 +69,9 @@ class Prefill:
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+    parts: Parts = Parts()
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or 0 in self.keys.shape:

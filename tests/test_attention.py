@@ -187,7 +187,7 @@ BAD = {
     "scale NaN": (lambda: headkv.ragged_decode(Q, small_layer(), scale=float("nan")), ValueError, "scale must be None or positive"),
     "float64 and rust": (lambda: headkv.ragged_decode(Q.double(), small_layer(), backend="rust"), TypeError, "float64; the backend 'reference' computes in float64"),
     "float64 and triton": (lambda: headkv.ragged_extend(Q[:, :, None].double(), small_layer(), backend="triton"), TypeError, "the backend 'triton', got torch.float64"),
-    "unknown backend": (lambda: headkv.ragged_decode(Q, small_layer(), backend="cuda"), ValueError, "backend must be one of auto, reference"),
+    "unknown backend": (lambda: headkv.ragged_decode(Q, small_layer(), backend="cuda"), ValueError, "backend must be one of 'auto', 'reference'"),
     "no layer": (lambda: headkv.ragged_decode(Q, torch.zeros(3)), TypeError, "layer must be a RaggedLayer"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prefills import prefill, profile
 from torch import Tensor
 
+import headkv
 from headkv.allocators import AdaptiveAllocator, FixedAllocator, UniformAllocator
 from headkv.methods import (
     AdaKV,
@@ -472,3 +473,29 @@ def test_methods_are_values() -> None:
     assert AdaKV(0.2) == AdaKV(0.2) != AdaKV(0.3)
     assert AdaKV(0.2).allocator() == AdaptiveAllocator(0.2)
     assert "AdaKV(budget=0.2, scorer=SnapKVScorer(window=32" in repr(AdaKV(0.2))
+
+
+SIZED = {
+    "SnapKV": (SnapKV, ()),
+    "AdaKV": (AdaKV, ()),
+    "PyramidKV": (PyramidKV, ()),
+    "HeadKV": (HeadKV, (profile(),)),
+    "StreamingLLM": (StreamingLLM, ()),
+    "ScoredMethod": (headkv.ScoredMethod, ()),
+    "KVzip": (headkv.KVzip, ()),
+    "DefensiveKV": (headkv.DefensiveKV, ()),
+    "CriticalKV": (headkv.CriticalKV, ()),
+    "DuoAttention": (DuoAttention, (GATES,)),
+    "RandomHeads": (RandomHeads, ()),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_every_method_is_sized_in_one_way(name: str) -> None:
+    """`for_share(share, length, ...)` stores what `stored_share(length)` says."""
+    make, arguments = SIZED[name]
+    method = make.for_share(0.4, 1000, *arguments)
+    assert method.stored_share(1000) == pytest.approx(0.4, abs=0.01)
+    with pytest.raises(ValueError, match="length must be"):
+        make.for_share(0.4, 0, *arguments)
+    assert FullCache.for_share(0.4, 1000).stored_share(1000) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from attention_cases import CASES, Case, truth
 
 import headkv
 from headkv.attention import reference, rust
-from headkv.cache import RaggedLayer, layout, moves
+from headkv.cache import RaggedLayer, Rows, layout, moves
 from headkv.cache import rust as rust_moves
 from headkv.logits import Rule
 
@@ -343,3 +344,19 @@ def test_missing_extension_names_the_install_line():
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install headkv" in out and "maturin develop --release" in out
+
+
+def test_rust_reads_rows_by_their_own_names():
+    """A layer's rows are described once on each side of a language: what Rust asks for are fields of `Rows`."""
+    layer = good_layer()
+    given = vars(rust.layer_arrays(RaggedLayer.from_dense(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))))
+    asked = []
+    for name in given:
+        without = SimpleNamespace(**{other: x for other, x in given.items() if other != name})
+        try:
+            call(layer=without)
+        except AttributeError as error:
+            assert name in str(error)
+            asked.append(name)
+    fields = {field.name for field in dataclasses.fields(Rows)}
+    assert set(asked) == set(vars(layer)) == fields - {"evicted_end", "num_kv_heads", "seen"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.allocators.rounding import largest_remainder, water_fill
 
 
@@ -43,6 +45,9 @@ class ProfileAllocator:
     beta: float = 1.5
     temperature: float = 1.0
     reduce: str = "sum"
+    needs_scores: ClassVar[bool] = False
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         _checks.between("beta", self.beta, 1)
@@ -63,6 +68,9 @@ class ProfileAllocator:
             ValueError: a profile of another number of layers or heads.
         """
         heads, m = scores.shape
+        layers = self.scores.shape[0]
+        if num_layers == 1 < layers and heads % layers == 0:  # the rows of all layers, to share one budget
+            return self.budgets(budget, m, heads // layers).flatten()
         if self.scores.shape[0] != num_layers or self.scores.shape[1] % heads:
             raise ValueError(
                 f"scores of the head profile must have shape [{num_layers}, {heads}] for this model, "

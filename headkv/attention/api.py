@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headkv import _checks
 from headkv.cache.checks import appendable, storable
 from headkv.cache.ragged import RaggedLayer
 from headkv.logits import Rule
@@ -183,8 +184,7 @@ def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.d
     >>> choose_backend(layer, "reference")
     'reference'
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _checks.one_of("backend", backend, BACKENDS)
     if backend in ("rust", "triton") and dtype == torch.float64:
         raise TypeError(
             f"q must be float32, bfloat16 or float16 with the backend {backend!r}, got {dtype}; "

@@ -8,16 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headkv import _checks
 from headkv.cache.rows import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def count(name: str, value: Any) -> int:
-    """A whole number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-    return value
 
 
 def storable(name: str, tensor: Any) -> None:
@@ -97,7 +91,7 @@ def window_tensors(
     """`sinks`, `recent` (int, or `[B, H]` whole numbers) and `compensate` (`[B, H]` bool or None); see `contents`."""
     for name, value in (("sinks", sinks), ("recent", recent)):
         if not isinstance(value, Tensor):
-            count(name, value)
+            _checks.whole(name, value)
             continue
         if value.dtype.is_floating_point or value.dtype in (torch.bool, torch.complex64):
             raise TypeError(f"{name} must be an int tensor, got {value.dtype}")

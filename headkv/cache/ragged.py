@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headkv.cache import checks, layout, moves, windows
+from headkv import _checks
+from headkv.cache import batches, checks, layout, moves, windows
 from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
 from headkv.cache.windows import Gone, Sums
 
@@ -71,7 +72,7 @@ class RaggedLayer(Rows):
         layer = cls._bare(pools, layout.starts(length), length, num_kv_heads, seen)
         layer.set_windows(sinks, recent)
         if headroom:
-            layer._rewrite(layer.capacity + checks.count("headroom", headroom))
+            layer._rewrite(layer.capacity + _checks.whole("headroom", headroom))
         return layer
 
     @classmethod
@@ -107,7 +108,7 @@ class RaggedLayer(Rows):
         grid, rows = (batch_size, num_kv_heads), batch_size * num_kv_heads
         valid = checks.valid(valid, keys)
         keep = checks.keep(keep, (*grid, n), keys.device)
-        headroom, rollback = checks.count("headroom", headroom), checks.count("rollback", rollback)
+        headroom, rollback = _checks.whole("headroom", headroom), _checks.whole("rollback", rollback)
         checks.window_tensors(sinks, recent, compensate, grid, keys.device)
         everything = keys.new_ones((), dtype=torch.bool) if valid is None else valid[:, None]
         everything = everything.expand(*grid, n).reshape(rows, n)
@@ -280,7 +281,7 @@ class RaggedLayer(Rows):
         grid, longest = (self.batch_size, self.num_kv_heads), int(self.length.max())
         mask = checks.keep(keep, (*grid, longest), self.device)
         assert mask is not None
-        headroom = checks.count("headroom", headroom)
+        headroom = _checks.whole("headroom", headroom)
         new_sinks, new_recent = 0 if sinks is None else sinks, 0 if recent is None else recent
         checks.window_tensors(new_sinks, new_recent, compensate, grid, self.device)
         self._compensates_not_yet(compensate)
@@ -303,7 +304,7 @@ class RaggedLayer(Rows):
 
     def trim(self, headroom: int = MIN_HEADROOM) -> None:
         """Drop now what windowed rows hide for good, and leave `headroom` free slots behind each row."""
-        headroom = checks.count("headroom", headroom)
+        headroom = _checks.whole("headroom", headroom)
         skip = windows.hidden_for_good(self, self.rollback)
         gone = windows.trimmed(self, skip)
         self._rewrite(self.length - skip + headroom, skip)
@@ -339,7 +340,7 @@ class RaggedLayer(Rows):
         Raises:
             ValueError: when entries would be needed that are gone; the layer is unchanged then.
         """
-        tokens = checks.count("tokens", tokens)
+        tokens = _checks.whole("tokens", tokens)
         if tokens > self.seen:
             raise ValueError(f"tokens must be at most the {self.seen} tokens seen, got {tokens}")
         if tokens == 0:
@@ -358,22 +359,22 @@ class RaggedLayer(Rows):
 
     def reorder(self, index: Tensor) -> None:
         """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]`."""
-        self._become(**self._selected(index))
+        self._become(**batches.selected(self, index))
 
     def select(self, index: Tensor) -> RaggedLayer:
         """A new layer with copies of the batch entries `index` `[new B]`."""
-        changes: dict[str, Any] = {**self._selected(index), "ticket": None}
-        return replace(self, **changes)
+        changes: dict[str, Any] = batches.selected(self, index)
+        return replace(self, **changes, ticket=None)
 
-    def _selected(self, index: Tensor) -> dict[str, Tensor]:
-        index = checks.batch_index(index, self.batch_size).to(self.device)
-        heads = torch.arange(self.num_kv_heads, device=self.device)
-        rows = (index[:, None] * self.num_kv_heads + heads).reshape(-1)
-        source = layout.source_of_rows(self.start[rows], self.length[rows], self.capacity[rows])
-        moved = {*Pools._fields, "ticket"}
-        per_row = {name: tensor[rows] for name, tensor in self.tensors() if name not in moved}
-        per_row["start"] = layout.starts(per_row["capacity"])
-        return {**moves.gather(self.pools, source)._asdict(), **per_row}
+    @classmethod
+    def join(cls, layers: Sequence[RaggedLayer]) -> RaggedLayer:
+        """The sequences of several layers as one batch; all have seen as many tokens.
+
+        Raises:
+            ValueError: layers that do not fit together.
+        """
+        joined: dict[str, Any] = batches.joined(layers)
+        return replace(layers[0], **joined, ticket=None, _free=min(layer._free for layer in layers))
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""

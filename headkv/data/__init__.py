@@ -4,5 +4,16 @@ from __future__ import annotations
 
 from headkv.data.facts import FACTS, Fact
 from headkv.data.haystacks import Haystack, haystack, running_example
+from headkv.data.needles import NEEDLE_KINDS, Needle, NeedleText, needle_texts
 
-__all__ = ["FACTS", "Fact", "Haystack", "haystack", "running_example"]
+__all__ = [
+    "FACTS",
+    "NEEDLE_KINDS",
+    "Fact",
+    "Haystack",
+    "Needle",
+    "NeedleText",
+    "haystack",
+    "needle_texts",
+    "running_example",
+]

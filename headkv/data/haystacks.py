@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headkv.data.chat import chat_frame
 from headkv.data.facts import FACTS, Fact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "{document}"
 _INTRODUCTION = (
     "Some facts are hidden in the following text. Memorize them: you will be asked about them afterwards.\n\n"
 )
@@ -47,12 +47,12 @@ class Haystack:
     question_ids: tuple[Tensor, ...]
 
     def prompt(self, index: int = 0) -> Tensor:
-        """Return the whole prompt of the question about fact `index`, [1, n + m] int64."""
+        """The whole prompt of the question about fact `index`, [1, n + m] int64."""
         return torch.cat([self.context_ids, self.question_ids[index]], dim=1)
 
 
 def running_example(tokenizer: PreTrainedTokenizerBase) -> Haystack:
-    """Return the book's document: about 1,000 tokens with three facts, at 1/6, 3/6 and 5/6 of its length."""
+    """The book's document: about 1,000 tokens with three facts, at 1/6, 3/6 and 5/6 of its length."""
     return haystack(tokenizer, 1000)
 
 
@@ -63,8 +63,9 @@ def haystack(
     depths: Sequence[float] | None = None,
     *,
     seed: int = 0,
+    start: int | None = None,
 ) -> Haystack:
-    """Hide facts between the sentences of plain prose.
+    """Plain prose with facts hidden between its sentences.
 
     Args:
         tokenizer: a fast tokenizer; its chat template is used if it has one.
@@ -73,6 +74,7 @@ def haystack(
         facts: what to hide.
         depths: for each fact, where: 0 is the beginning, 1 the end. None: evenly, e.g. 1/6, 3/6 and 5/6.
         seed: at which paragraph the prose begins.
+        start: that paragraph itself, in place of a seed; counted on from the first one behind the last.
 
     Raises:
         ValueError: there are no facts, a depth is not in [0, 1], there are not as many depths as facts, or
@@ -87,8 +89,10 @@ def haystack(
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depths must be in [0, 1], got {outside[0]}")
     placed = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
-    header, footer = _chat(tokenizer)
-    sentences = _sentences(seed)
+    header, footer = chat_frame(tokenizer)
+    header += _INTRODUCTION
+    # The next seed begins with another subject.
+    sentences = _sentences(seed * 7 if start is None else start)
     room = num_tokens - _count(tokenizer, header) - sum(_count(tokenizer, " " + f.sentence) for f in facts)
     lengths: list[int] = []
     while sum(lengths) < room:
@@ -120,11 +124,20 @@ def haystack(
     )
 
 
-def _sentences(seed: int) -> list[str]:
-    """Return the sentences of the prose, each with the white space before it, from a paragraph on."""
+def num_paragraphs() -> int:
+    """How many paragraphs the prose has."""
+    return len(_paragraphs())
+
+
+def _paragraphs() -> list[str]:
     prose = (resources.files("headkv.data") / "prose.txt").read_text(encoding="utf-8").strip()
-    paragraphs = prose.split("\n\n")
-    first = seed * 7 % len(paragraphs)  # the next seed begins with another subject
+    return prose.split("\n\n")
+
+
+def _sentences(start: int) -> list[str]:
+    """The sentences of the prose, each with the white space before it, from a paragraph on."""
+    paragraphs = _paragraphs()
+    first = start % len(paragraphs)
     sentences = []
     for paragraph in paragraphs[first:] + paragraphs[:first]:
         head, *rest = re.split(r"(?<=[.!?])\s+", paragraph)
@@ -135,7 +148,7 @@ def _sentences(seed: int) -> list[str]:
 def _hide(
     sentences: list[str], lengths: list[int], placed: list[tuple[float, Fact]]
 ) -> tuple[str, list[int]]:
-    """Return the text, and for each fact at which character its sentence begins."""
+    """The text, and for each fact at which character its sentence begins."""
     chosen = [sentences[index % len(sentences)] for index in range(len(lengths))]
     text, places, done, total = "", [], 0, sum(lengths)
     waiting = list(placed)
@@ -150,21 +163,11 @@ def _hide(
     return text, places
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return what stands before the document, and what stands between the question and the answer."""
-    if not tokenizer.chat_template:
-        return (tokenizer.bos_token or "") + _INTRODUCTION, "\n"
-    message = [{"role": "user", "content": _MARK}]
-    chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    header, footer = str(chat).split(_MARK)
-    return header + _INTRODUCTION, footer
-
-
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, length: int) -> tuple[int, int]:
-    """Return the tokens that overlap the characters [start, start + length)."""
+    """The tokens that overlap the characters [start, start + length)."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < start + length and b > start]
     return inside[0], inside[-1] + 1

@@ -24,6 +24,8 @@ from headkv.methods import (
     SnapKV,
     StreamingLLM,
 )
+from headkv.models.attention import kept_attention
+from headkv.models.decoding import greedy
 from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:
@@ -114,18 +116,15 @@ def compare(
     Yields:
         One `Result` a method, as soon as it is there.
     """
-    former = model.config._attn_implementation
-    on_step("warm-up")
-    for method in (None, *list(methods.values())[:1]):  # what is loaded once is nobody's memory
-        _answer(model, haystack.context_ids[:, :256], _cache(model, method), 2, None)
-    on_step(FULL_SDPA)
-    yield _run(model, tokenizer, haystack, FULL_SDPA, None, max_new_tokens)
-    try:
+    with kept_attention(model):
+        on_step("warm-up")
+        for method in (None, *list(methods.values())[:1]):  # what is loaded once is nobody's memory
+            _answer(model, haystack.context_ids[:, :256], _cache(model, method), 2, None)
+        on_step(FULL_SDPA)
+        yield _run(model, tokenizer, haystack, FULL_SDPA, None, max_new_tokens)
         for name, method in methods.items():
             on_step(name)
             yield _run(model, tokenizer, haystack, name, method, max_new_tokens)
-    finally:
-        model.set_attn_implementation(former)
 
 
 @torch.inference_mode()
@@ -200,11 +199,10 @@ def _answer(
     """Greedy decoding after `question` `[1, m]`: the tokens up to `eos`, and each step's seconds."""
     # The last token is a step of its own: a prefill attends densely, and would answer from the full cache.
     model(question[:, :-1], past_key_values=cache, logits_to_keep=1)
-    token, tokens, seconds = question[:, -1:], [], []
+    written = greedy(model, question[:, -1:], cache, max_new_tokens)
+    tokens, seconds = [], []
     for _ in range(max_new_tokens):
         begin = time.perf_counter()
-        logits = model(token, past_key_values=cache).logits
+        tokens.append(next(written))
         seconds.append(time.perf_counter() - begin)
-        token = logits[:, -1:].argmax(-1)
-        tokens.append(int(token))
     return tokens[: tokens.index(eos)] if eos in tokens else tokens, seconds

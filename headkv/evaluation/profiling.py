@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headkv.heads.gates import profile_gates
-from headkv.heads.induction import profile_repeats
-from headkv.heads.profile import KINDS, HeadProfile
-from headkv.heads.retrieval import profile_retrieval
+from headkv.heads.profile import HeadProfile
+from headkv.heads.profilers import PROFILERS, check_options, measure, profile_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROFILERS: dict[str, Callable[..., Any]] = {
-    "echo": profile_repeats,
-    "induction": profile_repeats,
-    "retrieval": profile_retrieval,
-    "retrieval-reasoning": profile_retrieval,
-    "gate": profile_gates,
-}
-
-
-def profile_options(kind: str) -> dict[str, Any]:
-    """The options that the profiler of `kind` has, by name, with their defaults.
-
-    >>> profile_options("echo")
-    {'num_tokens': 512, 'repeats': 4, 'seeds': (0, 1, 2)}
-    """
-    parameters = inspect.signature(PROFILERS[kind]).parameters.values()
-    ours = ("reasoning", "progress")  # the kind says the one, `run_profile` the other
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ours}
+__all__ = ["PROFILERS", "load", "measure", "profile_options", "run_profile"]
 
 
 def run_profile(
@@ -46,7 +25,7 @@ def run_profile(
     progress: bool = True,
     **options: Any,
 ) -> HeadProfile:
-    """Measure a head profile of a model.
+    """A head profile of a model, measured and saved.
 
     Args:
         kind: one of `headkv.heads.KINDS`.
@@ -64,11 +43,7 @@ def run_profile(
         TypeError: the profiler has no such option.
         RuntimeError: the model answers too badly to be measured ("retrieval" and "retrieval-reasoning").
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    known = profile_options(kind)
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"options of kind {kind!r} must be of {', '.join(known)}, got {', '.join(unknown)}")
+    check_options(kind, options)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without it; a device that is not there
@@ -83,7 +58,7 @@ def run_profile(
 
 
 def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2 ("smollm2") or any Hugging Face decoder by its name or folder, with its tokenizer.
+    """SmolLM2 ("smollm2") or any Hugging Face decoder by its name or folder, with its tokenizer.
 
     Raises:
         ValueError: there is none.
@@ -100,14 +75,3 @@ def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         reason = str(error).splitlines()[0]
         allowed = "'smollm2', or the name or folder of a transformers decoder with its tokenizer"
         raise ValueError(f"model must be {allowed}, got {model!r}: {reason}") from error
-
-
-def measure(
-    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> HeadProfile:
-    """Run the profiler of `kind` on a loaded model; see the profilers for their options."""
-    if kind in ("echo", "induction"):
-        return profile_repeats(model, tokenizer, **options)[("echo", "induction").index(kind)]
-    if kind == "gate":
-        return profile_gates(model, tokenizer, **options)
-    return profile_retrieval(model, tokenizer, reasoning=kind == "retrieval-reasoning", **options)

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from headkv._figure import grid_figure
+from headkv._grid import grid_html
 from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.calls import (
-    PLAIN,
-    Arguments,
     Hooks,
-    TextMemory,
-    check_chunk,
-    only_new,
-    read_call,
-    tokens_in,
+    Told,
 )
 from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer
@@ -30,13 +26,16 @@ from headkv.integrations.prompt import CachedPrompt, WaitingLayer
 from headkv.integrations.support import (
     CacheOptions,
     check_method,
-    decoder_of,
     is_whole_prompt,
+    parts_of,
     supported_config,
     supported_model,
 )
+from headkv.integrations.text import TextMemory
+from headkv.models.attention import choose_attention, decoder_attention
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
     from headkv.methods.base import Method, PromptMethod
@@ -56,8 +55,7 @@ class RaggedCache(Cache):
 
     def __init__(self, layers: list[RaggedCacheLayer]):
         super().__init__(layers=layers)  # type: ignore[arg-type]
-        self._call = self._announced = PLAIN
-        self._memory: TextMemory | None = None  # where the method decides once the whole prompt is read
+        self.told = self._untold()
         self._model: PreTrainedModel | None = (
             None  # whose hooks tell of calls, for as long as the cache lives
         )
@@ -98,8 +96,8 @@ class RaggedCache(Cache):
         check_method(method, model, chunked_prefill)
         cache = cls.unattached(model, method, options)
         cache._listen(model)
-        if model.config._attn_implementation != NAME:
-            model.set_attn_implementation(NAME)
+        if decoder_attention(model) != NAME:
+            choose_attention(model, NAME)
         return cache
 
     @classmethod
@@ -107,11 +105,9 @@ class RaggedCache(Cache):
         cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
     ) -> RaggedCache:
         """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
-        n = supported_config(model).num_hidden_layers
-        cache = cls([RaggedCacheLayer(method, i, n, options) for i in range(n)])
-        if is_whole_prompt(method):
-            cache._memory = TextMemory(decoder_of(model))
-        return cache
+        parts = parts_of(model)
+        where = [(method, i, len(parts), options, parts[i]) for i in range(len(parts))]
+        return cls([RaggedCacheLayer(*arguments) for arguments in where])
 
     @classmethod
     def around(cls, model: PreTrainedModel, layers: list[RaggedCacheLayer]) -> RaggedCache:
@@ -124,10 +120,7 @@ class RaggedCache(Cache):
             raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
         if len(layers) != (n := supported_config(model).num_hidden_layers):
             raise ValueError(f"past_key_values must have the model's {n} layers, got {len(layers)}")
-        cache = cls(layers)
-        if is_whole_prompt(layers[0].method):
-            cache._memory = TextMemory(decoder_of(model))
-        return cache
+        return cls(layers)
 
     def _listen(self, model: PreTrainedModel) -> None:
         """Let hooks on `model` tell of calls over this cache, until it is gone."""
@@ -135,6 +128,9 @@ class RaggedCache(Cache):
         hooks = Hooks(model, lambda arguments: _same(this(), arguments.get("past_key_values")))
         weakref.finalize(self, hooks.remove)
         self._model = model
+
+    def _untold(self) -> Told:
+        return Told(TextMemory() if is_whole_prompt(self.layers[0].method) else None)
 
     @property
     def listens(self) -> bool:
@@ -144,55 +140,14 @@ class RaggedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         """A copy to go on with by itself; the method and the model are shared."""
         twin = RaggedCache(copy.deepcopy(self.layers, memo))
-        twin._memory = None if self._memory is None else self._memory.copy()
+        twin.told = self.told.copy()
         if self._model is not None:
             twin._listen(self._model)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is written to a file: not the model."""
-        return {**vars(self), "_model": None, "_memory": None}
-
-    # -- what is told of calls (`Listener`) ---------------------------------------------------------------------------
-
-    def before_model(self, arguments: Arguments) -> Arguments:
-        """A call of the whole model begins.
-
-        Raises:
-            ValueError: it asks for what can not be done over this cache; the cache is unchanged then.
-        """
-        if arguments.get("use_cache") is False:
-            raise ValueError("use_cache must not be False with a RaggedCache as past_key_values")
-        call = read_call(arguments, self.seen)
-        if call.remaining is not None:
-            check_chunk(arguments, self.seen)
-        if call.drafts and self.layers[0].reads_prompt and self._memory is not None:
-            raise ValueError(
-                f"{type(self.layers[0].method).__name__} decides once the whole prompt is read: drafts must not "
-                "come with the prompt: leave out prompt_lookup_num_tokens and assistant_model"
-            )
-        self._announced = call
-        return only_new(arguments, call, self.seen)
-
-    def before_decoder(self, arguments: Arguments) -> None:
-        """The decoder begins, with the call announced or one that went past the model's hooks."""
-        call, self._announced = self._announced, PLAIN
-        if call != self._call:
-            self._call = call
-            for layer in self.layers:
-                layer.call = call
-        if self._memory is None or not self.layers[0].reads_prompt:
-            return
-        if self.seen and call.remaining is None and tokens_in(arguments) == 1:
-            self.finalize_prefill()
-        else:
-            self._memory.add(arguments, self.seen)
-
-    def after_decoder(self) -> None:
-        """All layers have seen the call's tokens: a prompt may have ended."""
-        whole = self._memory is not None and not self.layers[0].options.chunked_prefill
-        if self._call.remaining == 0 or (whole and not self._call.remaining):
-            self.finalize_prefill()
+        """What is written to a file: no model, nor text that waits to be read again."""
+        return {**vars(self), "_model": None, "told": self._untold()}
 
     @torch.compiler.disable
     def update(
@@ -205,8 +160,6 @@ class RaggedCache(Cache):
         """
         if layer_idx == 0:
             self.check_even()
-            if key_states.shape[2] == 1 and self._memory is not None and self._call.remaining is None:
-                self.finalize_prefill()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_even(self) -> None:
@@ -219,7 +172,7 @@ class RaggedCache(Cache):
         if len(seen) == 1:
             return
         least = min(seen)
-        prompt = least == 0 or self._waiting
+        prompt = least == 0 or self.waiting
         cure = "cache.reset()" if prompt else f"cache.crop({least})"
         raise RuntimeError(
             f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
@@ -246,14 +199,13 @@ class RaggedCache(Cache):
         Raises:
             ValueError: a method that answers for another number of layers.
         """
-        if self._memory is None or not self._waiting:
+        if self.told.memory is None or not self.waiting:
             for layer in self.layers:
                 layer.finalize_prefill()
             return
-        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend) for x in self.layers]
-        text, method, chosen = self._memory.text(), cast("PromptMethod", self.layers[0].method), []
-        for b in range(waiting[0].ragged.batch_size):
-            keeps = list(method.plan_prompt(CachedPrompt(self._memory.decoder, waiting, text, b)))
+        method, chosen = cast("PromptMethod", self.layers[0].method), []
+        for prompt in self.prompts():
+            keeps = list(method.plan_prompt(prompt))
             if len(keeps) != len(self.layers):
                 got = f"{len(self.layers)} layers, got {len(keeps)}"
                 raise ValueError(f"plan_prompt of {type(method).__name__} must answer for {got}")
@@ -263,22 +215,30 @@ class RaggedCache(Cache):
         stored = [layer.compressed(keeps) for layer, keeps in by_layer]
         for layer, ragged in zip(self.layers, stored, strict=True):
             layer.restore(ragged)
-        self._memory.forget()
+        self.told.memory.forget()
+
+    def prompts(self) -> list[CachedPrompt]:
+        """The prompt that waits for a method which sees it whole: one for each sequence of the batch."""
+        if (memory := self.told.memory) is None or not self.waiting:
+            raise RuntimeError("no prompt waits: the method decides layer by layer, or has decided already")
+        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.layers]
+        decoder, text = memory.decoder_and_text()
+        return [CachedPrompt(decoder, waiting, text, b) for b in range(waiting[0].ragged.batch_size)]
 
     @property
-    def _waiting(self) -> bool:
+    def waiting(self) -> bool:
         """Whether a prompt is stored that is not compressed yet."""
         return any(layer.observed is not None for layer in self.layers)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        if self._memory is not None:
-            self._memory.forget()
+        if self.told.memory is not None:
+            self.told.memory.forget()
 
     def snapshot(self) -> tuple[LayerSnapshot, ...]:
         """A copy of the whole cache: one compressed context answers many questions."""
-        if self._waiting:
+        if self.waiting:
             raise RuntimeError(
                 "cannot take a snapshot during a chunked prefill; call finalize_prefill() first"
             )
@@ -294,11 +254,35 @@ class RaggedCache(Cache):
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
 
+    def _repr_html_(self) -> str:
+        if self.seen == 0:
+            return f"<p>{self}</p>"
+        return grid_html(self._stored(), f"{self}{self._whose()}", unit="entries", heads="KV head", low=0)
 
-def _same(cache: RaggedCache | None, given: Any) -> RaggedCache | None:
-    return cache if cache is not None and cache is given else None
+    def plot(self) -> Figure:
+        """A matplotlib figure of the entries that each KV head stores: layers downward, heads across.
+
+        Raises:
+            RuntimeError: before the first prompt.
+            ImportError: there is no matplotlib; the message says how to install it.
+        """
+        title = f"{self.seen:,} tokens seen{self._whose()}"
+        return grid_figure(self._stored(), title, unit="entries stored", heads="KV head", low=0)
+
+    def _stored(self) -> Tensor:
+        """Entries of each head, `[layers, H]`: of the one sequence, or the mean of several."""
+        lengths = self.lengths()
+        return lengths[:, 0] if lengths.shape[1] == 1 else lengths.double().mean(1)
+
+    def _whose(self) -> str:
+        sequences = self.layers[0].filled().batch_size
+        return "" if sequences == 1 else f"; mean of {sequences} sequences"
 
 
 def _observed(layer: RaggedCacheLayer) -> Observation:
     assert layer.observed is not None
     return layer.observed
+
+
+def _same(cache: RaggedCache | None, given: Any) -> RaggedCache | None:
+    return cache if cache is not None and cache is given else None

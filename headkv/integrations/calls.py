@@ -19,12 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from headkv.integrations.hook import attends
 from headkv.integrations.support import decoder_of
+from headkv.integrations.text import Arguments, TextMemory, tokens_in
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
-
-Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,6 @@ def named(module: Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def text_in(arguments: Arguments) -> Tensor | None:
-    """The tokens of a call, `[B, T]`, or their embeddings, `[B, T, hidden]`."""
-    ids = arguments.get("input_ids")
-    return ids if ids is not None else arguments.get("inputs_embeds")
-
-
-def tokens_in(arguments: Arguments) -> int:
-    """T."""
-    text = text_in(arguments)
-    return 0 if text is None else int(text.shape[1])
-
-
 def is_of_generate(arguments: Arguments) -> bool:
     """Whether a decode loop of transformers made this call, other than the assisted one."""
     return arguments.get("return_dict") is True and "position_ids" in arguments
@@ -81,10 +68,10 @@ def read_call(arguments: Arguments, seen: int) -> Call:
     if "return_dict" not in arguments:  # no decode loop but the assisted one leaves that out
         wanted = arguments.get("logits_to_keep")
         return Call(drafts=wanted - 1) if isinstance(wanted, int) and 1 < wanted <= tokens else PLAIN
-    if not is_of_generate(arguments) or not isinstance(positions, Tensor) or positions.ndim < 2 or positions.shape[-1] != tokens:
+    if not is_of_generate(arguments) or not isinstance(positions, Tensor) or positions.ndim < 2:
         return PLAIN
     total = positions.stride(-2)  # columns of what the positions were cut from, itself unless it is longer
-    return Call(remaining=max(0, total - seen - tokens)) if total > tokens else PLAIN
+    return Call(remaining=max(0, total - seen - tokens)) if total > tokens == positions.shape[-1] else PLAIN
 
 
 def check_chunk(arguments: Arguments, seen: int) -> None:
@@ -116,80 +103,85 @@ def only_new(arguments: Arguments, call: Call, seen: int) -> Arguments:
     return new
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """What the model was given as a prompt, `[B, n]` each.
-
-    Attributes:
-        input_ids: int64, or None where it was given embeddings.
-        next_positions: `[B]` int64, the position (as rotary embeddings count) of the token that comes next.
-    """
-
-    input_ids: Tensor | None
-    next_positions: Tensor
-
-
-class TextMemory:
-    """The text that goes into one cache, for a method that reads it again.
-
-    Args:
-        decoder: what reads it.
-    """
-
-    def __init__(self, decoder: Module) -> None:
-        self.decoder = decoder
-        self._ids: list[Tensor | None] = []
-        self._next: Tensor | None = None
-
-    def forget(self) -> None:
-        """What was read is no longer needed, or another prompt comes."""
-        self._ids, self._next = [], None
-
-    def copy(self) -> TextMemory:
-        """What another cache goes on with."""
-        twin = TextMemory(self.decoder)
-        twin._ids, twin._next = list(self._ids), self._next
-        return twin
-
-    def add(self, arguments: Arguments, seen: int) -> None:
-        """Remember the text of one call over a cache that has seen `seen` tokens."""
-        if (given := text_in(arguments)) is None:
-            return
-        if seen == 0:
-            self.forget()
-        self._ids.append(arguments.get("input_ids"))
-        positions: Tensor | None = arguments.get("position_ids")
-        if positions is not None:
-            self._next = positions[..., -1].reshape(-1).expand(given.shape[0]) + 1
-        else:
-            self._next = torch.full((given.shape[0],), seen + given.shape[1], device=given.device)
-
-    def text(self) -> Text:
-        """All that was read since `forget`.
-
-        Raises:
-            RuntimeError: nothing was, as the decoder was called in a way that no hook sees.
-        """
-        if self._next is None:
-            raise RuntimeError(
-                "the prompt was read where no hook sees it: call the model itself, not its layers or its forward, "
-                "inside the headkv.compress block that made the cache, or with RaggedCache.for_model"
-            )
-        ids = [part for part in self._ids if part is not None]
-        return Text(torch.cat(ids, 1) if len(ids) == len(self._ids) else None, self._next)
-
-
 class Listener(Protocol):
     """A cache that is told of forward calls over it."""
 
-    def before_model(self, arguments: Arguments) -> Arguments:
-        """A call of the whole model begins; answers the arguments to go on with."""
+    told: Told
+    layers: list[Any]
 
-    def before_decoder(self, arguments: Arguments) -> None:
-        """The decoder begins; what `before_model` was told belongs to this call."""
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far."""
 
-    def after_decoder(self) -> None:
-        """All layers have seen the call's tokens."""
+    @property
+    def waiting(self) -> bool:
+        """Whether a prompt is stored that is not compressed yet."""
+
+    def finalize_prefill(self) -> None:
+        """Compress the prompt that waits."""
+
+
+class Told:
+    """What a cache was told of calls over it.
+
+    Args:
+        memory: of the text, where the method decides once the whole prompt is read.
+    """
+
+    def __init__(self, memory: TextMemory | None = None) -> None:
+        self.memory = memory
+        self._call = self._announced = PLAIN
+
+    def copy(self) -> Told:
+        """What another cache goes on with."""
+        return Told(None if self.memory is None else self.memory.copy())
+
+    def before_model(self, cache: Listener, arguments: Arguments) -> Arguments:
+        """A call of the whole model begins.
+
+        Returns:
+            The arguments to go on with.
+
+        Raises:
+            ValueError: it asks for what can not be done over this cache, which is unchanged then.
+        """
+        if arguments.get("use_cache") is False:
+            raise ValueError("use_cache must not be False with a RaggedCache as past_key_values")
+        call = read_call(arguments, cache.seen)
+        if call.remaining is not None:
+            check_chunk(arguments, cache.seen)
+        if call.drafts and self.memory is not None and _reads_prompt(cache):
+            name = type(cache.layers[0].method).__name__
+            raise ValueError(
+                f"{name} decides once the whole prompt is read: drafts must not come with the prompt; leave out "
+                "prompt_lookup_num_tokens and assistant_model"
+            )
+        self._announced = call
+        return only_new(arguments, call, cache.seen)
+
+    def before_decoder(self, cache: Listener, decoder: Module, arguments: Arguments) -> None:
+        """The decoder begins, with the call announced, or one that went past the model's hooks."""
+        call, self._announced = self._announced, PLAIN
+        if call != self._call:
+            self._call = call
+            for layer in cache.layers:
+                layer.call = call
+        if self.memory is None or not _reads_prompt(cache):
+            return
+        if cache.waiting and call.remaining is None and tokens_in(arguments) == 1:
+            cache.finalize_prefill()
+        else:
+            self.memory.add(decoder, arguments, cache.seen)
+
+    def after_decoder(self, cache: Listener) -> None:
+        """All layers have seen the call's tokens: a prompt may have ended."""
+        whole = self.memory is not None and not cache.layers[0].options.chunked_prefill
+        if self._call.remaining == 0 or (whole and not self._call.remaining):
+            cache.finalize_prefill()
+
+
+def _reads_prompt(cache: Listener) -> bool:
+    return cache.waiting or cache.seen == 0
 
 
 class Hooks:
@@ -236,7 +228,7 @@ class Hooks:
             return None
         arguments = named(module, args, kwargs)
         if (cache := self.find(arguments)) is not None:
-            arguments = cache.before_model(arguments)
+            arguments = cache.told.before_model(cache, arguments)
         return (), arguments
 
     @torch.compiler.disable
@@ -245,13 +237,13 @@ class Hooks:
             return None
         arguments = named(module, args, kwargs)
         if (cache := self.find(arguments)) is not None:
-            cache.before_decoder(arguments)
+            cache.told.before_decoder(cache, module, arguments)
         return (), arguments
 
     @torch.compiler.disable
     def _after_decoder(self, module: Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if output is not None and (cache := self.find(kwargs)) is not None:
-            cache.after_decoder()
+            cache.told.after_decoder(cache)
 
     @torch.compiler.disable
     def _before_layers(self, module: Module, args: tuple[Any, ...], kwargs: Arguments) -> None:

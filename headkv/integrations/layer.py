@@ -26,6 +26,7 @@ from headkv.integrations.planning import (
 )
 from headkv.integrations.support import CacheOptions, is_whole_prompt
 from headkv.logits import Rule
+from headkv.prefill import Parts
 
 if TYPE_CHECKING:
     from headkv.methods.base import Keep, Method, PromptMethod
@@ -40,6 +41,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         options: backend of attention after the prefill, head room and rollback of the rows. With `chunked_prefill`, as
             for a method that decides for all layers at once, the prompt is not compressed when its first call has been
             read, but by `finalize_prefill`.
+        parts: of the layer's attention, for methods that look at weights.
     """
 
     is_croppable = True
@@ -50,9 +52,11 @@ class RaggedCacheLayer(CacheLayerMixin):
         layer_idx: int,
         num_layers: int,
         options: CacheOptions,
+        parts: Parts = Parts(),  # noqa: B008  (frozen)
     ):
         super().__init__()
-        self.method, self.layer_idx, self.num_layers, self.options = method, layer_idx, num_layers, options
+        self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
+        self.options, self.parts = options, parts
         self.ragged: RaggedLayer | None = None
         self.call = PLAIN  # what is known of the forward call that is under way
         # The next token's position on the device, while a `DecodeGraph` records a step.
@@ -187,14 +191,15 @@ class RaggedCacheLayer(CacheLayerMixin):
             self.ragged = self.compressed(chosen)
         self._observed = None
 
-    def compressed(self, chosen: Sequence[Keep] | None = None) -> RaggedLayer:
+    def compressed(self, chosen: Sequence[Keep] | None = None, *, rollback: int | None = None) -> RaggedLayer:
         """What will be stored of a prompt that waits; the layer stays as it is.
 
         Args:
             chosen: what to keep, for each sequence; default: the method is asked for this layer.
+            rollback: in place of the layer's own.
         """
         assert self._observed is not None
-        return self._compressed(*self.filled().to_dense(), self._observed, chosen)
+        return self._compressed(*self.filled().to_dense(), self._observed, chosen, rollback)
 
     def _compressed(
         self,
@@ -203,11 +208,14 @@ class RaggedCacheLayer(CacheLayerMixin):
         valid: Tensor | None,
         observed: Observation,
         chosen: Sequence[Keep] | None = None,
+        rollback: int | None = None,
     ) -> RaggedLayer:
         """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
-        rollback, headroom = self.options.rollback, self.options.headroom
+        headroom = self.options.headroom
+        rollback = self.options.rollback if rollback is None else rollback
         if chosen is None:
-            where = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+            where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+            where["parts"] = self.parts
             method: Any = self.method
             stored = keep_entries(method, observed, keys, values, valid, rollback=rollback, **where)
         else:
@@ -287,11 +295,15 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCacheLayer:
         """A copy to go on with by itself; the method is shared."""
-        copy = RaggedCacheLayer(self.method, self.layer_idx, self.num_layers, self.options)
+        copy = RaggedCacheLayer(self.method, self.layer_idx, self.num_layers, self.options, self.parts)
         if self.ragged is not None:
             copy.restore(RaggedLayer.from_snapshot(self.ragged.snapshot()))
         copy._observed, copy._streams = self._observed, self._streams  # replaced, never changed
         return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written to a file: nothing of the model."""
+        return {**vars(self), "parts": Parts()}
 
     # -- for the reader -----------------------------------------------------------------------------------------------
 

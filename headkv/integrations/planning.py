@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from headkv.logits import Rule
 from headkv.methods.base import Keep
-from headkv.prefill import Prefill
+from headkv.prefill import Parts, Prefill
 
 if TYPE_CHECKING:
     from headkv.methods.base import Method, PromptMethod, Windows
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Hidden entries that windowed rows still store: more than assisted generation drafts by default.
 ROLLBACK = 32
+_NO_PARTS = Parts()
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def prefill_of(
     *,
     layer_idx: int,
     num_layers: int,
+    parts: Parts = _NO_PARTS,
 ) -> Prefill:
     """One sequence of a batch as a method sees it.
 
@@ -147,6 +149,7 @@ def prefill_of(
         text: `[m]` int64, where the sequence's tokens stand; None: everywhere.
         batch: which sequence.
         layer_idx, num_layers: the layer.
+        parts: of its attention.
     """
     if text is not None and text.numel() == 0:
         raise all_padding(batch)
@@ -160,6 +163,7 @@ def prefill_of(
         scale=rule.scale,
         sliding_window=rule.sliding_window,
         softcap=rule.softcap,
+        parts=parts,
     )
 
 
@@ -173,11 +177,12 @@ def keep_entries(
     layer_idx: int,
     num_layers: int,
     rollback: int = ROLLBACK,
+    parts: Parts = _NO_PARTS,
 ) -> Stored:
     """Ask `method` what each row of a batch keeps of `keys`, `values` `[B, H, n, D]`."""
     texts, chosen = texts_of(valid, keys.shape[0]), []
     for b, text in enumerate(texts):
-        where: dict[str, int] = {"layer_idx": layer_idx, "num_layers": num_layers}
+        where: dict[str, Any] = {"layer_idx": layer_idx, "num_layers": num_layers, "parts": parts}
         chosen.append(method.plan(prefill_of(observed, keys, values, text, b, **where)))
     return storage_of(
         chosen, texts, keys, valid, sliding_window=observed.rule.sliding_window, rollback=rollback

@@ -17,11 +17,11 @@ from transformers.cache_utils import CacheLayerMixin
 from headkv.attention import api
 from headkv.attention.api import Backend
 from headkv.cache import RaggedLayer
-from headkv.integrations.calls import Text
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import Observation, prefill_of, texts_of
+from headkv.integrations.text import Text
 from headkv.logits import Rule
-from headkv.prefill import Prefill
+from headkv.prefill import Parts, Prefill
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -36,6 +36,7 @@ class WaitingLayer:
     ragged: RaggedLayer
     observed: Observation
     backend: Backend
+    parts: Parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,7 @@ class CachedPrompt:
                 *(waiting.observed, keys, values, text, self.batch),
                 layer_idx=layer_idx,
                 num_layers=self.num_layers,
+                parts=waiting.parts,
             )
         return self._last[layer_idx]
 

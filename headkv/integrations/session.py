@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,7 @@ from headkv.integrations.support import (
     supported_model,
 )
 from headkv.methods import FullCache
+from headkv.models.attention import choose_attention, kept_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,12 +113,13 @@ class Session:
         self._options, self._decoding = options, decoding
         check_method(method, self.model, options.chunked_prefill)
         decoding.check(self.model)
+        self._decoder = decoder_of(self.model)
         self._num_layers = supported_config(self.model).num_hidden_layers
         self._cache: RaggedCache | None = None
         # Caches of the user's own, and what stands for each from the first call on.
         self._others: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
         self._hooks: Hooks | None = None
-        self._former = ""
+        self._former = ExitStack()  # puts back the attention that the model had
         self._own_generate: Any = None
 
     @property
@@ -135,12 +138,13 @@ class Session:
         if any(isinstance(hook, Hooks) and isinstance(hook.owner, Session) for hook in hooks):
             raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
         self._decoding.check(self.model)
-        self._former = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)
+        with ExitStack() as former:
+            former.enter_context(kept_attention(self.model))
+            choose_attention(self.model, NAME)
+            self._former = former.pop_all()
         self._hooks = Hooks(self.model, self._supply, owner=self)
-        if (
-            self._decoding.cuda_graph
-        ):  # as transformers itself gives a model with a decode loop of its own that loop
+        # As transformers itself gives a model with a decode loop of its own that loop.
+        if self._decoding.cuda_graph:
             own: Any = vars(self.model)
             self._own_generate = own.get("generate")
             own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
@@ -156,7 +160,7 @@ class Session:
             del own["generate"]
             if self._own_generate is not None:
                 own["generate"] = self._own_generate
-        self.model.set_attn_implementation(self._former)
+        self._former.close()
 
     def _supply(self, arguments: Arguments) -> RaggedCache | None:
         """Give a call a ragged cache where it has none, or an empty one of another kind.
@@ -176,7 +180,7 @@ class Session:
                     "is it in model.generation_config?"
                 )
             return None
-        if getattr(decoder_of(self.model), "gradient_checkpointing", False) and self.model.training:
+        if getattr(self._decoder, "gradient_checkpointing", False) and self.model.training:
             raise ValueError(
                 "gradient checkpointing leaves the cache out in training mode; call model.eval() first"
             )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from headkv import _checks
 from headkv._config import kv_heads
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
-from headkv.cache.checks import count
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.planning import ROLLBACK, prefill_windows
+from headkv.prefill import Parts
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -36,10 +40,9 @@ class CacheOptions:
     chunked_prefill: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        count("headroom", self.headroom)
-        count("rollback", self.rollback)
+        _checks.one_of("backend", self.backend, BACKENDS)
+        _checks.whole("headroom", self.headroom)
+        _checks.whole("rollback", self.rollback)
         _checks.flag("chunked_prefill", self.chunked_prefill)
 
 
@@ -80,10 +83,56 @@ def supported_config(model: Any) -> PreTrainedConfig:
     return supported_model(model).config.get_text_config(decoder=True)
 
 
+# Rotary embeddings whose angles follow from the position alone; others depend on how long a text is.
+FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
+
+
 def decoder_of(model: PreTrainedModel) -> Module:
     """The part of `model` that hands a cache to the layers: the decoder without its head."""
     decoder: Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     return decoder
+
+
+def parts_of(model: PreTrainedModel) -> list[Parts]:
+    """What each layer's attention has besides queries, keys and values; see `headkv.prefill.Parts`."""
+    decoder, config = decoder_of(model), supported_config(model)
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    parts = [Parts()] * config.num_hidden_layers
+    for module in decoder.modules():
+        index, output = getattr(module, "layer_idx", None), _output_weight(module)
+        if isinstance(index, int) and output is not None and 0 <= index < len(parts):
+            parts[index] = Parts(output, _rotary(decoder, module, kinds[index]))
+    return parts
+
+
+def _output_weight(attention: Module) -> Tensor | None:
+    for name in ("o_proj", "out_proj", "dense"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+            return weight.detach()
+    return None
+
+
+def _rotary(
+    decoder: Module, attention: Module, kind: str | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """Cosines and sines by position, where they follow from the position alone and turn halves against each other."""
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    types = getattr(rotary, "rope_type", "default")
+    rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
+    if rotary is None or rotate_half is None:
+        return None
+    if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    if not {types} <= FIXED if isinstance(types, str) else not set(types.values()) <= FIXED:
+        return None
+    more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+
+    def at(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(torch.zeros(1, device=positions.device), positions[None], *more)
+        return cos[0].float(), sin[0].float()
+
+    return at
 
 
 def is_whole_prompt(method: Method | PromptMethod) -> bool:

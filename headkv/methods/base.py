@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headkv._brief import brief
 from headkv.prefill import Prefill, Prompt
 
 
@@ -44,6 +45,28 @@ class Keep:
             if given is not None and given.shape != self.mask.shape[:1]:
                 raise ValueError(f"{name} must have shape [{self.mask.shape[0]}], got {list(given.shape)}")
 
+    __repr__ = brief
+
+    def stored(self, sliding_window: int | None = None) -> Tensor:
+        """How many entries each head stores, `[H]` int64 on the CPU; one that stands for dropped ones counts as one.
+
+        Args:
+            sliding_window: of the layer: what has left it, sinks excepted, is not stored, and nothing stands for it.
+
+        >>> keep = Keep(torch.tensor([[True] * 6, [True] + [False] * 3 + [True] * 2]))
+        >>> keep.stored().tolist(), keep.stored(sliding_window=3).tolist()
+        ([6, 3], [2, 2])
+        """
+        mask = self.mask
+        if sliding_window is None:
+            counts = mask.sum(1)
+            return (counts if self.compensate is None else counts + (self.compensate & ~mask.all(1))).cpu()
+        age = torch.arange(mask.shape[1] - 1, -1, -1, device=mask.device)
+        reach = age < sliding_window - 1
+        if self.sinks is not None:
+            reach = reach | (mask.cumsum(1) <= self.sinks.to(mask.device)[:, None])
+        return (mask & reach).sum(1).clamp(min=1).cpu()
+
     @classmethod
     def all(cls, prefill: Prefill) -> Keep:
         """Keep every entry."""
@@ -68,6 +91,8 @@ class Windows:
     recent: Tensor
     compensate: Tensor | None = None
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         if self.recent.ndim != 1:
             raise ValueError(f"recent must have shape [H], got {list(self.recent.shape)}")
@@ -88,7 +113,7 @@ class Method(Protocol):
 
     @property
     def observed_queries(self) -> int | None:
-        """How many of the last queries `plan` needs; None for all of them, 0 for none."""
+        """How many of the last queries `plan` needs: 0 for none, `headkv.prefill.ALL` (None) for all of them."""
 
     def plan(self, prefill: Prefill) -> Keep:
         """Decide one layer of one prompt."""

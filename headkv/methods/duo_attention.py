@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.methods.base import Keep, Windows
+from headkv.methods.explanation import Explained
 from headkv.methods.windows import head_scores, split_share, top_heads, windowed, windowed_share, windows_of
 from headkv.prefill import Prefill
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class DuoAttention:
+class DuoAttention(Explained):
     """DuoAttention, arXiv 2410.10819: the heads with the highest gates keep all, the others stream.
 
     A share of heads decides, not a threshold: most gates of grouped-query models are near 1. Equal gates go
@@ -48,6 +50,8 @@ class DuoAttention:
     reduce: str = "max"
     streaming_prefill: bool = False
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         _checks.has("profile", self.profile, "scores", "kv_scores")
         _checks.between("sparsity", self.sparsity, 0, 1)
@@ -76,7 +80,7 @@ class DuoAttention:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     @property

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
 from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
-class FullCache:
+class FullCache(Explained):
     """Every KV head keeps every entry: the ragged cache without compression."""
 
     @classmethod
@@ -19,7 +20,7 @@ class FullCache:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def plan(self, prefill: Prefill) -> Keep:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.allocators import ProfileAllocator
 from headkv.methods.scored import Scored, ScoredMethod
 from headkv.scorers import Scorer, SnapKVScorer
@@ -39,6 +40,8 @@ class HeadKV(Scored):
     scorer: Scorer = SnapKVScorer()
     temperature: float = 1.0
     reduce: str = "sum"
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         _checks.has("profile", self.profile, "scores", "kv_scores")

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from headkv import _checks
 from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
 from headkv.methods.windows import split_share, top_heads, windowed, windowed_share
 from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
-class RandomHeads:
+class RandomHeads(Explained):
     """A control, as in RazorAttention (arXiv 2407.15891): as many heads keep all, but any heads.
 
     Attributes:
@@ -49,7 +50,7 @@ class RandomHeads:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def retrieval_heads(self, num_layers: int, num_kv_heads: int) -> Tensor:

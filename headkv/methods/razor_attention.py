@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.methods.base import Keep, Windows
+from headkv.methods.explanation import Explained
 from headkv.methods.windows import head_scores, top_heads, windowed, windowed_share, windows_of
 from headkv.prefill import Prefill
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class RazorAttention:
+class RazorAttention(Explained):
     """RazorAttention, arXiv 2407.15891, Algorithm 1.
 
     The union of the model's top echo heads and top induction heads keeps all; a KV head scores what the
@@ -51,6 +53,8 @@ class RazorAttention:
     window_share: float = 1 / 5
     compensation: bool = True
     streaming_prefill: bool = False
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         for kind in ("echo", "induction"):
@@ -103,7 +107,7 @@ class RazorAttention:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     @property

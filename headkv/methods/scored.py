@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from headkv import _checks
 from headkv.allocators import Allocator, UniformAllocator
 from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
 from headkv.methods.selection import (
+    at_least_one,
     best,
     budget_capacity,
     by_age,
     check_budget,
+    for_budget,
     joint_budgets,
     plan_by_scores,
     scores_matter,
@@ -32,7 +36,7 @@ Self = TypeVar("Self", bound="Scored")
 
 
 @dataclass(frozen=True)
-class ScoredMethod:
+class ScoredMethod(Explained):
     """Each row keeps its best entries, by any scorer, as many as any allocator gives it.
 
     The methods of the papers are made of it: `SnapKV(0.2)` is
@@ -60,6 +64,12 @@ class ScoredMethod:
         _checks.has("allocator", self.allocator, "allocate")
         _checks.one_of("scope", self.scope, SCOPES)
 
+    @classmethod
+    def for_share(cls, share: float, length: int, *args: Any, **options: Any) -> ScoredMethod:
+        """The method with which `share` of a prompt of `length` tokens is stored; other arguments as in the class."""
+        _checks.whole("length", length, 1)
+        return cls(share, *args, **options)
+
     @property
     def observed_queries(self) -> int | None:
         """What the scorer needs."""
@@ -80,26 +90,44 @@ class ScoredMethod:
         capacity = budget_capacity(self.budget, n)
         if not scores_matter(capacity, window, n):
             return [by_age(prompt.layer(i), capacity) for i in layers]
-        if isinstance(self.scorer, PromptScorer):
-            scores = self.scorer.score_prompt(prompt)
+        scorer = for_budget(self.scorer, capacity)
+        if isinstance(scorer, PromptScorer):
+            scores = scorer.score_prompt(prompt)
         else:
-            scores = [scores_of(prompt.layer(i), self.scorer) for i in layers]
+            scores = [scores_of(prompt.layer(i), scorer) for i in layers]
         budgets = self._budgets(scores, capacity - window)
         source = type(self.allocator).__name__
         return [best(scores[i], budgets[i], n, f"{source} in layer {i}") for i in layers]
 
     def _budgets(self, scores: Sequence[Tensor], budget: int) -> list[Tensor]:
         if self.scope == "model":
-            return joint_budgets(scores, self.allocator, budget)
+            return joint_budgets(scores, self.allocator, budget, least=int(self.scorer.window == 0))
         allocate, num_layers = self.allocator.allocate, len(scores)
         return [allocate(x, budget, layer_idx=i, num_layers=num_layers) for i, x in enumerate(scores)]
+
+    def budgets_ahead(self, layers: Sequence[Prefill]) -> list[Tensor] | None:
+        """The allocator's budgets with the window; None where the allocator needs scores. See `Explained`."""
+        n, window, m = layers[0].length, self.scorer.window, layers[0].length - self.scorer.window
+        capacity = budget_capacity(self.budget, n)
+        if not scores_matter(capacity, window, n):
+            kept = [torch.full((x.num_kv_heads,), min(capacity, n)) for x in layers]
+        elif getattr(self.allocator, "needs_scores", True):
+            return None
+        else:
+            blank = [torch.zeros(1).expand(x.num_kv_heads, m) for x in layers]
+            split = [budgets.cpu() for budgets in self._budgets(blank, capacity - window)]
+            kept = [x + window if window else at_least_one(x, n) for x in split]
+        return [
+            x if layer.sliding_window is None else x.clamp(max=max(1, layer.sliding_window - 1))
+            for x, layer in zip(kept, layers, strict=True)
+        ]
 
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens."""
         return stored_share(self.budget, length)
 
 
-class Scored:
+class Scored(Explained):
     """What a `ScoredMethod` does, under the name and with the parameters of a paper: a subclass says which it is."""
 
     budget: int | float
@@ -135,6 +163,10 @@ class Scored:
     def plan_prompt(self, prompt: Prompt) -> Sequence[Keep]:
         """Keep the best entries of all layers."""
         return self.composed.plan_prompt(prompt)
+
+    def budgets_ahead(self, layers: Sequence[Prefill]) -> list[Tensor] | None:
+        """As many entries as the allocator says, where it needs no scores."""
+        return self.composed.budgets_ahead(layers)
 
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from headkv.allocators.rounding import largest_remainder
 from headkv.methods.base import Keep
 from headkv.prefill import Prefill
 from headkv.scorers import Scorer
+
+S = TypeVar("S")
 
 
 def check_budget(budget: int | float) -> None:
@@ -128,7 +131,7 @@ def plan_by_scores(prefill: Prefill, scorer: Scorer, allocator: Allocator, budge
     if not scores_matter(capacity, window, n):
         return by_age(prefill, capacity)
     scores, where = (
-        scores_of(prefill, scorer),
+        scores_of(prefill, for_budget(scorer, capacity)),
         {"layer_idx": prefill.layer_idx, "num_layers": prefill.num_layers},
     )
     budgets = allocator.allocate(scores, capacity - window, **where)
@@ -138,6 +141,14 @@ def plan_by_scores(prefill: Prefill, scorer: Scorer, allocator: Allocator, budge
 def scores_matter(capacity: int, window: int, n: int) -> bool:
     """Whether rows that may keep `capacity` of `n` entries, the last `window` among them, have to choose."""
     return window < capacity < n
+
+
+def for_budget(scorer: S, capacity: int) -> S:
+    """A scorer that wants to know how many entries a KV head keeps, the window not counted, told so."""
+    if not hasattr(scorer, "for_budget"):
+        return scorer
+    told: S = scorer.for_budget(capacity - scorer.window)  # type: ignore[attr-defined]
+    return told
 
 
 def by_age(prefill: Prefill, capacity: int) -> Keep:
@@ -174,15 +185,18 @@ def best(scores: Tensor, budgets: Tensor, n: int, source: str) -> Keep:
     return Keep(mask)
 
 
-def joint_budgets(scores: Sequence[Tensor], allocator: Allocator, budget: int) -> list[Tensor]:
+def joint_budgets(scores: Sequence[Tensor], allocator: Allocator, budget: int, least: int) -> list[Tensor]:
     """Budgets `[H]` of every layer where the rows of all layers share one total, as if they were one layer's.
 
     Args:
         scores: `[H, m]` a layer.
         allocator: splits a layer's budget by its scores, e.g. `AdaptiveAllocator`.
         budget: entries a KV head on average.
+        least: 1 where a row would be left empty otherwise, else 0.
     """
     # Layers of a model that is spread lie on several devices.
     rows = torch.cat([layer.to(scores[0].device, torch.float32) for layer in scores])
     together = allocator.allocate(rows, budget, layer_idx=0, num_layers=1).cpu()
+    if least:
+        together = at_least_one(together, rows.shape[1])
     return list(together.split([len(layer) for layer in scores]))

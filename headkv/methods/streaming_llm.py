@@ -8,13 +8,14 @@ import torch
 
 from headkv import _checks
 from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
 from headkv.methods.selection import budget_capacity, check_budget, stored_share
 from headkv.methods.windows import windowed
 from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Explained):
     """StreamingLLM, arXiv 2309.17453: all heads keep sinks and a recent window, which slides while decoding.
 
     Positions stay those of the text: entries are not numbered anew when the window moves.
@@ -44,7 +45,7 @@ class StreamingLLM:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def plan(self, prefill: Prefill) -> Keep:

@@ -18,7 +18,7 @@ class Scorer(Protocol):
 
     @property
     def observed_queries(self) -> int | None:
-        """How many of the last queries `score` needs; None for all of them, 0 for none."""
+        """How many of the last queries `score` needs: 0 for none, `headkv.prefill.ALL` (None) for all of them."""
 
     def score(self, prefill: Prefill) -> Tensor:
         """Scores `[H, n - window]` float32, finite; higher is kept first."""

@@ -25,7 +25,7 @@ class KeyNormScorer:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def score(self, prefill: Prefill) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.prefill import Prefill
+from headkv.prefill import ALL, Prefill
 from headkv.scorers.attention import REDUCTIONS, attention_weights, reduce_group
 
 BLOCK = 1 << 24  # weights held at a time: 64 MiB
@@ -37,7 +37,7 @@ class ObservedAttentionScorer:
     @property
     def observed_queries(self) -> None:
         """All queries."""
-        return None
+        return ALL
 
     def score(self, prefill: Prefill) -> Tensor:
         """Scores `[H, n - window]` float32.

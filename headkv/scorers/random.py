@@ -29,7 +29,7 @@ class RandomScorer:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def score(self, prefill: Prefill) -> Tensor:

@@ -31,7 +31,7 @@ class StreamingScorer:
 
     @property
     def observed_queries(self) -> int:
-        """No queries."""
+        """No queries (0)."""
         return 0
 
     def score(self, prefill: Prefill) -> Tensor:

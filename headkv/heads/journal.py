@@ -1,0 +1,54 @@
+"""A journal beside a result: what a long measurement has done so far, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """A file of JSON lines: what is measured, then each finished piece of it. Without a path: nothing is kept.
+
+    Args:
+        path: of the file; it is made anew, or read if there is one.
+        task: what is measured, with all options; plain JSON values.
+
+    Raises:
+        ValueError: the file is another measurement's, or no journal.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, task: dict[str, Any]) -> None:
+        self._path = None if path is None else Path(path)
+        self.pieces: list[dict[str, Any]] = []
+        if self._path is None:
+            return
+        first = json.dumps(task) + "\n"
+        if not self._path.exists():
+            self._path.write_text(first, encoding="utf-8")
+            return
+        whole = [
+            line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
+        ]
+        if whole[:1] != [first]:  # a line without its end is of a run that was killed while it wrote
+            raise ValueError(
+                f"{self._path} is what another run has left; remove it, or write to another file"
+            )
+        try:
+            self.pieces = [json.loads(line) for line in whole[1:]]
+        except ValueError as error:
+            raise ValueError(f"{self._path} is no journal: {error}") from error
+        self._path.write_text("".join(whole), encoding="utf-8")
+
+    def add(self, piece: dict[str, Any]) -> None:
+        """Note a finished piece."""
+        self.pieces.append(piece)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(piece) + "\n")
+
+    def close(self) -> None:
+        """Remove the file: the result itself is written."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
