@@ -20,6 +20,11 @@ class Together(NamedTuple):
     values: Tensor
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this kind of device; None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 @contextmanager
 def in_one_dtype(
     q: Tensor, keys: Tensor, values: Tensor, stored: torch.dtype | None
@@ -35,9 +40,9 @@ def in_one_dtype(
         stored: what the rows hold; None before the first token.
     """
     device = q.device.type
-    autocast = torch.is_autocast_enabled(device)
-    result = torch.get_autocast_dtype(device) if autocast and q.dtype in DTYPES else q.dtype
+    autocast = autocast_dtype(device)
+    result = autocast if autocast is not None and q.dtype in DTYPES else q.dtype
     wanted = result if stored is None else stored
     tensors = (x.to(wanted) if x.dtype in DTYPES and wanted in DTYPES else x for x in (q, keys, values))
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast is not None else nullcontext():
         yield Together(*tensors), result
