@@ -12,9 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headkv.attention import api, dense
 from headkv.attention.api import Backend
+from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
 from headkv.integrations.calls import PLAIN
-from headkv.integrations.gradients import without_gradients
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import (
     Observation,
