@@ -78,7 +78,7 @@ class DecodeGraph:
         self._unrecorded = 1 + compile_layers
         # Whether the last one ran in inference mode: what is compiled serves one mode, and no recording compiles.
         self._inference = False
-        self._autocast: torch.dtype | None = None  # and what autocast computed in, when it was recorded
+        self._autocast: torch.dtype | None = None  # and what autocast computed in
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -127,8 +127,9 @@ class DecodeGraph:
         self.reserve(1)
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
+        if self._autocast != autocast_dtype("cuda"):
+            self._graph = None  # it would compute as autocast did then
         stale = self._graph is None or self._recorded != self._addresses()
-        stale |= self._autocast != autocast_dtype("cuda")
         if stale and not self._can_record():
             return self._run()
         self._clock.fill_(self.cache.seen)
@@ -142,7 +143,8 @@ class DecodeGraph:
 
     def _can_record(self) -> bool:
         """Whether all that a step compiles or makes once is there."""
-        ready = not self._unrecorded and self._inference == torch.is_inference_mode_enabled()
+        modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
+        ready = not self._unrecorded and modes == (self._inference, self._autocast)
         return ready and all(layer.filled().ticket is not None for layer in self.cache.layers)
 
     def _run(self) -> Tensor:
@@ -151,7 +153,7 @@ class DecodeGraph:
         took = allocated(self._ids.device) - before + SEGMENTS
         self._needs = took if self._needs is None else min(self._needs, took)
         self._unrecorded = max(0, self._unrecorded - 1)
-        self._inference = torch.is_inference_mode_enabled()
+        self._inference, self._autocast = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
         return logits
 
     def _record(self) -> None:
@@ -178,7 +180,6 @@ class DecodeGraph:
             for layer in self.cache.layers:
                 layer.clock = None
         self._graph, self._logits, self._recorded = graph, logits, self._addresses()
-        self._autocast = autocast_dtype("cuda")
 
     def _forward(self) -> Tensor:
         # The tensors are the same in all steps: what is compiled depends on their kind.

@@ -82,7 +82,6 @@ class RaggedCacheLayer(CacheLayerMixin):
         """Of keys and values; None before the first token."""
         return None if self.ragged is None else self.ragged.dtype
 
-    @torch.compiler.disable
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         """Store T new tokens and attend over everything kept: `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
