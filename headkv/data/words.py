@@ -45,8 +45,8 @@ _THINGS = (
     "anchor apron barrel basket bell blanket bottle bowl brooch broom bucket button candle carpet chair chest clock "
     "coat compass cradle crown cup cushion drum fan flag flute fork globe glove hammer harp hat helmet hourglass "
     "jacket jar kettle key kite ladder lamp lantern lute mask medal mirror necklace oar painting parcel pen pillow "
-    "pitcher plate purse quilt racket ribbon ring rope saddle saw scarf scroll shawl shield shovel sickle spoon statue stool "
-    "sword table telescope thimble trunk umbrella vase violin whistle wreath"
+    "pitcher plate purse quilt racket ribbon ring rope saddle saw scarf scroll shawl shield shovel sickle spoon statue "
+    "stool sword table telescope thimble trunk umbrella vase violin whistle wreath"
 )
 _OTHER_THINGS = (
     "abacus bagpipe banner bracelet cello goblet inkwell kayak locket loom mandolin padlock sextant tapestry"
