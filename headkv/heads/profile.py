@@ -18,6 +18,7 @@ from headkv import _checks
 from headkv._config import class_or_name, kv_heads, model_name
 from headkv._figure import grid_figure
 from headkv._grid import grid_html, spread
+from headkv._wrappers import unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,12 +113,13 @@ class HeadProfile:
         return grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
 
     def check_model(self, model: Any) -> None:
-        """A check that this profile was made for `model`, a transformers model or its configuration.
+        """A check that this profile was made for `model`, a transformers model (wrapped or not) or its configuration.
 
         Raises:
             ValueError: the number of layers or heads differs, or both have a name and the names differ (only
                 their last part counts, in any case). `renamed` is the way to use it all the same.
         """
+        model = unwrapped(model)
         config = getattr(model, "config", model)
         name = model_name(config)
         if hasattr(config, "get_text_config"):
