@@ -142,7 +142,7 @@ def compressions(model: Any, n: int) -> dict[str, Callable[[], object]]:
             cache = headkv.RaggedCache.for_model(model, method)
             for layer in cache.layers:
                 seen = Observation.of(q, None, method.observed_queries, Rule(q.shape[3] ** -0.5))
-                layer.restore(layer.stored_of(keys, values, None, seen))
+                layer.restore(layer._compressed(keys, values, None, seen))
 
         return run
 
