@@ -39,7 +39,7 @@ def profile_ablation(
     texts: int = 8,
     each: int = 1,
     sinks: int = 16,
-    recent: float = 0.06,
+    recent_share: float = 0.06,
     greedy: int = 0,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
@@ -55,7 +55,7 @@ def profile_ablation(
         texts: how many.
         each: facts of each kind in each text.
         sinks: first entries that a streaming head keeps.
-        recent: share of the text, at its end, that it keeps too.
+        recent_share: share of the text, at its end, that it keeps too.
         greedy: so many heads are chosen one after another on top.
         seed: of the texts.
         journal: a file that holds what is done while the measurement runs; a second run goes on from it.
@@ -76,13 +76,15 @@ def profile_ablation(
         "texts": texts,
         "each": each,
         "sinks": sinks,
-        "recent": recent,
+        "recent_share": recent_share,
         "greedy": greedy,
         "seed": seed,
     }
     name = model.config._name_or_path or type(model).__name__
     notes = Journal(journal, {"kind": "ablation", "model": name, **options})
-    scores, found = ablate(model, made, Stream(sinks, recent), greedy=greedy, journal=notes, progress=progress)
+    scores, found = ablate(
+        model, made, Stream(sinks, recent_share), greedy=greedy, journal=notes, progress=progress
+    )
     return HeadProfile(name, "ablation", "kv", scores, options | found)
 
 
@@ -118,7 +120,9 @@ def ablate(
             piece = _leave_one_out(asker, context, text)
         notes.add(piece)
         done.append(piece)
-    asked, counted = (sum((Counter(piece[name]) for piece in done), Counter()) for name in ("asked", "counted"))
+    asked, counted = (
+        sum((Counter(piece[name]) for piece in done), Counter()) for name in ("asked", "counted")
+    )
     if not counted.total():
         raise RuntimeError(
             f"the model answered none of {asked.total()} questions, so its heads can not be scored"
@@ -144,14 +148,18 @@ class Held:
     needles: tuple[Needle, ...]
 
 
-def hold(model: PreTrainedModel, texts: Sequence[NeedleText], stream: Stream, progress: bool = False) -> list[Held]:
+def hold(
+    model: PreTrainedModel, texts: Sequence[NeedleText], stream: Stream, progress: bool = False
+) -> list[Held]:
     """Read all texts and keep them, each with the questions that count."""
     held = []
     for text in track(texts, "Reading", progress):
         context = read(model, text.context_ids)
         with asking(model, stream) as asker:
             right = asker.try_all(context, text.needles, torch.ones(1, *asker.shape)).right
-        needles = tuple(needle for needle, is_right in zip(text.needles, right.tolist(), strict=True) if is_right)
+        needles = tuple(
+            needle for needle, is_right in zip(text.needles, right.tolist(), strict=True) if is_right
+        )
         if needles:
             held.append(Held(context, needles))
     return held

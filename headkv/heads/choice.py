@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 Head = tuple[int, int]  # (layer, KV head)
-Value = Callable[[Tensor], Tensor]  # gates [C, layers, H] -> what each configuration is worth, [C]; more is better
+Value = Callable[
+    [Tensor], Tensor
+]  # gates [C, layers, H] -> what each configuration is worth, [C]; more is better
 
 
 def gates_of(heads: Sequence[Sequence[Head]], shape: tuple[int, int]) -> Tensor:
@@ -67,7 +69,7 @@ def swap_heads(
 def drop_heads(
     value: Value, shape: tuple[int, int], candidates: Sequence[Head], count: int, share: float = 0.1
 ) -> Iterator[tuple[list[Head], float]]:
-    """Drop the heads that are missed least, a `share` of them at a time, until `count` are left: each set, its worth."""
+    """Drop the heads that are missed least, a `share` of them at a time, until `count` are left: the sets, their worth."""
     held = list(candidates)
     while len(held) > count:
         without = value(gates_of([[h for h in held if h != out] for out in held], shape))

@@ -99,8 +99,14 @@ class Answers:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, context_ids: Tensor) -> Context:
-    """Let the full model read a text, [1, n] int64, and keep its keys and values on the model's device."""
+    """Let the full model read a text, [1, n] int64, and keep its keys and values on the model's device.
+
+    Raises:
+        ValueError: all layers of the model have a sliding window: there is no head to open or shut.
+    """
     layers = model.base_model(context_ids.to(model.device), use_cache=True).past_key_values.layers
+    if all(layer.is_sliding for layer in layers):
+        raise ValueError(f"model must have a layer without a sliding window, got {len(layers)} with one")
     return Context(
         length=context_ids.shape[1],
         keys=tuple(layer.keys[0] for layer in layers),
@@ -144,7 +150,9 @@ class Asker:
         """
         device = self.model.device
         texts = [torch.cat([needle.question_ids, needle.answer_ids], dim=1)[0, :-1] for needle in needles]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)  # what follows an answer is not seen
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(
+            device
+        )  # what follows an answer is not seen
         lengths = torch.tensor([needle.answer_ids.shape[1] for needle in needles])
         begins = torch.tensor([needle.question_ids.shape[1] - 1 for needle in needles])
         answers = nn.utils.rnn.pad_sequence([needle.answer_ids[0] for needle in needles], batch_first=True)
@@ -227,7 +235,9 @@ class Asker:
         grouped = query.unflatten(1, (keys.shape[0], -1)) * (size**-0.5 if scaling is None else scaling)
         held = keys.shape[1]
         far = slice(0, 0) if sliding_window is not None else self.stream.far(held)
-        near_keys, near_values = (torch.cat([x[:, : far.start], x[:, far.stop :]], dim=1) for x in (keys, values))
+        near_keys, near_values = (
+            torch.cat([x[:, : far.start], x[:, far.stop :]], dim=1) for x in (keys, values)
+        )
         columns = near_keys.shape[1]
         logits = torch.cat([_products(grouped, near_keys), grouped @ key[:, :, None].mT], dim=-1)
         logits = _capped(logits, softcap)  # [R, H, G, T, columns + T]

@@ -28,9 +28,13 @@ class Journal:
         if not self._path.exists():
             self._path.write_text(first, encoding="utf-8")
             return
-        whole = [line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+        whole = [
+            line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
+        ]
         if whole[:1] != [first]:  # a line without its end is of a run that was killed while it wrote
-            raise ValueError(f"{self._path} is what another run has left; remove it, or write to another file")
+            raise ValueError(
+                f"{self._path} is what another run has left; remove it, or write to another file"
+            )
         try:
             self.pieces = [json.loads(line) for line in whole[1:]]
         except ValueError as error:

@@ -81,7 +81,9 @@ def repeat_requests(
     footer, n = chat_frame(tokenizer)[1], context_ids.shape[1]
     for first in range(prefix, n, chunk):
         where = slice(first, min(first + chunk, n))
-        begin = context_ids[:, :0] if first == prefix else context_ids[:, max(prefix, first - _OVERLAP) : first]
+        begin = (
+            context_ids[:, :0] if first == prefix else context_ids[:, max(prefix, first - _OVERLAP) : first]
+        )
         request = ids(_ALL) if first == prefix else ids(_PART)
         yield where, torch.cat([request, begin, ids(footer), context_ids[:, where]], dim=1)
 
