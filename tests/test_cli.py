@@ -16,7 +16,7 @@ import headkv
 from headkv._table import table
 from headkv.cache import rust, triton
 from headkv.cli import PROFILE_HELP, main, parser
-from headkv.evaluation.profiling import PROFILERS, profile_options
+from headkv.evaluation.profiling import PROFILERS, WAYS, profile_options
 from headkv.heads import KINDS, HeadProfile
 from headkv.models import tiny_model
 
@@ -146,7 +146,7 @@ RUNS = {
     "echo": ("--num-tokens 16 --repeats 3 --seeds 4 5", {"num_tokens": 16, "repeats": 3, "seeds": [4, 5]}),
     "induction": ("--num-tokens 60", {"num_tokens": 60, "repeats": 4, "seeds": [0, 1, 2]}),
     "gate": (
-        "--steps 2 --lengths 400 420 --sinks 4 --recent 32 --passkeys 1 --words 2 --learning-rate 0.1 --seed 7",
+        "--way published --steps 2 --lengths 400 420 --sinks 4 --recent 32 --passkeys 1 --words 2 --learning-rate 0.1 --seed 7",
         {
             **{"steps": 2, "lengths": [400, 420], "sinks": 4, "recent": 32, "passkeys": 1, "words": 2},
             **{"learning_rate": 0.1, "penalty": 0.05, "seed": 7},
@@ -166,7 +166,8 @@ def test_a_profile_records_what_made_it(kind, tiny, tmp_path, capsys):
     assert "100%" in shown.err, "a progress bar"
     made = HeadProfile.load(out)
     assert made.parameters == recorded and made.kind == kind
-    assert recorded.keys() == profile_options(kind).keys()
+    way = "published" if "--way" in arguments else None
+    assert recorded.keys() == profile_options(kind, way).keys()
     before = out.read_bytes()
     assert main(command) == 2
     assert (
@@ -186,8 +187,9 @@ def test_a_model_that_can_not_answer_is_named(tiny, tmp_path, capsys):
 
 
 def test_every_option_of_every_kind_has_its_help(capsys):
-    assert PROFILERS.keys() <= set(KINDS)
-    assert set(PROFILE_HELP) == {name for kind in PROFILERS for name in profile_options(kind)}
+    assert PROFILERS.keys() == set(KINDS)
+    ways = [(kind, way) for kind in PROFILERS for way in WAYS.get(kind, (None,))]
+    assert set(PROFILE_HELP) == {name for kind, way in ways for name in profile_options(kind, way)}
     with pytest.raises(SystemExit):
         main(["profile", "--help"])
     shown = " ".join(capsys.readouterr().out.split())

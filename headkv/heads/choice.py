@@ -69,7 +69,7 @@ def swap_heads(
 def drop_heads(
     value: Value, shape: tuple[int, int], candidates: Sequence[Head], count: int, share: float = 0.1
 ) -> Iterator[tuple[list[Head], float]]:
-    """Drop the heads that are missed least, a `share` of them at a time, until `count` are left: each set, its worth."""
+    """Drop the heads missed least, a `share` of them at a time, until `count` are left: each set and its worth."""
     held = list(candidates)
     while len(held) > count:
         without = value(gates_of([[h for h in held if h != out] for out in held], shape))

@@ -99,8 +99,14 @@ class Answers:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, context_ids: Tensor) -> Context:
-    """Let the full model read a text, [1, n] int64, and keep its keys and values on the model's device."""
+    """Let the full model read a text, [1, n] int64, and keep its keys and values on the model's device.
+
+    Raises:
+        ValueError: all layers of the model have a sliding window: there is no head to open or shut.
+    """
     layers = model.base_model(context_ids.to(model.device), use_cache=True).past_key_values.layers
+    if all(layer.is_sliding for layer in layers):
+        raise ValueError(f"model must have a layer without a sliding window, got {len(layers)} with one")
     return Context(
         length=context_ids.shape[1],
         keys=tuple(layer.keys[0] for layer in layers),
