@@ -84,15 +84,17 @@ def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ValueError: there is none.
     """
-    if model == "smollm2":
+    if model in ("smollm2", "smollm2-tuned"):
         from headkv.models.smollm2 import load_smollm2
 
-        return load_smollm2()
+        return load_smollm2(tuned=model == "smollm2-tuned")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        allowed = "'smollm2', or the name or folder of a transformers decoder with its tokenizer"
+        allowed = (
+            "'smollm2', 'smollm2-tuned', or the name or folder of a transformers decoder with its tokenizer"
+        )
         raise ValueError(f"model must be {allowed}, got {model!r}: {reason}") from error
