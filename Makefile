@@ -4,8 +4,9 @@ VENV ?= .venv
 PORT ?= 8000
 SERVE ?= 1
 PYTEST_ARGS ?=
-PY := $(VENV)/bin/python
-export PATH := $(abspath $(VENV))/bin:$(PATH):$(HOME)/.cargo/bin
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+export PATH := $(abspath $(BIN)):$(PATH):$(HOME)/.cargo/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export PYO3_PYTHON := $(abspath $(PY))
 
@@ -13,6 +14,7 @@ export PYO3_PYTHON := $(abspath $(PY))
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock)
 PACKAGE := $(shell find headkv kernels -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+SCRIPTS := $(wildcard headkv/widgets/static/*.js book/_static/*.js)
 CHAPTERS := $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
 MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
@@ -46,18 +48,24 @@ sanitize-gpu: setup ## the kernels under compute-sanitizer: memory, races, unini
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton.py \
 	  -k "test_equals_truth or test_any_cut or test_steps_in_a_row or test_append or (test_fused_steps_through_a_ring and 128)" || exit 1; done
 
-lint: $(VENV)/.rust ## ruff, mypy, cargo fmt, clippy
-	ruff check .
-	ruff format --check .
-	mypy
+lint: $(VENV)/.rust ## ruff, mypy, import-linter, stubtest, deno (JavaScript), cargo fmt, clippy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+	$(PY) -m mypy.stubtest headkv._rust --mypy-config-file tools/stubtest.ini
+	$(BIN)/deno lint --quiet
+	$(BIN)/deno fmt --quiet --check
+	$(BIN)/deno check --quiet $(SCRIPTS)
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || { \
 	  echo "headkv: rustfmt or clippy is missing: rustup component add rustfmt clippy (Debian: apt-get install rustfmt rust-clippy)"; exit 1; }
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 
 format: $(VENV)/.deps ## write the style that lint asks for
-	ruff check --fix .
-	ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/deno fmt --quiet
 	cargo fmt --all
 
 bench-cpu: setup ## side-by-side measurements on this CPU: one table, medians, ratios
@@ -71,8 +79,8 @@ bench-gpu: setup ## a layer's steps, an 8B-shaped model's, and prefills, on this
 
 bench: bench-cpu ## every benchmark that needs no GPU
 
-constraints: $(VENV)/.deps ## write constraints.txt anew: the newest versions that fit together
-	tools/constraints.sh
+constraints: $(VENV)/.deps ## write constraints.txt anew: the newest versions that fit together (KEEP=1: only add what is missing)
+	sh tools/constraints.sh
 
 clean: ## remove what was built, keep the environment
 	rm -rf book/_build build dist target .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -83,7 +91,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt kernels/pyproject.toml tools/setup
 	@touch $@
 
 $(VENV)/.rust: $(VENV)/.deps $(RUST)
-	maturin develop --release --skip-install --quiet
+	$(BIN)/maturin develop --release --skip-install --quiet
 	@touch $@
 
 $(MODEL): headkv/models/smollm2.py | $(VENV)/.rust
@@ -93,11 +101,12 @@ $(MODEL): headkv/models/smollm2.py | $(VENV)/.rust
 # Notebooks are executed once and remembered, until their code, the data they read or the package changes.
 $(BUILT): $(CHAPTERS) $(PACKAGE) $(RUST) | $(VENV)/.rust $(MODEL)
 	@rm -rf $(if $(filter-out book/%.md book/_%,$?),book/_build/.jupyter_cache)
-	jupyter-book build book --all --warningiserror --keep-going
+	$(BIN)/jupyter-book build book --all --warningiserror --keep-going
 	@touch $@
 
 # Every lower bound of pyproject.toml at once, transformers 5.12 among them.
 $(VENV)-floor/.deps: pyproject.toml | $(VENV)/.rust
 	$(PY) -m venv --clear $(VENV)-floor
-	uv pip install --quiet --python $(VENV)-floor/bin/python --resolution lowest-direct -r pyproject.toml --extra test
+	$(BIN)/uv pip install --quiet --python $(VENV)-floor/bin/python --resolution lowest-direct \
+	  -r pyproject.toml --extra widgets --extra plots --group test
 	@touch $@

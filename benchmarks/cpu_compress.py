@@ -16,7 +16,8 @@ from measure import Goal, add_json, finish
 import headkv
 from headkv.attention.dense import prefill
 from headkv.cache import RaggedLayer
-from headkv.methods.base import Prefill
+from headkv.logits import Rule
+from headkv.prefill import Prefill
 
 QUERY_HEADS, KV_HEADS, DIM = 9, 3, 64
 
@@ -35,7 +36,7 @@ def main() -> None:
     method = headkv.AdaKV(options.share)
     with torch.inference_mode():
         begin = time.perf_counter()
-        prefill(q, keys, values, scale=scale)
+        prefill(q, keys, values, Rule(scale))
         attention = time.perf_counter() - begin
         seconds = []
         for _ in range(5):

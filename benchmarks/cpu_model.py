@@ -44,8 +44,7 @@ def main() -> None:
                 model(ids, past_key_values=caches[name], logits_to_keep=1)
                 nbytes = caches[name].nbytes
             seconds, after = time.perf_counter() - begin, resident_bytes()
-            resident = nbytes if before is None or after is None else after - before
-            held[name] = (seconds, nbytes, resident)
+            held[name] = (seconds, nbytes, after - before)
         steps = {name: [] for name in methods}
         attention = {name: "sdpa" if method is None else "headkv" for name, method in methods.items()}
         token = torch.tensor([[9]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+from headkv._table import table
 
 Row = Mapping[str, str | float]
 WARM_UPS, FIRST_REPLAYS = 2, 3
@@ -78,13 +77,8 @@ def replay_microseconds(call: Callable[[], object], replays: int) -> float:
 
 def show(title: str, rows: Sequence[Row]) -> None:
     """Prints rows of equal columns as a table."""
-    table = Table()
-    for column, value in rows[0].items():
-        table.add_column(column, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    console.print(title, table, sep="\n")
+    words = [column for column, value in rows[0].items() if isinstance(value, str)]
+    print(title, table(rows, words), "", sep="\n")
 
 
 def show_goals(goals: Sequence[Goal]) -> None:

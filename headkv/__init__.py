@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from headkv._version import find_version
 
 if TYPE_CHECKING:
     from headkv import widgets as widgets
@@ -15,17 +18,21 @@ if TYPE_CHECKING:
     from headkv.attention import ragged_step as ragged_step
     from headkv.cache import RaggedLayer as RaggedLayer
     from headkv.heads import HeadProfile as HeadProfile
+    from headkv.integrations.cache import RaggedCache as RaggedCache
     from headkv.integrations.graph import DecodeGraph as DecodeGraph
-    from headkv.integrations.huggingface import RaggedCache as RaggedCache
     from headkv.integrations.pipeline import pipeline as pipeline
     from headkv.integrations.session import compress as compress
     from headkv.methods import AdaKV as AdaKV
+    from headkv.methods import CriticalKV as CriticalKV
+    from headkv.methods import DefensiveKV as DefensiveKV
     from headkv.methods import DuoAttention as DuoAttention
     from headkv.methods import FullCache as FullCache
     from headkv.methods import HeadKV as HeadKV
+    from headkv.methods import KVzip as KVzip
     from headkv.methods import PyramidKV as PyramidKV
     from headkv.methods import RandomHeads as RandomHeads
     from headkv.methods import RazorAttention as RazorAttention
+    from headkv.methods import ScoredMethod as ScoredMethod
     from headkv.methods import SnapKV as SnapKV
     from headkv.methods import StreamingLLM as StreamingLLM
     from headkv.models import load_smollm2 as load_smollm2
@@ -35,16 +42,21 @@ _HOME = {
     **dict.fromkeys(("ragged_decode", "ragged_extend", "ragged_step"), "headkv.attention"),
     "RaggedLayer": "headkv.cache",
     "HeadProfile": "headkv.heads",
-    "RaggedCache": "headkv.integrations.huggingface",
+    "RaggedCache": "headkv.integrations.cache",
     "pipeline": "headkv.integrations.pipeline",
     "compress": "headkv.integrations.session",
     "DecodeGraph": "headkv.integrations.graph",
-    **dict.fromkeys(("AdaKV", "DuoAttention", "FullCache", "HeadKV", "PyramidKV"), "headkv.methods"),
-    **dict.fromkeys(("RandomHeads", "RazorAttention", "SnapKV", "StreamingLLM"), "headkv.methods"),
+    **dict.fromkeys(
+        ("AdaKV", "CriticalKV", "DefensiveKV", "DuoAttention", "FullCache", "HeadKV", "KVzip", "PyramidKV"),
+        "headkv.methods",
+    ),
+    **dict.fromkeys(
+        ("RandomHeads", "RazorAttention", "ScoredMethod", "SnapKV", "StreamingLLM"), "headkv.methods"
+    ),
     "load_smollm2": "headkv.models",
     "SnapKVScorer": "headkv.scorers",
 }
-__version__ = "0.1.0"
+__version__ = find_version(Path(__file__).parent)
 __all__ = sorted([*_HOME, "__version__", "widgets"])
 
 

@@ -1,19 +1,30 @@
-"""Checks of the parameters of methods, scorers and allocators: the errors say what is allowed."""
+"""Checks of parameters, one way everywhere: the errors name the argument, what is allowed and what it was.
+
+A wrong type is a TypeError, and a bool is no number; a wrong value is a ValueError. numpy's numbers are numbers.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 
-def whole(name: str, value: Any, least: int = 0) -> None:
-    """A whole number of at least `least`."""
-    allowed = f"{name} must be an int of at least {least}, got {value!r}"
+def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """A whole number of at least `least` and, where it is said, at most `most`; as an int.
+
+    >>> whole("sinks", 4), whole("sinks", 4, 1, 8)
+    (4, 4)
+    """
+    span = f"of at least {least}" if most is None else f"in [{least}, {most}]"
+    allowed = f"{name} must be an int {span}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(allowed)
-    if value < least:
+    number = int(value)
+    if number < least or (most is not None and number > most):
         raise ValueError(allowed)
+    return number
 
 
 def between(name: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -26,10 +37,11 @@ def between(name: str, value: Any, low: float, high: float = math.inf) -> None:
         raise ValueError(allowed)
 
 
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of a few words."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
 
 
 def flag(name: str, value: Any) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import headkv
+from headkv._table import table
 from headkv.evaluation.profiling import WAYS, profile_options, run_profile
 from headkv.heads.profile import KINDS
 
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
     top = argparse.ArgumentParser(prog="headkv", description="Head-specific KV-cache compression.")
+    top.add_argument("--version", action="version", version=f"headkv {headkv.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     show = commands.add_parser(
@@ -62,13 +65,17 @@ def parser() -> argparse.ArgumentParser:
         help="every method on one prompt with hidden facts: memory, speed, answers",
         description="Hide facts in a text, compress SmolLM2's cache by every method, and ask for the facts.",
     )
-    show.add_argument("--tokens", type=int, default=4000, help="length of the context (default: 4000)")
-    show.add_argument("--share", type=float, default=0.2, help="share of the cache to keep (default: 0.2)")
-    show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. AdaKV SnapKV")
-    show.add_argument("--new-tokens", type=int, default=12, help="tokens of each answer (default: 12)")
     show.add_argument(
-        "--picture", type=Path, default=Path("headkv-demo.png"), help="(default: headkv-demo.png)"
+        "--tokens", type=int, default=4000, metavar="N", help="length of the context (default: 4000)"
     )
+    show.add_argument(
+        "--share", type=float, default=0.2, metavar="X", help="share of the cache to keep (default: 0.2)"
+    )
+    show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. AdaKV SnapKV")
+    show.add_argument(
+        "--new-tokens", type=int, default=12, metavar="N", help="tokens of each answer (default: 12)"
+    )
+    show.add_argument("--picture", type=Path, metavar="FILE", help="draw each head's entries to this file")
     show.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     show.set_defaults(run=demo)
 
@@ -111,6 +118,14 @@ def parser() -> argparse.ArgumentParser:
     beside.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     beside.add_argument("--picture", type=Path, help="also draw the answers against the heads, to this file")
     beside.set_defaults(run=compare_files)
+
+    what = commands.add_parser(
+        "info",
+        help="versions, backends, and what is missing",
+        description="Say what runs here: versions, backends, and what is missing with the line that installs it.",
+    )
+    what.add_argument("--json", action="store_true", help="print one JSON object")
+    what.set_defaults(run=show_info)
     return top
 
 
@@ -137,12 +152,13 @@ def _add_profile_options(command: argparse.ArgumentParser) -> None:
         if len(set(texts.values())) == 1:
             default = texts[kinds[0]]
         example = by_kind[kinds[0]]
+        kind_of_value = type(example[0] if isinstance(example, tuple) else example)
         groups[kinds].add_argument(
             _flag(name),
-            type=type(example[0] if isinstance(example, tuple) else example),
+            type=kind_of_value,
             nargs="+" if isinstance(example, tuple) else None,
             default=argparse.SUPPRESS,
-            metavar="N",
+            metavar={float: "X", int: "N"}.get(kind_of_value, "NAME"),
             help=f"{PROFILE_HELP[name]} (default: {default})",
         )
 
@@ -157,9 +173,8 @@ def _words(value: Any) -> str:
 
 def demo(options: argparse.Namespace) -> None:
     """`headkv demo`."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from tqdm import tqdm
 
-    import headkv
     from headkv.data import haystack
     from headkv.evaluation.compare import compare, smollm2_methods
     from headkv.evaluation.plots import plot_lengths
@@ -168,7 +183,6 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError(f"--share must be in (0, 1], got {options.share}")
     if options.new_tokens < 2:
         raise ValueError(f"--new-tokens must be at least 2, got {options.new_tokens}")
-    console = _console()
     model, tokenizer = headkv.load_smollm2()
     document = haystack(tokenizer, options.tokens)
     n = document.context_ids.shape[1]
@@ -176,29 +190,29 @@ def demo(options: argparse.Namespace) -> None:
     if unknown := set(options.methods or ()) - set(methods):
         raise ValueError(f"--methods must be of {', '.join(methods)}, got {', '.join(sorted(unknown))}")
     chosen = {name: m for name, m in methods.items() if not options.methods or name in options.methods}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     results = []
-    with Progress(
-        *columns, *Progress.get_default_columns()[1:2], console=console, transient=True
-    ) as progress:
-        task = progress.add_task("prefill", total=len(chosen) + 1)
+    # The full cache comes first: what the others are compared with.
+    with tqdm(total=len(chosen) + 1, leave=False) as bar:
         for result in compare(
             model,
             tokenizer,
             document,
             chosen,
             max_new_tokens=options.new_tokens,
-            on_step=lambda name: progress.update(task, description=f"{name}: {n} tokens"),
+            on_step=bar.set_description,
         ):
             results.append(result)
-            progress.advance(task)
-    plot_lengths(results, n).savefig(options.picture, dpi=150)
+            bar.update()
+    if options.picture is not None:
+        plot_lengths(results, n).savefig(options.picture, dpi=150)
     if options.json:
-        summary = {"tokens": n, "share": options.share, "picture": str(options.picture)}
+        picture = None if options.picture is None else str(options.picture)
+        summary = {"tokens": n, "share": options.share, "picture": picture}
         print(json.dumps({**summary, "results": [result.to_json() for result in results]}, indent=2))
     else:
         _print_table(results, document.facts, n)
-        print(f"\nPer-head lengths: {options.picture}")
+    if options.picture is not None:
+        print(f"Entries of each head: {options.picture}", file=sys.stderr)
 
 
 def profile(options: argparse.Namespace) -> None:
@@ -269,60 +283,53 @@ def compare_files(options: argparse.Namespace) -> None:
         _print_comparison(cells, pairs)
 
 
-def _console() -> Any:
-    from rich.console import Console
+def show_info(options: argparse.Namespace) -> None:
+    """`headkv info`."""
+    from headkv.info import as_text, info
 
-    return Console(stderr=True)
+    found = info(headkv.__version__)
+    print(json.dumps(found, indent=2) if options.json else as_text(found))
 
 
 def _print_table(results: Sequence[Result], facts: Sequence[Any], tokens: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     full = results[0]
-    table = Table(title=f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts")
-    table.add_column("method", no_wrap=True)
-    for heading in ("stored", "our count", "resident", "decode", "against full", "right", "question unseen"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("answers: " + ", ".join(fact.answer for fact in facts))
-    for result in results:
-        resident = "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB"
-        table.add_row(
-            result.name,
-            f"{result.stored_share:.1%}",
-            f"{result.nbytes / 1e6:.1f} MB",
-            resident,
-            f"{1000 / result.decode_ms:.1f} tok/s",
-            f"{full.decode_ms / result.decode_ms:.2f} x",
-            f"{result.right} / {result.asked}",
-            f"{result.right_unseen} / {result.asked}",
-            " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
-        )
-    Console(width=None if sys.stdout.isatty() else 165).print(table)
+    answers = "answers: " + ", ".join(fact.answer for fact in facts)
+    rows = [
+        {
+            "method": result.name,
+            "stored": f"{result.stored_share:.1%}",
+            "our count": f"{result.nbytes / 1e6:.1f} MB",
+            "resident": "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB",
+            "decode": f"{1000 / result.decode_ms:.1f} tok/s",
+            "against full": f"{full.decode_ms / result.decode_ms:.2f} x",
+            "right": f"{result.right} / {result.asked}",
+            "question unseen": f"{result.right_unseen} / {result.asked}",
+            answers: " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
+        }
+        for result in results
+    ]
+    print(f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts\n")
+    print(table(rows, words=("method", answers)))
 
 
 def _print_comparison(cells: Sequence[Cell], pairs: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 165)
     for kind, length in dict.fromkeys((cell.kind, cell.length) for cell in cells):
         here = [cell for cell in cells if (cell.kind, cell.length) == (kind, length)]
-        title = f"{kind}, {length} tokens: right of {here[0].full} (full cache, of {here[0].asked})"
-        table = Table(title=title, title_justify="left")
-        table.add_column("KV heads that keep all")
-        names = list(dict.fromkeys(cell.profile for cell in here))
-        for cell in here[: len(here) // len(names)]:
-            table.add_column(f"{cell.heads} ({cell.stored:.0%})", justify="right", no_wrap=True)
-        for name in names:
-            table.add_row(name, *(f"{c.right / max(1, c.full):.2f}" for c in here if c.profile == name))
-        console.print(table)
+        full, asked = here[0].full, here[0].asked
+        print(f"{kind}, {length} tokens: share of the {full} that the full cache has right, of {asked}")
+        rows = []
+        for name in dict.fromkeys(cell.profile for cell in here):
+            found = {
+                f"{cell.heads} heads ({cell.stored:.0%})": f"{cell.right / max(1, cell.full):.2f}"
+                for cell in here
+                if cell.profile == name
+            }
+            rows.append({"profile": name, **found})
+        print(table(rows, words=("profile",)), end="\n\n")
     for pair in pairs:
         shared = ", ".join(f"{share:.2f} of {k}" for k, share in pair["overlap"].items())
         names = " and ".join(pair["profiles"])
-        console.print(
-            f"{names}: rank correlation {pair['rank_correlation']:.2f}; first heads in common: {shared}"
-        )
+        print(f"{names}: rank correlation {pair['rank_correlation']:.2f}; first heads in common: {shared}")
 
 
 if __name__ == "__main__":

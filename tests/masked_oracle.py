@@ -6,13 +6,16 @@ text, and a compensation entry is the mean over the hidden part of the full cach
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
-from headkv.methods.base import Prefill
+from headkv.heads.observe import observe
+from headkv.integrations.support import parts_of
+from headkv.prefill import Parts, Prefill
 
 NAME = "headkv-test-oracle"
 
@@ -30,6 +33,13 @@ class OracleLayer(DynamicLayer):
         self.method, self.layer_idx, self.num_layers, self.chunked = method, layer_idx, num_layers, chunked
         self.plan = None  # keep [B, H, n], sinks, recent, compensate [B, H]
         self.queries = None
+        self.rule = {}  # scale, sliding_window, softcap
+        self.parts = Parts()
+        self.siblings, self.ids, self.model = (
+            [],
+            [],
+            None,
+        )  # of the cache: for methods that see the whole prompt
 
     def update(self, keys, values, *args, **kwargs):
         super().update(keys, values)
@@ -41,20 +51,13 @@ class OracleLayer(DynamicLayer):
         keep = torch.zeros(batch, heads, n, dtype=torch.bool)
         sinks, recent = torch.zeros(2, batch, heads, dtype=torch.int64)
         compensate = torch.zeros(batch, heads, dtype=torch.bool)
+        self.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
         for b in range(batch):
             real = valid[b]
-            chosen = self.method.plan(
-                Prefill(
-                    queries=self.queries[b][:, real],
-                    keys=self.keys[b, :, :n][:, real],
-                    values=self.values[b, :, :n][:, real],
-                    layer_idx=self.layer_idx,
-                    num_layers=self.num_layers,
-                    scale=scale,
-                    sliding_window=sliding_window,
-                    softcap=softcap,
-                )
-            )
+            if getattr(self.method, "whole_prompt", False):
+                chosen = self.method.plan_prompt(OraclePrompt(self, b, real))[self.layer_idx]
+            else:
+                chosen = self.method.plan(self.prefill(b, real))
             keep[b, :, real] = chosen.mask
             if chosen.recent is not None:
                 sinks[b], recent[b] = chosen.sinks, chosen.recent
@@ -64,6 +67,16 @@ class OracleLayer(DynamicLayer):
             :, None
         ]  # windowed rows evict nothing for good: they see less
         self.plan = [keep, sinks, recent, compensate]
+
+    def prefill(self, b, real):
+        """One sequence of the prompt, without its padding."""
+        n = len(real)
+        tensors = (
+            self.queries[b, :, :n][:, real],
+            self.keys[b, :, :n][:, real],
+            self.values[b, :, :n][:, real],
+        )
+        return Prefill(*tensors, self.layer_idx, self.num_layers, **self.rule, parts=self.parts)
 
     def make_windows(self, valid, sliding_window):
         """The plan of a method whose heads stream from the first token: nothing is evicted, rows see less."""
@@ -94,6 +107,32 @@ class OracleLayer(DynamicLayer):
             self.plan = [part[index] for part in self.plan]
 
 
+class OraclePrompt:
+    """A prompt for methods that see all of it. What is read behind it is read with it, by a copy with eager attention."""
+
+    def __init__(self, layer, batch, real):
+        self.layers, self.batch, self.real = layer.siblings, batch, real
+        self.num_layers, self.length = len(self.layers), int(real.sum())
+
+    @property
+    def input_ids(self):
+        return torch.cat(self.layers[0].ids, 1)[self.batch, : len(self.real)][self.real]
+
+    def layer(self, layer_idx):
+        return self.layers[layer_idx].prefill(self.batch, self.real)
+
+    def read(self, input_ids, watch):
+        model, text = copy.deepcopy(self.layers[0].model), torch.cat([self.input_ids, input_ids])
+        model.set_attn_implementation("eager")
+        m = len(input_ids)
+
+        def watcher(attention):
+            watch(attention.layer_idx, attention.queries[0, :, -m:], attention.keys[0, :, -m:])
+
+        with observe(model, watcher), torch.no_grad():
+            model(text[None], use_cache=False)
+
+
 def attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs
 ):
@@ -107,8 +146,13 @@ def attention(
         if attention_mask is None
         else attention_mask[:, :total].bool()
     )
+    whole = getattr(layer.method, "whole_prompt", False)
+    layer.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
-        layer.make_plan(valid[:, : total - 1], scale, sliding_window, softcap)
+        for one in (
+            layer.siblings if whole else [layer]
+        ):  # with a whole prompt all layers, when the first is called
+            one.make_plan(valid[:, : total - 1], **(one.rule or layer.rule))
     if layer.plan is None and getattr(layer.method, "streaming_prefill", False):
         layer.make_windows(valid, sliding_window)
     first = layer.plan is None
@@ -148,8 +192,11 @@ def attention(
     weights = torch.cat([logits, extra[..., None]], -1).softmax(-1).nan_to_num()  # pad queries see nothing
     out = weights[..., :-1] @ values[:, :, None]
     out = out + torch.where(takes_part[..., None], weights[..., -1:] * mean_value[:, :, None], 0)
-    if first and not layer.chunked:
-        layer.make_plan(valid, scale, sliding_window, softcap)
+    if first and not layer.chunked and not whole:
+        layer.make_plan(valid, **layer.rule)
+    elif first and not layer.chunked and layer is layer.siblings[-1]:
+        for one in layer.siblings:
+            one.make_plan(valid, **one.rule)
     return out.flatten(1, 2).transpose(1, 2), None
 
 
@@ -163,4 +210,14 @@ def oracle_cache(model, method, chunked_prefill=False):
     AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
     n = model.config.num_hidden_layers
-    return Cache(layers=[OracleLayer(method, i, n, chunked_prefill) for i in range(n)])
+    layers = [OracleLayer(method, i, n, chunked_prefill) for i in range(n)]
+    cache, ids = Cache(layers=layers), []
+    for layer, layer.parts in zip(layers, parts_of(model), strict=True):
+        layer.siblings, layer.ids, layer.model = layers, ids, model
+
+    def remember(module, args, kwargs):
+        if kwargs.get("past_key_values") is cache:
+            ids.append(kwargs["input_ids"])
+
+    model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
+    return cache

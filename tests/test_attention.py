@@ -8,9 +8,10 @@ from attention_cases import CASES, Case, truth
 
 import headkv
 from headkv.attention import reference
-from headkv.attention.api import choose_backend
+from headkv.attention.api import choose_backend, recorded_step
 from headkv.attention.dense import prefill
 from headkv.cache import RaggedLayer
+from headkv.logits import Rule
 
 
 def run(case: Case, backend: str, q, layer):
@@ -68,10 +69,10 @@ STEPS = {
         ValueError,
         "keys must have",
     ),
-    "seen on a CPU": (
-        {"seen": torch.zeros(1).long()},
-        ValueError,
-        "seen must be None with the backend 'rust'",
+    "float64 queries": (
+        {"q": torch.zeros(1, 4, 32).double()},
+        TypeError,
+        "backend 'rust', got torch.float64",
     ),
     "another backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
 }
@@ -102,6 +103,17 @@ def test_trimming_never_changes_attention(backend):
     assert int(trimmed.length.max()) < int(whole.length.min()), "one of them was trimmed, the other not"
 
 
+RULE = Rule(0.25)
+
+
+def test_recorded_steps_are_for_a_gpu():
+    layer = RaggedLayer.from_rows([[(torch.zeros(3, 32),) * 2] * 2])
+    new = torch.zeros(1, 4, 32), torch.zeros(1, 2, 32), torch.zeros(1, 2, 32)
+    with pytest.raises(ValueError, match="seen must be None with the backend 'rust'"):
+        recorded_step(*new, layer, RULE, "rust", seen=torch.zeros(1).long())
+    assert layer.seen == 3 and layer.lengths().tolist() == [[3, 3]]
+
+
 def test_compensation_of_one_entry_is_that_entry():
     """N = 1: the compensation entry is the dropped entry itself, so nothing is lost (RazorAttention, Eq. 5)."""
     torch.manual_seed(2)
@@ -112,7 +124,7 @@ def test_compensation_of_one_entry_is_that_entry():
     one = RaggedLayer.from_dense(
         keys, values, keep=keep, sinks=3, recent=5, compensate=torch.tensor([[True]])
     )
-    torch.testing.assert_close(reference.decode(q, one, scale=0.25), reference.decode(q, full, scale=0.25))
+    torch.testing.assert_close(reference.decode(q, one, RULE), reference.decode(q, full, RULE))
 
 
 def test_compensation_of_equal_keys_is_exact():
@@ -121,7 +133,7 @@ def test_compensation_of_equal_keys_is_exact():
     keys[0, 0, 4:40] = keys[0, 0, 4]
     full = RaggedLayer.from_dense(keys, values)
     mean = RaggedLayer.from_dense(keys, values, sinks=4, recent=10, compensate=torch.tensor([[True]]))
-    torch.testing.assert_close(reference.decode(q, mean, scale=0.25), reference.decode(q, full, scale=0.25))
+    torch.testing.assert_close(reference.decode(q, mean, RULE), reference.decode(q, full, RULE))
 
 
 def test_no_fake_keys_leak():
@@ -146,7 +158,7 @@ def test_prefill_equals_extend_of_the_reference(window, softcap, holes):
     if holes:
         valid[1, :7], valid[1, 100:103] = False, False
     options = {"scale": 0.25, "sliding_window": window, "softcap": softcap}
-    got = prefill(q, keys, values, valid=valid, **options)
+    got = prefill(q, keys, values, Rule(**options), valid=valid)
     layer = RaggedLayer.from_dense(keys, values, valid=valid)
     want = headkv.ragged_extend(q, layer, backend="reference", **options)
     for b in range(2):
@@ -173,7 +185,9 @@ BAD = {
     "window with compensation": (lambda: headkv.ragged_decode(Q, small_layer(**FOLDING), sliding_window=3), ValueError, "compensation"),
     "softcap 0": (lambda: headkv.ragged_decode(Q, small_layer(), softcap=0.0), ValueError, "softcap must be None or positive"),
     "scale NaN": (lambda: headkv.ragged_decode(Q, small_layer(), scale=float("nan")), ValueError, "scale must be None or positive"),
-    "unknown backend": (lambda: headkv.ragged_decode(Q, small_layer(), backend="cuda"), ValueError, "backend must be one of auto, reference"),
+    "float64 and rust": (lambda: headkv.ragged_decode(Q.double(), small_layer(), backend="rust"), TypeError, "float64; the backend 'reference' computes in float64"),
+    "float64 and triton": (lambda: headkv.ragged_extend(Q[:, :, None].double(), small_layer(), backend="triton"), TypeError, "the backend 'triton', got torch.float64"),
+    "unknown backend": (lambda: headkv.ragged_decode(Q, small_layer(), backend="cuda"), ValueError, "backend must be one of 'auto', 'reference'"),
     "no layer": (lambda: headkv.ragged_decode(Q, torch.zeros(3)), TypeError, "layer must be a RaggedLayer"),
 }  # fmt: skip
 

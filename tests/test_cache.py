@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from headkv.cache import RaggedLayer, layout
+from headkv.cache import RaggedLayer, Rows, layout
 from headkv.cache.ragged import MIN_HEADROOM
 
 HEADS, DIM = 2, 4
@@ -303,7 +305,7 @@ BAD = {
     "all padding": (lambda: RaggedLayer.from_dense(*dense(batch=2), valid=torch.tensor([[True] * 5, [False] * 5])), ValueError, "batch 1, head 0.*all padding"),
     "negative headroom": (lambda: RaggedLayer.from_dense(*dense(), headroom=-1), ValueError, "headroom must be an int of at least 0, got -1"),
     "float sinks": (lambda: RaggedLayer.from_dense(*dense(), sinks=torch.ones(1, 2), recent=1), TypeError, "sinks must be an int tensor"),
-    "bool recent": (lambda: RaggedLayer.from_dense(*dense(), recent=True), ValueError, "recent must be an int"),
+    "bool recent": (lambda: RaggedLayer.from_dense(*dense(), recent=True), TypeError, "recent must be an int of at least 0, got True"),
     "no rows": (lambda: RaggedLayer.from_rows([]), ValueError, "at least one batch entry"),
     "rows of unequal heads": (lambda: RaggedLayer.from_rows([[(torch.zeros(1, 4),) * 2] * 2, [(torch.zeros(1, 4),) * 2]]), ValueError, r"rows\[1\] must have 2 heads"),
     "rows of unequal D": (lambda: RaggedLayer.from_rows([[(torch.zeros(1, 4),) * 2, (torch.zeros(1, 8),) * 2]]), ValueError, r"rows\[0\]\[1\].*\[n, 4\]"),
@@ -379,3 +381,44 @@ def test_an_empty_layer_can_be_trimmed():
     layer = RaggedLayer.from_rows([[(empty, empty)]], sinks=1, recent=1)
     layer.trim(3)
     assert layer.capacity.tolist() == [3] and layer.length.tolist() == [0]
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (0, 3), (5, 2)], ids=str)
+def test_to_dense_is_the_inverse_of_from_dense(padding):
+    keys, values = torch.randn(2, 2, 3, 9, 4, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(9) >= torch.tensor(padding)[:, None]
+    layer = RaggedLayer.from_dense(keys, values, valid=valid if sum(padding) else None, headroom=2)
+    got = layer.to_dense()
+    assert (got.valid is None) == (sum(padding) == 0)
+    assert got.valid is None or torch.equal(got.valid, valid)
+    real = valid[:, None].expand(2, 3, 9)
+    assert torch.equal(got.keys[real], keys[real]) and torch.equal(got.values[real], values[real])
+
+
+def test_to_dense_says_where_a_sequence_stores_something():
+    keys = torch.arange(6.0).view(1, 1, 6, 1).expand(1, 2, 6, 1).contiguous()
+    keep = torch.tensor([[[1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 1, 0]]]).bool()
+    dense = RaggedLayer.from_dense(keys, keys, keep=keep).to_dense()
+    assert dense.valid.tolist() == [[True, False, False, True, True, False]]
+    assert (dense.keys[0, 0, [0, 4], 0].tolist(), dense.keys[0, 1, [3, 4], 0].tolist()) == ([0, 4], [3, 4])
+
+
+def test_a_layer_is_made_by_its_rows():
+    with pytest.raises(TypeError, match="missing .* required positional arguments: 'keys', 'values'"):
+        RaggedLayer()
+
+
+def test_select_leaves_the_layer_as_it_was():
+    keys, values = torch.randn(2, 3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    layer = RaggedLayer.from_dense(keys, values, headroom=1)
+    chosen = layer.select(torch.tensor([2]))
+    assert (layer.batch_size, chosen.batch_size) == (3, 1)
+    chosen.append(*torch.ones(2, 1, 2, 1, 4))
+    assert torch.equal(chosen.row(0, 1).keys[:5], keys[2, 1]) and layer.lengths().tolist() == [[5, 5]] * 3
+
+
+def test_the_kernels_read_rows_by_the_same_names():
+    """What `headkv_kernels.Rows` describes for itself, as it knows nothing of headkv, are fields of `Rows`."""
+    kernels = pytest.importorskip("headkv_kernels.rows", reason="needs Triton: pip install triton")
+    ours, theirs = ({f.name for f in dataclasses.fields(rows)} for rows in (Rows, kernels.Rows))
+    assert ours - theirs == {"capacity", "evicted_end", "num_kv_heads", "seen"} and theirs < ours

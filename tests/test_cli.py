@@ -3,24 +3,83 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from letters import letters
 
+import headkv
+from headkv._table import table
+from headkv.cache import rust, triton
 from headkv.cli import PROFILE_HELP, main, parser
 from headkv.evaluation.profiling import PROFILERS, profile_options
 from headkv.heads import KINDS, HeadProfile
 from headkv.models import tiny_model
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["profile"]], ids=["headkv", "demo", "profile"])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["profile"], ["info"]], ids=["headkv", "demo", "profile", "info"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([*command, "--help"])
     assert done.value.code == 0
     assert "usage: headkv" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"headkv {headkv.__version__}\n"
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["versions"]["headkv"] == headkv.__version__ and found["versions"]["python"] in sys.version
+    assert {name: backend["available"] for name, backend in found["backends"].items()} == {
+        "reference": True,
+        "rust": rust.available(),
+        "triton": triton.available(),
+    }
+    if rust.available():
+        assert found["backends"]["rust"]["detail"] == ", ".join(rust.extension().instruction_sets())
+
+
+def test_info_as_text(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"headkv          {headkv.__version__}\n" in shown and "\n  reference     yes  plain torch" in shown
+    )
+
+
+# what is not there -> what `info` says
+GONE = {
+    "matplotlib": ("plots", "pip install 'headkv[plots]'"),
+    "anywidget": ("widgets", "pip install 'headkv[widgets]'"),
+    "headkv._rust": ("rust backend (fast on a CPU)", rust.INSTALL),
+    "headkv_kernels": ("triton backend (fast on a GPU)", triton.INSTALL),
+}
+
+
+@pytest.mark.parametrize("module", GONE)
+def test_info_says_how_to_install_what_is_missing(module, monkeypatch, capsys):
+    purpose, line = GONE[module]
+    monkeypatch.setattr("headkv.info.find_spec", lambda name: None if name == module else find_spec(name))
+    if module == "headkv._rust":
+        monkeypatch.setattr(rust, "available", lambda: False)
+    if module == "headkv_kernels":
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+        monkeypatch.setattr(triton, "available", lambda: False)
+    assert main(["info"]) == 0
+    assert f"missing\n  {purpose}: {line}\n" in capsys.readouterr().out
 
 
 BAD = {
@@ -127,8 +186,8 @@ def test_a_model_that_can_not_answer_is_named(tiny, tmp_path, capsys):
 
 
 def test_every_option_of_every_kind_has_its_help(capsys):
-    assert PROFILERS.keys() == set(KINDS)
-    assert set(PROFILE_HELP) == {name for kind in KINDS for name in profile_options(kind)}
+    assert PROFILERS.keys() <= set(KINDS)
+    assert set(PROFILE_HELP) == {name for kind in PROFILERS for name in profile_options(kind)}
     with pytest.raises(SystemExit):
         main(["profile", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -139,7 +198,7 @@ def test_every_option_of_every_kind_has_its_help(capsys):
         "retrieval, retrieval-reasoning, gate",
     ):
         assert f"options of --kind {group}:" in shown
-    assert "--learning-rate N the greatest (default: 0.02)" in shown
+    assert "--learning-rate X the greatest (default: 0.02)" in shown
     assert "retrieval: 500 1000 2000; retrieval-reasoning: 500 1000 2000; gate: 400 600)" in shown
 
 
@@ -159,8 +218,9 @@ def test_the_shipped_profiles_are_what_their_commands_make(repository):
     assert files == {path.name for path in folder.glob("*.json")}
 
 
-def test_demo(tmp_path, capsys):
-    """Two methods on a short document: real shares, bytes that follow them, a picture."""
+def test_demo(tmp_path, capsys, monkeypatch):
+    """Two methods on a short document: real shares, bytes that follow them, a picture where one is asked for."""
+    monkeypatch.chdir(tmp_path)
     picture = tmp_path / "demo.png"
     arguments = ["demo", "--tokens", "400", "--methods", "AdaKV", "DuoAttention", "--new-tokens", "4"]
     assert main([*arguments, "--picture", str(picture), "--json"]) == 0
@@ -172,5 +232,33 @@ def test_demo(tmp_path, capsys):
     # 80 entries a head and head room for 64 more, against 400
     assert ada["nbytes"] < 0.4 * full["nbytes"]
     assert picture.stat().st_size > 10_000
-    assert main([*arguments[:4], "AdaKV", "--new-tokens", "2", "--picture", str(picture)]) == 0
+    picture.unlink()
+    assert main([*arguments[:4], "AdaKV", "--new-tokens", "2"]) == 0
     assert "against full" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [], "no picture unasked"
+
+
+def test_a_table_is_aligned():
+    rows = [
+        {"method": "AdaKV", "MB": 39.9, "answer": "4 boats"},
+        {"method": "none", "MB": 183.5, "answer": ""},
+    ]
+    assert table(rows, words=("method", "answer")).splitlines() == [
+        "method     MB  answer",
+        "──────  ─────  ───────",
+        "AdaKV    39.9  4 boats",
+        "none    183.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows must hold at least one row, got none"),
+        ([{"a": 1, "b": 2}, {"b": 2, "a": 1}], "rows must have the columns ['a', 'b'], got ['b', 'a']"),
+    ],
+    ids=["no row", "other columns"],
+)
+def test_a_table_needs_rows_of_equal_columns(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        table(rows)

@@ -15,6 +15,7 @@ import headkv
 from headkv.cache import RaggedLayer
 from headkv.integrations.graph import DecodeGraph
 from headkv.integrations.planning import Observation, keep_entries
+from headkv.logits import Rule
 from headkv.models.tiny import tiny_model
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "headkv_kernels"
@@ -114,12 +115,12 @@ def test_nothing_is_made_on_the_default_device(name):
     """`torch.set_default_device` says where a user's new tensors go, not where headkv's do."""
     q, keys, values = torch.randn(3, 1, 2, 60, 16, generator=torch.Generator().manual_seed(0))
     q = torch.cat([q, q], 1)
-    options: dict[str, Any] = {"scale": 0.25, "sliding_window": None, "softcap": None}
+    rule = Rule(0.25)
     index = torch.zeros(1, dtype=torch.int64)
     outs = []
     for device in ("cpu", "meta"):
         with torch.device(device):
-            observed = Observation.of(q, None, METHODS[name].observed_queries, **options)
+            observed = Observation.of(q, None, METHODS[name].observed_queries, rule)
             kept = keep_entries(METHODS[name], observed, keys, values, None, layer_idx=0, num_layers=3)
             layer = RaggedLayer.from_dense(keys, values, headroom=0, **kept)
             for backend in ("reference", "rust"):

@@ -47,8 +47,8 @@ def test_a_saved_profile_is_loaded_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "magic"}, "kind must be one of echo"),
-        ({"heads": "both"}, 'heads must be "query" or "kv", got \'both\''),
+        ({"kind": "magic"}, "kind must be one of 'echo'"),
+        ({"heads": "both"}, "heads must be one of 'query', 'kv', got 'both'"),
         ({"model": ""}, "model must be the model's id"),
         ({"scores": torch.zeros(3)}, r"scores must be \[layers, heads\], not empty, got shape \[3\]"),
         ({"scores": torch.zeros(0, 4)}, "not empty"),
@@ -160,6 +160,68 @@ def test_shipped_profiles_are_of_smollm2(kind: str) -> None:
     assert shipped.heads == ("kv" if kind == "gate" else "query")
     share = shipped.scores.flatten().topk(14).values.sum() / shipped.scores.sum()
     assert share > (0.3 if kind == "gate" else 0.75)  # a few heads hold most of it
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M-Instruct", "/home/me/smollm2-135m-instruct"])
+@pytest.mark.parametrize("kind", ["echo", "induction", "retrieval", "retrieval-reasoning", "gate"])
+def test_the_profile_of_a_model_is_found_by_its_name(kind: str, name: str) -> None:
+    found = HeadProfile.for_model(config(30, 9, 3, name), kind)
+    assert torch.equal(found.scores, HeadProfile.builtin(f"smollm2-{kind}").scores) and found.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (config(30, 9, 3, "org/Other"), "gate", "shipped profile of kind 'gate', got 'org/Other'. Shipped: .*gate.* of HuggingFaceTB/SmolLM2.*HeadProfile.measure[(]model, tokenizer, 'gate'[)] measures one.*headkv profile --kind gate --model org/Other --out FILE"),
+        (config(30, 9, 3), "echo", "got 'SimpleNamespace'.*--kind echo --model NAME --out FILE"),
+        (tiny_model("llama"), "echo", "got 'LlamaForCausalLM'"),
+        (config(30, 9, 3, "SmolLM2-135M-Instruct"), "magic", "kind must be one of 'echo', .* got 'magic'"),
+        (config(12, 9, 3, "SmolLM2-135M-Instruct"), "echo", "profile must fit the model, 12 layers of 9 query heads"),
+    ],
+    ids=["another", "no-name", "tiny", "kind", "shape"],
+)  # fmt: skip
+def test_a_model_without_a_profile_is_named(model: object, kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadProfile.for_model(model, kind)
+
+
+@pytest.mark.parametrize("kind", ["echo", "induction"])
+def test_a_profile_measures_itself(kind: str) -> None:
+    model = tiny_model("llama")
+    made = HeadProfile.measure(model, None, kind, num_tokens=16, repeats=3, seeds=(4,))
+    wanted = dict(
+        zip(("echo", "induction"), profile_repeats(model, num_tokens=16, repeats=3, seeds=(4,)), strict=True)
+    )
+    assert made.kind == kind and torch.equal(made.scores, wanted[kind].scores)
+    assert made.parameters == wanted[kind].parameters and made.model == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("magic", {}, ValueError, "kind must be one of 'echo'"),
+        ("echo", {"steps": 3}, TypeError, "options of kind 'echo' must be of num_tokens, repeats, seeds, got steps"),
+        ("retrieval", {"reasoning": True}, TypeError, "options of kind 'retrieval' must be of lengths, depths, got reasoning"),
+        ("gate", {"steps": True}, TypeError, "steps must be an int of at least 1, got True"),
+        ("gate", {"lengths": (400.0, 500)}, TypeError, "lengths must be an int of at least 0, got 400.0"),
+        ("echo", {"num_tokens": 16.0}, TypeError, r"num_tokens must be an int in \[2, 97\], got 16.0"),
+        ("echo", {"num_tokens": 16, "seeds": ["1"]}, TypeError, "seeds must be an int of at least 0, got '1'"),
+    ],
+    ids=["kind", "option", "kinds-own", "bool", "float-length", "float", "word"],
+)  # fmt: skip
+def test_measuring_checks_its_arguments(
+    kind: str, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        HeadProfile.measure(tiny_model("llama"), None, kind, **options)
+
+
+def test_a_profile_is_one_line() -> None:
+    assert repr(profile()) == "HeadProfile(induction of Name: 3 x 4 query heads, scores 0 to 0.333)"
+    assert (
+        repr(profile("kv", model="C:\\models\\Name"))
+        == "HeadProfile(induction of Name: 3 x 4 KV heads, scores 0 to 0.333)"
+    )
 
 
 def test_an_unknown_builtin_lists_those_that_there_are() -> None:
@@ -285,10 +347,10 @@ def test_shares_equal_those_of_eager_attention(family: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_tokens": 1}, "num_tokens must be between 2 and 97, got 1"),
-        ({"num_tokens": 98}, "num_tokens must be between 2 and 97, got 98"),
-        ({"num_tokens": 50, "repeats": 1}, "repeats must be between 2 and 10 .* got 1"),
-        ({"num_tokens": 50, "repeats": 11}, "got 11"),
+        ({"num_tokens": 1}, r"num_tokens must be an int in \[2, 97\], got 1"),
+        ({"num_tokens": 98}, r"num_tokens must be an int in \[2, 97\], got 98"),
+        ({"num_tokens": 50, "repeats": 1}, "repeats must be an int of at least 2, got 1"),
+        ({"num_tokens": 50, "repeats": 11}, r"repeats must be an int in \[2, 10\] .* got 11"),
         ({"num_tokens": 50, "seeds": []}, "seeds must hold at least one"),
     ],
     ids=["short", "vocabulary", "once", "too-long", "no-seeds"],

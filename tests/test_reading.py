@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import headkv
+import headkv.scorers
 from headkv.evaluation.reading import Reading
 from headkv.methods.base import Method
 from headkv.models.tiny import tiny_model
@@ -90,5 +91,26 @@ def test_refuses_what_is_not_one_sequence(shape: tuple[int, ...]) -> None:
 def test_refuses_what_keeps_by_age() -> None:
     with pytest.raises(ValueError, match="method must not have windowed rows"):
         Reading(tiny_model("llama"), prompt(40)).kept(headkv.StreamingLLM(10))
-    with pytest.raises(ValueError, match="model must not have layers with a sliding window"):
-        Reading(tiny_model("mistral-sliding"), prompt(40)).answer(METHODS["SnapKV"])
+
+
+@pytest.mark.parametrize("family", ["mistral-sliding", "gemma3"])
+def test_layers_with_a_sliding_window_are_compressed_as_from_the_start(family: str) -> None:
+    model, ids = tiny_model(family), prompt(40)
+    for method in (METHODS["SnapKV"], METHODS["Ada-KV"], headkv.StreamingLLM(9)):
+        assert Reading(model, ids).answer(method, 5).tolist() == from_the_start(model, ids, method, 5)
+
+
+def test_one_reading_serves_methods_of_every_kind() -> None:
+    model, ids = tiny_model("llama"), prompt(60)
+    reading, before = Reading(model, ids), model.config._attn_implementation
+    whole = headkv.KVzip(20, headkv.scorers.KVzipScorer((3, 4), chunk=17, window=5))
+    for method in (
+        whole,
+        headkv.AdaKV(0.4, SCORER, scope="model"),
+        headkv.RandomHeads(0.5, sinks=2, recent=7),
+        METHODS["SnapKV"],
+    ):
+        assert reading.answer(method, 6).tolist() == from_the_start(model, ids, method, 6)
+        stored = reading.compressed(method).lengths()
+        assert int(stored.sum()) < stored.numel() * 59 and reading.cache.seen == 59
+    assert model.config._attn_implementation == before

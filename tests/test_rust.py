@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -13,8 +14,9 @@ from attention_cases import CASES, Case, truth
 
 import headkv
 from headkv.attention import reference, rust
-from headkv.cache import RaggedLayer, layout, moves
+from headkv.cache import RaggedLayer, Rows, layout, moves
 from headkv.cache import rust as rust_moves
+from headkv.logits import Rule
 
 _rust = pytest.importorskip("headkv._rust", reason="needs the compiled extension: maturin develop --release")
 
@@ -36,8 +38,8 @@ SHAPES = [
 def attend(case: Case, q, layer, isa):
     positions = torch.arange(layer.seen - case.tokens, layer.seen).expand(q.shape[0], -1)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    options = {"scale": scale, "sliding_window": case.sliding_window, "softcap": case.softcap}
-    return rust.extend(q.float(), layer, query_positions=positions, isa=isa, **options)
+    rule = Rule(scale, case.sliding_window, case.softcap)
+    return rust.extend(q.float(), layer, rule, query_positions=positions, isa=isa)
 
 
 @pytest.mark.parametrize("isa", _rust.instruction_sets())
@@ -88,8 +90,8 @@ def test_large_logits_do_not_overflow():
     torch.manual_seed(0)
     keys, values = torch.randn(1, 1, 200, 32) * 100, torch.randn(1, 1, 200, 32)
     layer, q = RaggedLayer.from_dense(keys, values), torch.randn(1, 2, 32) * 100
-    got = rust.decode(q, layer, scale=1.0)
-    torch.testing.assert_close(got, reference.decode(q, layer, scale=1.0), rtol=1e-5, atol=1e-5)
+    got = rust.decode(q, layer, Rule(1.0))
+    torch.testing.assert_close(got, reference.decode(q, layer, Rule(1.0)), rtol=1e-5, atol=1e-5)
 
 
 def bits(tensor):
@@ -291,7 +293,7 @@ def test_released_memory_is_refused():
     layer.keys = layer.keys.clone()
     layer.keys.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="keys must lie within its memory of 0 bytes"):
-        rust.decode(torch.zeros(1, 4, 64), layer, scale=1.0)
+        rust.decode(torch.zeros(1, 4, 64), layer, Rule(1.0))
     _, layer = Case("released", ((9, 9),), gaps=False).build()
     array = rust_moves.array("keys", layer.keys)
     with pytest.raises(RuntimeError, match="not resizable"):
@@ -320,7 +322,7 @@ def test_the_interpreter_runs_meanwhile():
     thread = threading.Thread(target=tick)
     thread.start()
     before = ticks[0]
-    rust.extend(q, layer, query_positions=positions, scale=1.0)
+    rust.extend(q, layer, Rule(1.0), query_positions=positions)
     during = ticks[0] - before
     stop.set()
     thread.join()
@@ -342,3 +344,19 @@ def test_missing_extension_names_the_install_line():
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install headkv" in out and "maturin develop --release" in out
+
+
+def test_rust_reads_rows_by_their_own_names():
+    """A layer's rows are described once on each side of a language: what Rust asks for are fields of `Rows`."""
+    layer = good_layer()
+    given = vars(rust.layer_arrays(RaggedLayer.from_dense(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))))
+    asked = []
+    for name in given:
+        without = SimpleNamespace(**{other: x for other, x in given.items() if other != name})
+        try:
+            call(layer=without)
+        except AttributeError as error:
+            assert name in str(error)
+            asked.append(name)
+    fields = {field.name for field in dataclasses.fields(Rows)}
+    assert set(asked) == set(vars(layer)) == fields - {"evicted_end", "num_kv_heads", "seen"}

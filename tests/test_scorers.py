@@ -11,6 +11,7 @@ from prefills import prefill
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from headkv.logits import Rule
 from headkv.methods import Prefill
 from headkv.scorers import (
     KeyNormScorer,
@@ -48,7 +49,7 @@ def test_weights_on_a_gpu_have_all_digits(dtype: torch.dtype) -> None:
     q, k = torch.randn(2, 3, 32, 80).to(dtype), torch.randn(2, 5000, 80).to(dtype)
     hidden = torch.ones(32, 5000, dtype=torch.bool).triu(4969)
     want = (q.double() @ k.double()[:, None].mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
-    got = attention_weights(q.cuda(), k.cuda(), 4968, 0.3).cpu()
+    got = attention_weights(q.cuda(), k.cuda(), 4968, Rule(0.3)).cpu()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=3e-5, atol=1e-9)
 

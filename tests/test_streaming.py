@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import headkv
 from headkv.attention import dense, reference, streaming
 from headkv.cache import RaggedLayer
+from headkv.logits import Rule
 from headkv.methods import Keep, Prefill, Windows
 from headkv.models.tiny import FAMILIES, tiny_model
 
@@ -63,7 +65,7 @@ class Case:
         layer = RaggedLayer.from_rows(pairs)
         layer.set_windows(rows["sinks"], rows["recent"], rows["compensate"])
         where = torch.arange(self.n).expand(len(lengths), -1)
-        out = reference.extend(q.double(), layer, query_positions=where, **self.options)
+        out = reference.extend(q.double(), layer, Rule(**self.options), query_positions=where)
         for b, pad in enumerate(self.padding):
             out[b, :, :pad] = 0  # padding asks nothing
         return out
@@ -115,7 +117,7 @@ TOLERANCE = {torch.float32: 2e-5, BF16: 2e-2, torch.float16: 3e-3, FP64: 1e-10}
 
 def check(case: Case, device: str = "cpu") -> None:
     tensors, rows = case.build(device)
-    got = dense.prefill(*tensors, **rows, **case.options)
+    got = dense.prefill(*tensors, Rule(**case.options), **rows)
     assert got.dtype == case.dtype
     error = (got.cpu().double() - case.truth()).abs().max()
     assert error < TOLERANCE[case.dtype], f"{case.name}: {error}"
@@ -131,7 +133,7 @@ def test_prefill_is_the_reference_over_windowed_rows(case):
 )
 def test_blocks_by_hand(case, monkeypatch):
     """What float32 on a GPU takes."""
-    monkeypatch.setattr(streaming, "_fused", lambda *block: streaming._plain(*block, None))
+    monkeypatch.setattr(streaming, "_fused", lambda *block: streaming._plain(*block[:4], Rule(block[4])))
     check(case)
 
 
@@ -164,23 +166,47 @@ def flash_attention(
     return out, logits.logsumexp(-1).float(), None, None, None
 
 
+class Varlen:
+    """What `torch.nn.attention.varlen` is said to do, where all sequences are of one length."""
+
+    AuxRequest = SimpleNamespace
+
+    @staticmethod
+    def varlen_attn(q, k, v, cum_q, cum_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa):
+        rows = cum_q.numel() - 1
+        assert cum_q.dtype == cum_k.dtype == torch.int32 and return_aux.lse and enable_gqa
+        assert (cum_q.tolist(), cum_k.tolist()) == (
+            [i * max_q for i in range(rows + 1)],
+            [i * max_k for i in range(rows + 1)],
+        )
+        q, k, v = (x.unflatten(0, (rows, -1)) for x in (q, k, v))
+        sizes = {"window_size_left": window_size[0], "window_size_right": window_size[1]}
+        out, lse, *_ = flash_attention(
+            q, k, v, None, None, max_q, max_k, 0.0, False, False, scale=scale, **sizes
+        )
+        return out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("public", [True, False], ids=["varlen", "private operator"])
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if c.softcap is c.sliding_window is None and c.dtype != FP64],
     ids=lambda case: case.name,
 )
-def test_parts_of_flash_attention(case, monkeypatch):
+def test_parts_of_flash_attention(case, public, monkeypatch):
     """The way that a GPU goes, with a stand-in for the one call that needs a GPU."""
     monkeypatch.setattr(streaming, "_flash_runs", lambda *tensors: True)
     monkeypatch.setattr(streaming, "_blocks", None)
+    monkeypatch.setattr(streaming, "_varlen", lambda: Varlen if public else None)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
     check(case)
 
 
-def test_flash_attention_takes_these_arguments():
-    """torch's own checks of shapes and types, without a GPU."""
+def test_flash_attention_takes_these_arguments(monkeypatch):
+    """torch's own checks of shapes and types, without a GPU; its public function needs one to be asked."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    monkeypatch.setattr(streaming, "_varlen", lambda: None)
     with FakeTensorMode():
         q, keys = (torch.empty(2, *shape, device="cuda", dtype=BF16) for shape in ((4, 100, 64), (100, 64)))
         for window, seen in ((16, slice(None)), (None, slice(7))):
@@ -359,9 +385,9 @@ def test_for_share_passes_it_on():
     gates, echo, induction = DUO.profile, RAZOR.echo, RAZOR.induction
     for on in (True, False):
         razor = headkv.RazorAttention.for_share(
-            echo, induction, 0.9, 500, num_kv_heads=2, streaming_prefill=on
+            0.9, 500, echo, induction, num_kv_heads=2, streaming_prefill=on
         )
-        duo = headkv.DuoAttention.for_share(gates, 0.5, 500, streaming_prefill=on)
+        duo = headkv.DuoAttention.for_share(0.5, 500, gates, streaming_prefill=on)
         assert razor.streaming_prefill is duo.streaming_prefill is on
 
 

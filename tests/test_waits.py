@@ -14,6 +14,7 @@ import headkv
 from headkv.cache import RaggedLayer, rust
 from headkv.heads import HeadProfile
 from headkv.integrations.planning import Observation, keep_entries
+from headkv.logits import Rule
 from headkv.scorers import SnapKVScorer
 
 N, DIM, GROUP, LAYERS = 200, 16, 2, 3
@@ -101,10 +102,10 @@ def compression(method: Any, heads: int, pad: int = 0, device: str = "cpu") -> C
         for h in (heads * GROUP, heads, heads)
     )
     valid = (torch.arange(N)[None] >= pad).to(device) if pad else None
-    options: dict[str, Any] = {"scale": DIM**-0.5, "sliding_window": None, "softcap": None}
+    rule = Rule(DIM**-0.5)
 
     def run() -> RaggedLayer:
-        observed = Observation.of(q, valid, method.observed_queries, **options)
+        observed = Observation.of(q, valid, method.observed_queries, rule)
         kept = keep_entries(method, observed, keys, values, valid, layer_idx=1, num_layers=LAYERS)
         return RaggedLayer.from_dense(keys, values, valid=valid, rollback=32, **kept)
 

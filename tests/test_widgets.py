@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, WorkShares  # noqa: E402
 from headkv.widgets.work_shares import UNIT, equal_shares  # noqa: E402
 
+STATIC = files("headkv.widgets") / "static"
 SCORES = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
 EXPLORER = {"window": 2}
 ALL = [BudgetExplorer(SCORES), HeadGrid([[0.1, 0.9]]), CacheBill(), RaggedPool(), WorkShares([9, 2])]
@@ -119,6 +121,22 @@ def test_front_end_is_self_contained(widget):
     assert not re.search(r"^\s*import\b|\bimport\(|\bfetch\(", widget._esm, re.MULTILINE)
     addresses = re.findall(r"https?://[^\s\"')]+", widget._esm + widget._css)
     assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.parametrize("widget", ALL, ids=lambda w: type(w).__name__)
+def test_front_end_holds_each_file_once_behind_what_it_imports(widget):
+    texts = {path.name: path.read_text() for path in STATIC.glob("*.js")}
+    imports = {name: set(re.findall(r'from "\./(\w+\.js)"', text)) for name, text in texts.items()}
+    first = {name: text.splitlines()[0] for name, text in texts.items()}
+    places = {name: widget._esm.find(line) for name, line in first.items() if line in widget._esm}
+    entry = max(places, key=places.get)
+    assert first[entry].startswith(f"// {type(widget).__name__}: ")
+    assert {entry}.union(*(imports[name] for name in places)) == places.keys(), (
+        "all that is asked for, no more"
+    )
+    for name in places:
+        assert widget._esm.count(first[name]) == 1
+        assert all(places[other] < places[name] for other in imports[name]), name
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4], ids=str)

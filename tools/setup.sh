@@ -72,9 +72,11 @@ check_rust
 check_disk
 make_venv
 echo "headkv: installing into $venv (a few minutes the first time)"
-if ! { python -m pip install --quiet uv && uv pip install --quiet -c constraints.txt maturin setuptools; }; then
+build="maturin hatchling" # what builds headkv and headkv-kernels
+if ! { python -m pip install --quiet uv && uv pip install --quiet -c constraints.txt $build; }; then
     echo "headkv: going on with pip alone"
     installer=pip
-    install maturin setuptools wheel || stop "packages could not be installed; is there a network, or a package mirror set for pip?"
+    { python -m pip install --quiet --upgrade "pip>=25.1" && install $build; } || # the first pip that knows --group
+        stop "packages could not be installed; is there a network, or a package mirror set for pip?"
 fi
-install --no-build-isolation -e ./kernels -e '.[dev]' || stop "the installation failed; the lines above say why."
+install --no-build-isolation -e ./kernels -e '.[widgets,plots]' --group dev || stop "the installation failed; the lines above say why."

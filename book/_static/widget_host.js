@@ -73,7 +73,7 @@
   function load(text) {
     if (!modules.has(text)) {
       const address = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
-      const found = import(address).then(async (module) => {
+      const found = import(address).then((module) => {
         URL.revokeObjectURL(address);
         const given = module.default ?? module;
         return typeof given === "function" ? given() : given;
@@ -144,7 +144,7 @@
         el.dataset.state = "ready";
       } catch (error) {
         el.dataset.state = "failed";
-        el.textContent = `This picture could not be shown: ${error.message}.`;
+        el.textContent = `This picture could not be shown: ${error instanceof Error ? error.message : error}.`;
         console.error(error);
       }
     }

@@ -41,6 +41,11 @@ class AdaptiveAllocator:
         _checks.between("safeguard", self.safeguard, 0, 1)
         _checks.has("base", self.base, "allocate")
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the budgets follow the prompt: not where `base` decides alone."""
+        return self.safeguard < 1 or getattr(self.base, "needs_scores", True)
+
     def allocate(self, scores: Tensor, budget: int, *, layer_idx: int, num_layers: int) -> Tensor:
         """Budgets `[H]` of one layer for scores `[H, m]`: see `Allocator.allocate`."""
         base = self.base.allocate(scores, budget, layer_idx=layer_idx, num_layers=num_layers).cpu()

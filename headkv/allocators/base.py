@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 class Allocator(Protocol):
-    """Splits a budget among the KV heads of a layer, or of all layers."""
+    """Splits a budget among the KV heads of a layer, or of all layers.
+
+    One whose budgets follow from shapes alone may say so by `needs_scores = False`: then `explain` knows them before
+    any prompt.
+    """
 
     def allocate(self, scores: Tensor, budget: int, *, layer_idx: int, num_layers: int) -> Tensor:
         """Budgets of one layer.

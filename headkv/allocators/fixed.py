@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class FixedAllocator:
     """
 
     budgets: Sequence[int] | Sequence[Sequence[int]]
+    needs_scores: ClassVar[bool] = False
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         given: Any = self.budgets.tolist() if isinstance(self.budgets, Tensor) else list(self.budgets)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.allocators.rounding import largest_remainder, water_fill
 
 
@@ -23,9 +25,10 @@ class ProfileAllocator:
     than it said.
 
     Attributes:
-        scores: `[L, H]`, finite, at least 0, not all 0.
+        scores: `[L, H]`, or of query heads `[L, HQ]`; finite, at least 0, not all 0.
         beta: at least 1. 1 pools everything, infinity nothing (uniform).
         temperature: above 1 sharpens the scores, below 1 flattens them.
+        reduce: query heads of a group to one: "sum", "max" or "mean".
 
     By hand, 4 heads with scores .7 .1 .2 0, 8 entries a head, beta 2: pooled 4, so the pool is 16 and every
     head keeps 4: 15.2, 5.6, 7.2, 4, rounded 15, 6, 7, 4. If only 10 entries compete, 5.2 go back, by scores
@@ -41,10 +44,15 @@ class ProfileAllocator:
     scores: Tensor
     beta: float = 1.5
     temperature: float = 1.0
+    reduce: str = "sum"
+    needs_scores: ClassVar[bool] = False
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         _checks.between("beta", self.beta, 1)
         _checks.between("temperature", self.temperature, 0)
+        _checks.one_of("reduce", self.reduce, ("sum", "max", "mean"))
         if not isinstance(self.scores, Tensor) or self.scores.ndim != 2 or 0 in self.scores.shape:
             raise ValueError(f"scores must be a tensor [L, H], got {self.scores!r}")
         low, high = float(self.scores.min()), float(self.scores.max())
@@ -60,33 +68,45 @@ class ProfileAllocator:
             ValueError: a profile of another number of layers or heads.
         """
         heads, m = scores.shape
-        if tuple(self.scores.shape) != (num_layers, heads):
+        layers = self.scores.shape[0]
+        if num_layers == 1 < layers and heads % layers == 0:  # the rows of all layers, to share one budget
+            return self.budgets(budget, m, heads // layers).flatten()
+        if self.scores.shape[0] != num_layers or self.scores.shape[1] % heads:
             raise ValueError(
                 f"scores of the head profile must have shape [{num_layers}, {heads}] for this model, "
                 f"got {list(self.scores.shape)}"
             )
-        return self.budgets(budget, m)[layer_idx]
+        return self.budgets(budget, m, heads)[layer_idx]
 
-    def budgets(self, budget: int, m: int) -> Tensor:
-        """Entries of every head where m compete, `[L, H]` int64, with the sum `L * H * min(budget, m)`."""
-        known = self._known.get((budget, m))
+    def budgets(self, budget: int, m: int, num_kv_heads: int | None = None) -> Tensor:
+        """Entries of every head where m compete, `[L, H]` int64, with the sum `L * H * min(budget, m)`.
+
+        Args:
+            budget: entries a KV head on average.
+            m: entries of each head that compete.
+            num_kv_heads: H; default: one a score.
+        """
+        key = (budget, m, num_kv_heads or self.scores.shape[1])
+        known = self._known.get(key)
         if known is None:  # the next layer of the same prompt will ask for the same
-            known = self._split(budget, m)
+            known = self._split(*key)
             self._known.clear()
-            self._known[budget, m] = known
+            self._known[key] = known
         return known.clone()
 
     @cached_property
-    def _known(self) -> dict[tuple[int, int], Tensor]:
+    def _known(self) -> dict[tuple[int, int, int], Tensor]:
         return {}
 
-    def _split(self, budget: int, m: int) -> Tensor:
+    def _split(self, budget: int, m: int, heads: int) -> Tensor:
         average = min(budget, m)
         pooled = math.floor(average / self.beta)
-        weights = self.scores.detach().double().cpu().flatten()
+        grouped = self.scores.detach().double().cpu().unflatten(1, (heads, -1))  # [L, H, G]
+        scores = grouped.amax(-1) if self.reduce == "max" else getattr(grouped, self.reduce)(-1)
+        weights = scores.flatten()
         weights = (weights / weights.max()) ** self.temperature  # the largest stays 1: no underflow of all
         total = weights.numel()
         targets = weights / weights.sum() * (pooled * total) + (average - pooled)
         caps = torch.full((total,), m, device="cpu")
         filled = water_fill(targets, weights, caps)
-        return largest_remainder(filled, total * average, caps).view(self.scores.shape)
+        return largest_remainder(filled, total * average, caps).view(scores.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class PyramidAllocator:
     """
 
     beta: float = 20
+    needs_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.between("beta", self.beta, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ class UniformAllocator:
     >>> UniformAllocator().allocate(torch.zeros(2, 6), 3, layer_idx=0, num_layers=1).tolist()
     [3, 3]
     """
+
+    needs_scores: ClassVar[bool] = False
 
     def allocate(self, scores: Tensor, budget: int, *, layer_idx: int, num_layers: int) -> Tensor:
         """Budgets `[H]` of one layer for scores `[H, m]`: see `Allocator.allocate`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from headkv import _checks
 from headkv.cache.checks import appendable, storable
 from headkv.cache.ragged import RaggedLayer
+from headkv.logits import Rule
 
 Backend = Literal["auto", "reference", "rust", "triton"]
 BACKENDS = ("auto", "reference", "rust", "triton")
@@ -43,9 +45,9 @@ def ragged_decode(
         ImportError: when the named backend is not installed; the message says how to install it.
     """
     layer = _ragged(layer)
-    scale = _check(q, layer, 3, scale, sliding_window, softcap)
-    run = _installed(choose_backend(layer, backend, q.dtype)).decode
-    return run(q, layer, scale=scale, sliding_window=sliding_window, softcap=softcap)
+    rule = Rule.of(layer.head_dim, scale, sliding_window, softcap)
+    _check(q, layer, 3, rule)
+    return _installed(choose_backend(layer, backend, q.dtype)).decode(q, layer, rule)
 
 
 def ragged_step(
@@ -54,8 +56,6 @@ def ragged_step(
     values: Tensor,
     layer: RaggedLayer,
     *,
-    seen: Tensor | None = None,
-    ahead: bool = False,
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -66,11 +66,6 @@ def ragged_step(
     Args:
         q: `[B, HQ, D]`.
         keys, values: `[B, H, D]` of the new token, in the layer's dtype.
-        seen: None, or `[1]` int64 on the device, the new token's position (backend "triton" only). Then nothing is
-            counted on the host, so that a CUDA graph can hold the call: make room by `layer.reserve` before it runs,
-            and count by `layer.advance` afterwards.
-        ahead: with `seen`: read the layer even before the launches before this one in the stream have ended. Right only
-            where none of those that may still run writes this layer, as when other layers' steps lie between.
         layer, scale, sliding_window, softcap, backend: as in `ragged_decode`.
 
     Returns:
@@ -80,25 +75,51 @@ def ragged_step(
         ValueError, TypeError, ImportError: as `ragged_decode`; the layer is unchanged then.
     """
     layer = _ragged(layer)
-    scale = _check(q, layer, 3, scale, sliding_window, softcap)
-    for name, new in (("keys", keys), ("values", values)):
-        if not isinstance(new, Tensor) or new.ndim != 3:
-            raise ValueError(f"{name} must have shape [B, H, D], got {list(getattr(new, 'shape', ()))}")
-    appendable(layer, keys[:, :, None], values[:, :, None])
+    return step(q, keys, values, layer, Rule.of(layer.head_dim, scale, sliding_window, softcap), backend)
+
+
+def step(
+    q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rule: Rule, backend: Backend = "auto"
+) -> Tensor:
+    """`ragged_step`, with the numbers of its rule together."""
+    _check_step(q, keys, values, layer, rule)
     name = choose_backend(layer, backend, q.dtype)
     run = _installed(name)
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    if seen is not None:
-        if name != "triton":
-            raise ValueError(f"seen must be None with the backend {name!r}, got a tensor")
-        return run.step(q, keys, values, layer, seen=seen, ahead=ahead, **options)
     if name != "triton":
         layer.append(keys[:, :, None], values[:, :, None])
-        return run.decode(q, layer, **options)
+        return run.decode(q, layer, rule)
     layer.reserve(1)
-    out = run.step(q, keys, values, layer, **options)
+    out = run.step(q, keys, values, layer, rule)
     layer.advance(1)
     return out
+
+
+def recorded_step(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer: RaggedLayer,
+    rule: Rule,
+    backend: Backend = "auto",
+    *,
+    seen: Tensor,
+) -> Tensor:
+    """`ragged_step` for a CUDA graph to hold: nothing is counted on the host.
+
+    Make room by `layer.reserve` before it runs, and count by `layer.advance` afterwards. It reads the layer ahead of
+    the launches before it, so that other layers' steps must lie between two of one layer.
+
+    Args:
+        q, keys, values: as in `ragged_step`.
+        seen: `[1]` int64 on the device, the new token's position.
+
+    Raises:
+        ValueError: a layer whose backend is not "triton".
+    """
+    _check_step(q, keys, values, layer, rule)
+    if (name := choose_backend(layer, backend, q.dtype)) != "triton":
+        raise ValueError(f"seen must be None with the backend {name!r}, got a tensor")
+    return _installed(name).step(q, keys, values, layer, rule, seen=seen, ahead=True)
 
 
 def ragged_extend(
@@ -122,35 +143,53 @@ def ragged_extend(
         `[B, HQ, T, D]` in the dtype of `q`.
     """
     layer = _ragged(layer)
-    scale = _check(q, layer, 4, scale, sliding_window, softcap)
-    tokens = q.shape[2]
+    rule = Rule.of(layer.head_dim, scale, sliding_window, softcap)
+    return extend(q, layer, rule, backend, query_positions=query_positions)
+
+
+def extend(
+    q: Tensor,
+    layer: RaggedLayer,
+    rule: Rule,
+    backend: Backend = "auto",
+    *,
+    query_positions: Tensor | None = None,
+) -> Tensor:
+    """`ragged_extend`, with the numbers of its rule together."""
+    _check(q, layer, 4, rule)
+    batch_size, tokens = q.shape[0], q.shape[2]
     if query_positions is None:
         if tokens > layer.seen:
             raise ValueError(
                 f"q must hold at most the {layer.seen} tokens that the layer has seen, got {tokens}"
             )
-        query_positions = torch.arange(layer.seen - tokens, layer.seen, device=q.device).expand(
-            q.shape[0], -1
-        )
-    elif query_positions.shape != (q.shape[0], tokens) or query_positions.dtype.is_floating_point:
+        last = torch.arange(layer.seen - tokens, layer.seen, device=q.device)
+        query_positions = last.expand(batch_size, -1)
+    elif query_positions.shape != (batch_size, tokens) or query_positions.dtype.is_floating_point:
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
-        raise ValueError(f"query_positions must be int of shape [{q.shape[0]}, {tokens}], got {got}")
+        raise ValueError(f"query_positions must be int of shape [{batch_size}, {tokens}], got {got}")
     run = _installed(choose_backend(layer, backend, q.dtype)).extend
-    return run(
-        q, layer, query_positions=query_positions, scale=scale, sliding_window=sliding_window, softcap=softcap
-    )
+    return run(q, layer, rule, query_positions=query_positions)
 
 
 def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:
     """The name of the backend that will run: `backend` itself, or for "auto" Rust on a CPU, Triton on a GPU, and the
     reference where that one is not installed or the queries are of float64.
 
+    Raises:
+        ValueError: no such backend.
+        TypeError: float64 queries and a backend that would round them.
+
     >>> layer = RaggedLayer.from_rows([[(torch.zeros(2, 32), torch.zeros(2, 32))]])
     >>> choose_backend(layer, "reference")
     'reference'
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _checks.one_of("backend", backend, BACKENDS)
+    if backend in ("rust", "triton") and dtype == torch.float64:
+        raise TypeError(
+            f"q must be float32, bfloat16 or float16 with the backend {backend!r}, got {dtype}; "
+            "the backend 'reference' computes in float64"
+        )
     if backend != "auto":
         return backend
     fast = None if dtype == torch.float64 else {"cpu": "rust", "cuda": "triton"}.get(layer.device.type)
@@ -170,9 +209,8 @@ def _installed(name: str) -> ModuleType:
 
 
 def _ragged(layer: RaggedLayer) -> RaggedLayer:
-    inner = getattr(
-        layer, "ragged", layer
-    )  # a RaggedCache's layer holds a RaggedLayer once it has seen a prompt
+    # A RaggedCache's layer holds a RaggedLayer once it has seen a prompt.
+    inner = getattr(layer, "ragged", layer)
     if not isinstance(inner, RaggedLayer):
         raise TypeError(
             f"layer must be a RaggedLayer or a filled layer of a RaggedCache, got {type(layer).__name__}"
@@ -180,12 +218,17 @@ def _ragged(layer: RaggedLayer) -> RaggedLayer:
     return inner
 
 
-def _check(
-    q: Tensor, layer: RaggedLayer, ndim: int, scale: float | None, window: int | None, softcap: float | None
-) -> float:
-    if not (
-        isinstance(q, Tensor) and q.dtype == torch.float64
-    ):  # float64 queries: the reference tells the truth
+def _check_step(q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rule: Rule) -> None:
+    _check(q, layer, 3, rule)
+    for name, new in (("keys", keys), ("values", values)):
+        if not isinstance(new, Tensor) or new.ndim != 3:
+            raise ValueError(f"{name} must have shape [B, H, D], got {list(getattr(new, 'shape', ()))}")
+    appendable(layer, keys[:, :, None], values[:, :, None])
+
+
+def _check(q: Tensor, layer: RaggedLayer, ndim: int, rule: Rule) -> None:
+    # float64 queries: the reference tells the truth.
+    if not (isinstance(q, Tensor) and q.dtype == torch.float64):
         storable("q", q)
     shape = "[B, HQ, D]" if ndim == 3 else "[B, HQ, T, D]"
     if q.ndim != ndim or 0 in q.shape:
@@ -200,14 +243,6 @@ def _check(
         )
     if q.device != layer.device:
         raise ValueError(f"q must be on the layer's device {layer.device}, got {q.device}")
-    if window is not None and window < 1:
-        raise ValueError(f"sliding_window must be None or at least 1, got {window}")
-    if window is not None and layer.count is not None:
-        raise ValueError(f"sliding_window must be None on a layer with compensation entries, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or positive, got {softcap}")
-    if scale is None:
-        return float(layer.head_dim**-0.5)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be None or positive and finite, got {scale}")
-    return float(scale)
+    if rule.sliding_window is not None and layer.count is not None:
+        got = rule.sliding_window
+        raise ValueError(f"sliding_window must be None on a layer with compensation entries, got {got}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headkv.attention import streaming
+from headkv.logits import Rule
 
 TOKENS = 1 << 14  # of the rows served at once where rows differ; a longer row is served without a copy
 
@@ -17,36 +16,33 @@ def prefill(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    rule: Rule,
     *,
     valid: Tensor | None = None,
     sinks: Tensor | None = None,
     recent: Tensor | None = None,
     compensate: Tensor | None = None,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of whole prompts.
 
     Args:
         q: `[B, HQ, n, D]`.
         keys, values: `[B, H, n, D]`.
+        rule: how queries meet keys.
         valid: `[B, n]` bool, False where the prompt is padding: such tokens neither ask nor are seen, and get 0.
         sinks, recent: `[B, H]` int: rows with `recent > 0` stream, they only see the first `sinks` and last `recent`
             tokens, see `streaming.attend`. Default: every row sees all.
         compensate: `[B, H]` bool: streaming rows whose mean entry stands for what they do not see. Default: none.
-        scale, sliding_window, softcap: as in `ragged_decode`.
 
     Returns:
         `[B, HQ, n, D]` in the dtype of `q`.
     """
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     windows = None
     if sinks is not None and recent is not None:
         compensate = torch.zeros_like(recent) if compensate is None else compensate
         windows = torch.stack([sinks, recent, compensate], -1).tolist()
     if valid is None or bool(valid.all()):
-        return _by_kind(q, keys, values, torch.arange(q.shape[2], device=q.device), windows, **options)
+        return _by_kind(q, keys, values, torch.arange(q.shape[2], device=q.device), windows, rule)
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):
         where = valid[b].nonzero()[:, 0]
@@ -54,7 +50,7 @@ def prefill(
             continue
         sequence = (q[b : b + 1, :, where], keys[b : b + 1, :, where], values[b : b + 1, :, where])
         own = None if windows is None else windows[b : b + 1]
-        out[b, :, where] = _by_kind(*sequence, where, own, **options)[0]
+        out[b, :, where] = _by_kind(*sequence, where, own, rule)[0]
     return out
 
 
@@ -64,7 +60,7 @@ def _by_kind(
     values: Tensor,
     positions: Tensor,
     windows: list[list[list[int]]] | None,
-    **options: Any,
+    rule: Rule,
 ) -> Tensor:
     """Rows of one kind together: `windows[batch][head] = [sinks, recent, compensate]`, or None."""
     n, everything = q.shape[2], (0, 0, 0)
@@ -74,7 +70,7 @@ def _by_kind(
             streams = window[1] > 0 and window[0] + window[1] < n
             kinds.setdefault(tuple(window) if streams else everything, []).append((b, h))
     if kinds.keys() <= {everything}:
-        return _causal(q, keys, values, positions, **options)
+        return _causal(q, keys, values, positions, rule)
     q = q.unflatten(1, (keys.shape[1], -1))
     out = torch.empty_like(q)
     for kind, pairs in kinds.items():
@@ -82,10 +78,15 @@ def _by_kind(
         for some in (pairs[i : i + step] for i in range(0, len(pairs), step)):
             some_q, some_keys, some_values = (_rows(x, some) for x in (q, keys, values))
             if kind == everything:
-                got = _causal(some_q, some_keys[:, None], some_values[:, None], positions, **options)
+                got = _causal(some_q, some_keys[:, None], some_values[:, None], positions, rule)
             else:
-                own: dict[str, Any] = dict(zip(("sinks", "recent", "compensate"), kind, strict=True))
-                got = streaming.attend(some_q, some_keys, some_values, positions, **own, **options)
+                sinks, recent, compensate = kind
+                got = streaming.attend(
+                    *(some_q, some_keys, some_values, positions, rule),
+                    sinks=sinks,
+                    recent=recent,
+                    compensate=bool(compensate),
+                )
             for (b, h), row in zip(some, got, strict=True):
                 out[b, h] = row
     return out.flatten(1, 2)
@@ -97,21 +98,14 @@ def _rows(x: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _causal(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    n = q.shape[2]
-    if softcap is None and (sliding_window is None or int(positions[-1] - positions[0]) < sliding_window):
-        return F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1, scale=scale, enable_gqa=True)
+def _causal(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rule: Rule) -> Tensor:
+    n, window = q.shape[2], rule.sliding_window
+    if rule.softcap is None and (window is None or int(positions[-1] - positions[0]) < window):
+        causal = n > 1
+        return F.scaled_dot_product_attention(
+            q, keys, values, is_causal=causal, scale=rule.scale, enable_gqa=True
+        )
     # A row that streams with a window of the whole prompt: its blocks know sliding windows and softcaps.
     rows = q.unflatten(1, (keys.shape[1], -1)).flatten(0, 1)  # [B * H, G, n, D]
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     pools = keys.flatten(0, 1), values.flatten(0, 1)
-    return streaming.attend(rows, *pools, positions, sinks=0, recent=n, **options).reshape(q.shape)
+    return streaming.attend(rows, *pools, positions, rule, sinks=0, recent=n).reshape(q.shape)

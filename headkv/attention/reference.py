@@ -5,37 +5,20 @@ Every backend equals this file. It accumulates in float32 (float64 when the quer
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from headkv.cache.ragged import RaggedLayer
+from headkv.logits import Rule
 
 
-def decode(
-    q: Tensor,
-    layer: RaggedLayer,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def decode(q: Tensor, layer: RaggedLayer, rule: Rule) -> Tensor:
     """One new token a sequence, already appended. `q` `[B, HQ, D]` -> `[B, HQ, D]`."""
     last = torch.full((q.shape[0], 1), layer.seen - 1, device=q.device)
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return extend(q[:, :, None], layer, query_positions=last, **options)[:, :, 0]
+    return extend(q[:, :, None], layer, rule, query_positions=last)[:, :, 0]
 
 
-def extend(
-    q: Tensor,
-    layer: RaggedLayer,
-    *,
-    query_positions: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def extend(q: Tensor, layer: RaggedLayer, rule: Rule, *, query_positions: Tensor) -> Tensor:
     """T new tokens, already appended, causal among themselves. `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`."""
     work = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=work, device=q.device)
@@ -45,14 +28,14 @@ def extend(
             heads = slice(h * group, (h + 1) * group)
             keys, values, positions = layer.row(b, h)
             keys, values = keys.to(work), values.to(work)
-            for t, position in enumerate(query_positions[b].tolist()):
-                eligible, visible = visible_entries(layer, b, h, positions, position, sliding_window)
-                logits = _logits(q[b, heads, t].to(work), keys[visible], scale, softcap)  # [G, visible]
-                entries = values[visible]
+            for t, position in enumerate(query_positions[b]):
+                query = q[b, heads, t].to(work)
+                eligible, visible = visible_entries(layer, b, h, positions, position, rule)
+                logits, entries = rule.logits(query, keys[visible]), values[visible]  # [G, visible]
                 mean = compensation_entry(layer, b, h, keys, values, eligible & ~visible)
                 if mean is not None:
                     mean_key, mean_value, n = mean
-                    logit = _logits(q[b, heads, t].to(work), mean_key[None], scale, softcap) + n.log()
+                    logit = rule.logits(query, mean_key[None]) + n.log()
                     logits, entries = torch.cat([logits, logit], 1), torch.cat([entries, mean_value[None]])
                 if entries.shape[0]:
                     out[b, heads, t] = logits.softmax(1) @ entries
@@ -60,15 +43,13 @@ def extend(
 
 
 def visible_entries(
-    layer: RaggedLayer, batch: int, head: int, positions: Tensor, position: int, sliding_window: int | None
+    layer: RaggedLayer, batch: int, head: int, positions: Tensor, position: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """Which entries of a row a query at `position` may see: `[n]` bool by causality and sliding window, and then also
-    by the row's own window (its first `sinks` and its last `recent` entries)."""
+    """Which entries of a row a query at `position` may see: `[n]` bool by causality alone, and then also by the model's
+    sliding window and by the row's own window (its first `sinks` and its last `recent` entries)."""
     r = batch * layer.num_kv_heads + head
     eligible = positions <= position
-    visible = eligible.clone()
-    if sliding_window is not None:
-        visible &= position - positions < sliding_window
+    visible = ~rule.hides(position, positions)
     if layer.recent[r] > 0:
         entry = torch.arange(positions.numel(), device=positions.device)
         newest = eligible.sum() - 1
@@ -89,8 +70,3 @@ def compensation_entry(
         return None
     key, value = layer.key_sum[r] + keys[hidden].sum(0), layer.value_sum[r] + values[hidden].sum(0)
     return (key / n).to(keys.dtype), (value / n).to(keys.dtype), n
-
-
-def _logits(q: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
-    logits = q @ keys.T * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from headkv.cache.ragged import RaggedLayer
-from headkv.cache.rust import array, available, extension
-from headkv.cache.rust import extension as require
+from headkv.cache.rust import array, arrays, available, extension
+from headkv.logits import Rule
 
 __all__ = ["available", "decode", "extend", "require"]
 
-
-class LayerArrays(NamedTuple):
-    """A layer's tensors as numpy arrays."""
-
-    keys: Any
-    values: Any
-    positions: Any
-    start: Any
-    length: Any
-    capacity: Any
-    sinks: Any
-    recent: Any
-    key_sum: Any
-    value_sum: Any
-    count: Any
+require = extension
 
 
-def decode(
-    q: Tensor,
-    layer: RaggedLayer,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def decode(q: Tensor, layer: RaggedLayer, rule: Rule) -> Tensor:
     """One new token a sequence, already appended. `q` `[B, HQ, D]` -> `[B, HQ, D]`."""
     last = torch.full((q.shape[0], 1), layer.seen - 1, device=q.device)
-    out = extend(
-        q[:, :, None],
-        layer,
-        query_positions=last,
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-    return out[:, :, 0]
+    return extend(q[:, :, None], layer, rule, query_positions=last)[:, :, 0]
 
 
 def extend(
-    q: Tensor,
-    layer: RaggedLayer,
-    *,
-    query_positions: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    isa: str | None = None,
+    q: Tensor, layer: RaggedLayer, rule: Rule, *, query_positions: Tensor, isa: str | None = None
 ) -> Tensor:
     """T new tokens, already appended, causal among themselves. `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
@@ -78,16 +42,15 @@ def extend(
         layer_arrays(layer),
         str(layer.dtype).removeprefix("torch."),
         array("out", out),
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
+        scale=rule.scale,
+        sliding_window=rule.sliding_window,
+        softcap=rule.softcap,
         threads=torch.get_num_threads(),
         isa=isa,
     )
     return out.to(q.dtype)
 
 
-def layer_arrays(layer: RaggedLayer) -> LayerArrays:
+def layer_arrays(layer: RaggedLayer) -> SimpleNamespace:
     """The layer's memory, not copied."""
-    tensors = ((name, getattr(layer, name)) for name in LayerArrays._fields)
-    return LayerArrays(*(None if tensor is None else array(name, tensor) for name, tensor in tensors))
+    return arrays(layer.tensors(), key_sum=None, value_sum=None, count=None)

@@ -7,12 +7,18 @@ LSEs say how much each part weighs. A part is torch's flash attention where that
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+from headkv.logits import Rule
 
 BLOCK = 256  # queries at a time, where there is no flash attention
 
@@ -29,13 +35,11 @@ def attend(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
+    rule: Rule,
     *,
     sinks: int,
     recent: int,
     compensate: bool = False,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Query i sees the keys {j < sinks} and {i - recent < j <= i}, as in `reference.extend` over windowed rows.
 
@@ -45,23 +49,24 @@ def attend(
     Args:
         q: `[R, G, n, D]`, the G query heads of R rows, of any floating dtype.
         keys, values: `[R, n, D]`; `n > sinks + recent`.
-        positions: `[n]` int, increasing: where the tokens stand, for `sliding_window`.
+        positions: `[n]` int, increasing: where the tokens stand, for sliding windows.
+        rule: how queries meet keys.
         compensate: one more entry stands for the keys between, as many as there are (RazorAttention, arXiv 2407.15891).
-        scale, sliding_window, softcap: as in `ragged_decode`.
 
     Returns:
         `[R, G, n, D]` in the dtype of `q`. Sums are taken in float32, or float64 when the queries are.
     """
     work = torch.promote_types(q.dtype, torch.float32)
-    window = recent if sliding_window is None else min(recent, sliding_window)
-    flash = softcap is None and sliding_window is None and _flash_runs(q, keys, values)
+    sliding = rule.sliding_window
+    window = recent if sliding is None else min(recent, sliding)
+    flash = rule.softcap is None and sliding is None and _flash_runs(q, keys, values)
 
     def part(queries: slice, seen: slice, window: int | None) -> Part:
         these = q[:, :, queries], keys[:, seen], values[:, seen]
         if flash:
-            return _flash(*these, window, scale)
-        where = None if sliding_window is None else (positions[queries] - sliding_window, positions[seen])
-        return _blocks(*these, window, scale, softcap, where)
+            return _flash(*these, window, rule.scale)
+        where = None if sliding is None else (positions[queries], positions[seen])
+        return _blocks(*these, window, rule, where)
 
     first, rest = slice(0, sinks), slice(sinks, None)
     out = torch.empty_like(q)
@@ -71,7 +76,7 @@ def attend(
     if sinks:
         parts.append(part(rest, first, None))
     if compensate:
-        parts.append(_dropped(q.to(work), keys.to(work), values.to(work), sinks, recent, scale, softcap))
+        parts.append(_dropped(q.to(work), keys.to(work), values.to(work), sinks, recent, rule))
     out[:, :, rest] = _merge(parts).to(q.dtype)
     return out
 
@@ -82,20 +87,43 @@ def _flash_runs(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     return can_use_flash_attention(SDPAParams(q, keys[:, None], values[:, None], None, 0.0, False, True))
 
 
+@cache
+def _varlen() -> ModuleType | None:
+    """torch's public attention that knows windows, groups and LSEs; None in releases without one of them."""
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return None
+    known = inspect.signature(module.varlen_attn).parameters
+    return module if {"window_size", "enable_gqa", "return_aux"} <= known.keys() else None
+
+
 def _flash(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Part:
     """`q` `[R, G, m, D]` over `keys`, `values` `[R, k, D]`: all, or (then k = m) a window that ends at the query.
 
-    `F.scaled_dot_product_attention` is this function too, but knows neither windows nor LSEs.
+    `F.scaled_dot_product_attention` knows neither windows nor LSEs.
     """
     left, right = (-1, -1) if window is None else (window - 1, 0)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(q.transpose(1, 2), keys[:, :, None], values[:, :, None]),
-        *(None, None, q.shape[2], keys.shape[1], 0.0, False, False),
+    (rows, _, m, _), k, varlen = q.shape, keys.shape[1], _varlen()
+    if varlen is None:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *(q.transpose(1, 2), keys[:, :, None], values[:, :, None]),
+            *(None, None, m, k, 0.0, False, False),
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return Part(out.transpose(1, 2), lse)
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
+    out, lse = varlen.varlen_attn(
+        *(q.transpose(1, 2).flatten(0, 1), keys.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None]),
+        *(ends * m, ends * k, m, k),
+        return_aux=varlen.AuxRequest(lse=True),
         scale=scale,
-        window_size_left=left,
-        window_size_right=right,
+        window_size=(left, right),
+        enable_gqa=True,
     )
-    return Part(out.transpose(1, 2), lse)
+    return Part(out.unflatten(0, (rows, m)).transpose(1, 2), lse.unflatten(1, (rows, m)).transpose(0, 1))
 
 
 def _blocks(
@@ -103,13 +131,12 @@ def _blocks(
     keys: Tensor,
     values: Tensor,
     window: int | None,
-    scale: float,
-    softcap: float | None,
+    rule: Rule,
     where: tuple[Tensor, Tensor] | None,
 ) -> Part:
-    """The same as `_flash`, in a loop; with `where` (`[m]`, `[k]`) a query does not see keys that are not after it."""
+    """The same as `_flash`, in a loop; with `where`, positions `[m]` and `[k]`, the sliding window hides keys, too."""
     m, device = q.shape[2], q.device
-    fused = device.type == "cpu" and softcap is None and where is None
+    fused = device.type == "cpu" and rule.softcap is None and where is None
     parts = []
     for begin in range(0, m, BLOCK):
         end = min(begin + BLOCK, m)
@@ -119,10 +146,10 @@ def _blocks(
             age = torch.arange(begin, end, device=device)[:, None] - torch.arange(first, last, device=device)
             hidden = (age < 0) | (age >= window)
         if where is not None:
-            old = where[1][first:last] <= where[0][begin:end, None]
+            old = rule.hides(where[0][begin:end, None], where[1][first:last])
             hidden = old if hidden is None else hidden | old
         block = q[:, :, begin:end], keys[:, first:last], values[:, first:last]
-        parts.append(_fused(*block, hidden, scale) if fused else _plain(*block, hidden, scale, softcap))
+        parts.append(_fused(*block, hidden, rule.scale) if fused else _plain(*block, hidden, rule))
     return Part(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
 
 
@@ -134,13 +161,11 @@ def _fused(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, scale
     return Part(*run(q, keys, values, 0.0, False, attn_mask=mask, scale=scale))
 
 
-def _plain(
-    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
-) -> Part:
+def _plain(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, rule: Rule) -> Part:
     """One block by hand."""
     work = torch.promote_types(q.dtype, torch.float32)
     together = q.flatten(1, 2).to(work)  # [R, G * block, D]
-    logits = _capped(together @ keys.to(work).mT * scale, softcap).unflatten(1, q.shape[1:3])
+    logits = rule.logits(together, keys.to(work)).unflatten(1, q.shape[1:3])
     if hidden is not None:
         logits.masked_fill_(hidden, float("-inf"))
     lse = logits.logsumexp(-1)
@@ -149,21 +174,15 @@ def _plain(
     return Part((weights.flatten(1, 2) @ values.to(work)).unflatten(1, q.shape[1:3]), lse)
 
 
-def _dropped(
-    q: Tensor, keys: Tensor, values: Tensor, sinks: int, recent: int, scale: float, softcap: float | None
-) -> Part:
+def _dropped(q: Tensor, keys: Tensor, values: Tensor, sinks: int, recent: int, rule: Rule) -> Part:
     """For each query after the sinks the mean key and value of what it does not see, weighed by their number."""
     number = torch.arange(1, q.shape[2] - sinks - recent + 1, device=q.device, dtype=q.dtype)
     mean_keys, mean_values = (
         _running_sum(x[:, sinks : x.shape[1] - recent])[:, None] / number[:, None] for x in (keys, values)
     )
-    logits = _capped((q[:, :, sinks + recent :] * mean_keys).sum(-1) * scale, softcap)
+    logits = rule.cap((q[:, :, sinks + recent :] * mean_keys).sum(-1) * rule.scale)
     lse = logits + number.log()
     return Part(F.pad(mean_values, (0, 0, recent, 0)), F.pad(lse, (recent, 0), value=float("-inf")))
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _running_sum(x: Tensor) -> Tensor:

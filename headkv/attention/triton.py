@@ -9,19 +9,14 @@ from torch import Tensor
 
 from headkv.cache.ragged import RaggedLayer
 from headkv.cache.triton import available, kernels, rows_of
-from headkv.cache.triton import kernels as require
+from headkv.logits import Rule
 
 __all__ = ["available", "decode", "extend", "kernels", "require", "rows_of", "step"]
 
+require = kernels
 
-def decode(
-    q: Tensor,
-    layer: RaggedLayer,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+
+def decode(q: Tensor, layer: RaggedLayer, rule: Rule) -> Tensor:
     """One new token a sequence, already appended. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
 
     Raises:
@@ -29,10 +24,9 @@ def decode(
         ValueError: on a layer that is not on a CUDA device.
     """
     last = None
-    if sliding_window is not None:
+    if rule.sliding_window is not None:
         last = torch.full((q.shape[0],), layer.seen - 1, device=q.device)
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return kernels().ragged_decode(_storable(q), rows_of(layer), query_positions=last, **options).to(q.dtype)
+    return kernels().ragged_decode(_dense(q), rows_of(layer), query_positions=last, **_keywords(rule))
 
 
 def step(
@@ -40,39 +34,30 @@ def step(
     keys: Tensor,
     values: Tensor,
     layer: RaggedLayer,
+    rule: Rule,
     *,
     seen: Tensor | None = None,
     ahead: bool = False,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """One new token a sequence, stored and attended to. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
 
     Args:
         keys, values: `[B, H, D]` of the new token; the layer has room for it.
         seen: `[1]` int64 on the device, the new token's position; default: `layer.seen`.
-        ahead: as in `headkv.ragged_step`.
+        ahead: read the layer even before the launches before this one in the stream have ended. Right only where none
+            of those that may still run writes this layer, as when other layers' steps lie between.
     """
     if seen is None:
         seen = torch.full((1,), layer.seen, device=q.device)
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    rows, new = rows_of(layer), (_storable(keys), _storable(values))
-    out = kernels().ragged_step(
-        _storable(q), *new, rows, layer.capacity, _ticket(layer, rows), seen, ahead=ahead, **options
-    )
-    return out.to(q.dtype)
+    rows = rows_of(layer)
+    if layer.ticket is None:
+        layer.ticket = kernels().new_ticket(rows)
+    new = _dense(keys), _dense(values)
+    counters = layer.capacity, layer.ticket, seen
+    return kernels().ragged_step(_dense(q), *new, rows, *counters, ahead=ahead, **_keywords(rule))
 
 
-def extend(
-    q: Tensor,
-    layer: RaggedLayer,
-    *,
-    query_positions: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def extend(q: Tensor, layer: RaggedLayer, rule: Rule, *, query_positions: Tensor) -> Tensor:
     """T new tokens, already appended, causal among themselves. `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
     Raises:
@@ -80,17 +65,14 @@ def extend(
         ValueError: on a layer that is not on a CUDA device.
     """
     where = query_positions.to(q.device, torch.int64)
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-    return kernels().ragged_extend(_storable(q), rows_of(layer), query_positions=where, **options).to(q.dtype)
+    return kernels().ragged_extend(_dense(q), rows_of(layer), query_positions=where, **_keywords(rule))
 
 
-def _ticket(layer: RaggedLayer, rows: Any) -> Tensor:
-    if layer.ticket is None:
-        layer.ticket = kernels().new_ticket(rows)
-    return layer.ticket
+def _keywords(rule: Rule) -> dict[str, Any]:
+    """The rule as the kernels' distribution says it, which knows nothing of ours."""
+    return {"scale": rule.scale, "sliding_window": rule.sliding_window, "softcap": rule.softcap}
 
 
-def _storable(x: Tensor) -> Tensor:
-    """A tensor as the kernels read it: no float64, dense along D."""
-    x = x.float() if x.dtype == torch.float64 else x
+def _dense(x: Tensor) -> Tensor:
+    """A tensor as the kernels read it: dense along D."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,5 +1,6 @@
 """The ragged cache: `RaggedLayer` stores one layer, `layout` says where its rows lie."""
 
-from headkv.cache.ragged import LayerSnapshot, RaggedLayer, Row
+from headkv.cache.ragged import RaggedLayer
+from headkv.cache.rows import LayerSnapshot, Row, Rows
 
-__all__ = ["LayerSnapshot", "RaggedLayer", "Row"]
+__all__ = ["LayerSnapshot", "RaggedLayer", "Row", "Rows"]

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from headkv.cache.ragged import RaggedLayer
+from headkv import _checks
+from headkv.cache.rows import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def count(name: str, value: Any) -> int:
-    """A whole number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-    return value
 
 
 def storable(name: str, tensor: Any) -> None:
@@ -48,7 +41,7 @@ def same(keys: Tensor, values: Tensor) -> None:
         raise ValueError(f"values must be on the device of keys {keys.device}, got {values.device}")
 
 
-def appendable(layer: RaggedLayer, keys: Tensor, values: Tensor) -> None:
+def appendable(layer: Rows, keys: Tensor, values: Tensor) -> None:
     """New tokens `[B, H, T, D]` for this layer."""
     storable("keys", keys)
     storable("values", values)
@@ -98,7 +91,7 @@ def window_tensors(
     """`sinks`, `recent` (int, or `[B, H]` whole numbers) and `compensate` (`[B, H]` bool or None); see `contents`."""
     for name, value in (("sinks", sinks), ("recent", recent)):
         if not isinstance(value, Tensor):
-            count(name, value)
+            _checks.whole(name, value)
             continue
         if value.dtype.is_floating_point or value.dtype in (torch.bool, torch.complex64):
             raise TypeError(f"{name} must be an int tensor, got {value.dtype}")
@@ -111,7 +104,7 @@ def window_tensors(
 def contents(
     length: Tensor, sinks: Tensor, recent: Tensor, compensate: Tensor | None = None
 ) -> tuple[bool, bool]:
-    """What only the values of a layer's tensors tell, all in one transfer from the device: no window is negative.
+    """Checks that need values, all in one transfer from the device: no window is negative.
 
     Returns:
         Whether a row of these lengths is empty, and whether any row compensates.

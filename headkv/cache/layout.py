@@ -7,18 +7,10 @@ themselves (`gather`, `scatter`) are one line of torch each, which specifies wha
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Pools(NamedTuple):
-    """The flat storage of one layer: `keys` and `values` `[slots, D]`, `positions` `[slots]` int32."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
+from headkv.cache.rows import Pools
 
 
 def starts(capacity: Tensor) -> Tensor:
@@ -115,6 +107,31 @@ def source_of_rows(
     if skip is not None and skip_at is not None:
         source = source + torch.where(offsets >= skip_at[rows], skip[rows], 0)
     return source
+
+
+def source_of_text(
+    start: Tensor, length: Tensor, positions: Tensor, seen: int
+) -> tuple[Tensor, Tensor | None]:
+    """The move that puts every entry at its position in a text of `seen` tokens.
+
+    Returns:
+        `source` `[rows * seen]` int64 (any slot where a row stores nothing), and which of them are stored, bool; None
+        when all are.
+
+    >>> source, stored = source_of_text(torch.tensor([0, 3]), torch.tensor([2, 1]), torch.tensor([0, 1, 9, 1]), seen=2)
+    >>> source.tolist(), stored.tolist()
+    ([0, 1, 0, 3], [True, True, False, True])
+    """
+    rows, offsets = rows_of_slots(length)
+    slots = start[rows] + offsets
+    places = rows * seen + positions[slots].long()
+    source = torch.zeros(length.numel() * seen, dtype=torch.int64, device=start.device)
+    source[places] = slots
+    if slots.numel() == source.numel():
+        return source, None
+    stored = torch.zeros_like(source, dtype=torch.bool)
+    stored[places] = True
+    return source, stored
 
 
 def gather(pools: Pools, source: Tensor) -> Pools:

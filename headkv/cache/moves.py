@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from headkv.cache import layout, rust, triton
-from headkv.cache.layout import Pools
-
-if TYPE_CHECKING:
-    from headkv.cache.ragged import RaggedLayer
+from headkv.cache.rows import Pools, Rows
 
 
 def gather(pools: Pools, source: Tensor) -> Pools:
@@ -21,36 +16,36 @@ def gather(pools: Pools, source: Tensor) -> Pools:
     return layout.gather(pools, source)
 
 
-def append(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
     """Write T new tokens behind each row, in place, and lengthen the rows.
 
     Args:
-        layer: has room for T more entries in every row; its `seen` is still the position of the first new token.
+        rows: have room for T more entries each; `seen` is still the position of the first new token.
         keys, values: `[B, H, T, D]`.
         valid: `[B, T]` bool or None; only True tokens are stored.
     """
-    if layer.device.type == "cpu" and rust.available():
-        rust.append(layer, keys, values, valid)
-    elif layer.device.type == "cuda" and triton.available():
-        triton.append(layer, keys, values, valid)
+    if rows.device.type == "cpu" and rust.available():
+        rust.append(rows, keys, values, valid)
+    elif rows.device.type == "cuda" and triton.available():
+        triton.append(rows, keys, values, valid)
     else:
-        append_reference(layer, keys, values, valid)
+        append_reference(rows, keys, values, valid)
 
 
-def append_reference(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+def append_reference(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
     """What `append` does, in plain torch: its specification."""
     tokens, head_dim = keys.shape[2:]
-    positions = torch.arange(layer.seen, layer.seen + tokens, dtype=torch.int32, device=layer.device)
-    end = layer.start + layer.length
+    positions = torch.arange(rows.seen, rows.seen + tokens, dtype=torch.int32, device=rows.device)
+    end = rows.start + rows.length
     flat_keys, flat_values = keys.reshape(-1, head_dim), values.reshape(-1, head_dim)
     if valid is None:
-        slots = (end[:, None] + torch.arange(tokens, device=layer.device)).reshape(-1)
-        layout.scatter(layer.pools, slots, flat_keys, flat_values, positions.repeat(layer.rows))
-        layer.length = layer.length + tokens
+        slots = (end[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
+        layout.scatter(rows.pools, slots, flat_keys, flat_values, positions.repeat(rows.rows))
+        rows.length = rows.length + tokens
         return
-    stored = valid.repeat_interleave(layer.num_kv_heads, dim=0)  # [rows, T]
+    stored = valid.repeat_interleave(rows.num_kv_heads, dim=0)  # [rows, T]
     slots = end[:, None] + stored.cumsum(1) - 1
     picked = stored.reshape(-1)
-    where = positions.repeat(layer.rows)[picked]
-    layout.scatter(layer.pools, slots[stored], flat_keys[picked], flat_values[picked], where)
-    layer.length = layer.length + stored.sum(1)
+    where = positions.repeat(rows.rows)[picked]
+    layout.scatter(rows.pools, slots[stored], flat_keys[picked], flat_values[picked], where)
+    rows.length = rows.length + stored.sum(1)

@@ -3,111 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headkv.cache import checks, layout, moves
-from headkv.cache.layout import Pools
+from headkv import _checks
+from headkv.cache import batches, checks, layout, moves, windows
+from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
+from headkv.cache.windows import Gone, Sums
 
 MIN_HEADROOM = 64  # free slots a row gets at least when its pool is rewritten
 HEADROOM_SHARE = 1 / 16  # and this share of the mean row, so that rewriting costs O(1) a token, amortised
 
 
-class Row(NamedTuple):
-    """The entries of one row: `keys`, `values` `[n, D]`, `positions` `[n]` int32 (views into the pools)."""
+@dataclass(eq=False, repr=False)
+class RaggedLayer(Rows):
+    """The flattened cache of one decoder layer: its rows (see `Rows`), and how they grow and shrink.
 
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
+    Made by `from_rows`, `from_dense` or `from_snapshot`. Every change is all or nothing: what needs memory comes first,
+    so that a layer is as it was after an `OutOfMemoryError`, and the call can be made again.
 
-
-class Sums(NamedTuple):
-    """What compensating rows have dropped: sums `[rows, D]` float32, and how many `[rows]` int64, -1 for other rows."""
-
-    keys: Tensor
-    values: Tensor
-    number: Tensor
-
-    @classmethod
-    def none(cls, compensate: Tensor, head_dim: int) -> Sums:
-        """Nothing yet, for the rows where `compensate`, `[B, H]` bool."""
-        number = compensate.reshape(-1).long() - 1
-        keys = torch.zeros(number.numel(), head_dim, device=number.device)
-        return cls(keys, torch.zeros_like(keys), number)
-
-    @torch.no_grad()
-    def including(self, pools: Pools, rows: Tensor, slots: Tensor) -> Sums:
-        """A copy with the entries at `slots` of the compensating `rows`, `[m]` each, added."""
-        new = Sums(*(old.clone() for old in self))
-        # In parts, which bounds the float32 copies.
-        for some_rows, some_slots in zip(rows.split(8192), slots.split(8192), strict=True):
-            new.keys.index_add_(0, some_rows, pools.keys[some_slots].float())
-            new.values.index_add_(0, some_rows, pools.values[some_slots].float())
-        new.number.index_add_(0, rows, torch.ones_like(rows))
-        return new
-
-
-@dataclass(frozen=True)
-class LayerSnapshot:
-    """A copy of everything that `RaggedLayer.restore` needs."""
-
-    tensors: dict[str, Tensor | None]
-    numbers: dict[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the copy holds."""
-        return sum(t.untyped_storage().nbytes() for t in self.tensors.values() if t is not None)
-
-
-class RaggedLayer:
-    """The flattened cache of one decoder layer. A row is one (batch, KV head) pair, `row = b * H + h`.
-
-    Every change is all or nothing: what needs memory comes first, so that a layer is as it was after an
-    `OutOfMemoryError`, and the call can be made again.
-
-    Attributes (all tensors on one device):
-        keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools.
-        positions: `[slots]` int32, where in the text each entry came from (padding counts, but is never stored).
-        start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]`, `length[r]` are used.
-        sinks, recent: `[rows]` int64. `recent > 0` makes a windowed row: attention sees its first `sinks` and its last
-            `recent` entries, and what lies between is dropped when the row's head room is used up.
-        key_sum, value_sum, count: `[rows, D]` float32 twice, `[rows]` int64, or None when no row compensates:
-            what compensating rows have dropped so far (RazorAttention, arXiv 2407.15891); `count` is -1 for
-            the rows that do not compensate.
-        evicted_end: `[rows]` int64, one more than the last position that was ever dropped from the row (0: none).
-        seen: logical tokens so far, also those that are no longer stored.
+    Attributes (beside those of `Rows`):
         rollback: hidden entries that a trimmed windowed row still holds, so that `crop` can undo as many tokens.
         ticket: `[1]` int32 that the Triton kernels count with, made when they first run; no part of the contents.
     """
 
-    _TENSORS = (
-        *("keys", "values", "positions", "start", "length", "capacity", "sinks", "recent"),
-        *("key_sum", "value_sum", "count", "evicted_end"),
-    )
-    _NUMBERS = ("batch_size", "num_kv_heads", "seen", "rollback", "_free")
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    start: Tensor
-    length: Tensor
-    capacity: Tensor
-    sinks: Tensor
-    recent: Tensor
-    key_sum: Tensor | None
-    value_sum: Tensor | None
-    count: Tensor | None
-    evicted_end: Tensor
-    batch_size: int
-    num_kv_heads: int
-    seen: int
-    rollback: int
+    rollback: int = 0
     ticket: Tensor | None = None
-    _free: int  # tokens that fit into every row for certain: a lower bound kept on the host, so that nothing waits
+    _free: int = (
+        0  # tokens that fit into every row for certain: a lower bound on the host, so that nothing waits
+    )
 
     # -- making one -------------------------------------------------------------------------------------------------
 
@@ -141,15 +68,11 @@ class RaggedLayer:
         else:
             where = checks.positions(positions, pairs, batch_size, num_kv_heads)
             seen = max((int(p[-1]) + 1 for p in where if p.numel()), default=0)
-        layer = cls._bare(
-            keys, values, torch.cat(where).to(keys.device, torch.int32), batch_size, num_kv_heads, seen
-        )
-        layer.length = length
-        layer.capacity = length.clone()
-        layer.start = layout.starts(length)
+        pools = Pools(keys, values, torch.cat(where).to(keys.device, torch.int32))
+        layer = cls._bare(pools, layout.starts(length), length, num_kv_heads, seen)
         layer.set_windows(sinks, recent)
         if headroom:
-            layer._rewrite(layer.capacity + checks.count("headroom", headroom))
+            layer._rewrite(layer.capacity + _checks.whole("headroom", headroom))
         return layer
 
     @classmethod
@@ -185,24 +108,21 @@ class RaggedLayer:
         grid, rows = (batch_size, num_kv_heads), batch_size * num_kv_heads
         valid = checks.valid(valid, keys)
         keep = checks.keep(keep, (*grid, n), keys.device)
-        headroom, rollback = checks.count("headroom", headroom), checks.count("rollback", rollback)
+        headroom, rollback = _checks.whole("headroom", headroom), _checks.whole("rollback", rollback)
         checks.window_tensors(sinks, recent, compensate, grid, keys.device)
         everything = keys.new_ones((), dtype=torch.bool) if valid is None else valid[:, None]
         everything = everything.expand(*grid, n).reshape(rows, n)
         wanted = everything if keep is None else everything & keep.reshape(rows, n)
 
         pools, start, step = layout.of_dense(keys, values)
-        layer = cls._bare(*pools, batch_size, num_kv_heads, n)
-        layer.rollback, layer.start = rollback, start
+        layer = cls._bare(pools, start, torch.full_like(start, n), num_kv_heads, n)
+        layer.rollback = rollback
         layer.sinks, layer.recent = (layer._per_row(x) for x in (sinks, recent))
         empty, folds = checks.contents(wanted.sum(1), layer.sinks, layer.recent, compensate)
         if empty:
             batch, head = divmod(int((~wanted.any(1)).nonzero()[0]), num_kv_heads)
-            why = (
-                "is all padding"
-                if not bool(everything[batch * num_kv_heads].any())
-                else "would be left empty by keep"
-            )
+            padding = not bool(everything[batch * num_kv_heads].any())
+            why = "is all padding" if padding else "would be left empty by keep"
             raise ValueError(
                 f"row (batch {batch}, head {head}) {why}; every row must store at least one entry"
             )
@@ -211,16 +131,10 @@ class RaggedLayer:
         return layer
 
     @classmethod
-    def _bare(
-        cls, keys: Tensor, values: Tensor, positions: Tensor, batch_size: int, heads: int, seen: int
-    ) -> RaggedLayer:
-        layer = cls.__new__(cls)
-        layer.keys, layer.values, layer.positions = keys, values, positions
-        layer.batch_size, layer.num_kv_heads, layer.seen = batch_size, heads, seen
-        layer.key_sum = layer.value_sum = layer.count = None
-        layer.evicted_end = torch.zeros(batch_size * heads, dtype=torch.int64, device=keys.device)
-        layer.rollback = layer._free = 0
-        return layer
+    def _bare(cls, pools: Pools, start: Tensor, length: Tensor, num_kv_heads: int, seen: int) -> RaggedLayer:
+        none = torch.zeros_like(start)
+        windows = none, none.clone(), none.clone()
+        return cls(*pools, start, length, length.clone(), *windows, num_kv_heads, seen)
 
     def set_windows(
         self, sinks: int | Tensor, recent: int | Tensor, compensate: Tensor | None = None
@@ -236,11 +150,10 @@ class RaggedLayer:
         grid = (self.batch_size, self.num_kv_heads)
         checks.window_tensors(sinks, recent, compensate, grid, self.device)
         self._compensates_not_yet(compensate)
-        windows = self._per_row(sinks), self._per_row(recent)
-        _, folds = checks.contents(self.length, *windows, compensate)
+        sinks, recent = self._per_row(sinks), self._per_row(recent)
+        _, folds = checks.contents(self.length, sinks, recent, compensate)
         sums = None if compensate is None or not folds else Sums.none(compensate, self.head_dim)
-        self._let_go()
-        self.sinks, self.recent = windows
+        self._become(sinks=sinks, recent=recent)
         if sums is not None:
             self.key_sum, self.value_sum, self.count = sums
 
@@ -249,27 +162,11 @@ class RaggedLayer:
             return given.reshape(-1).to(self.device, torch.int64, copy=True)
         return torch.full((self.rows,), given, dtype=torch.int64, device=self.device)
 
+    def _compensates_not_yet(self, compensate: Tensor | None) -> None:
+        if compensate is not None and self.count is not None:
+            raise ValueError("compensate must be None on a layer whose rows compensate already, got a tensor")
+
     # -- looking ----------------------------------------------------------------------------------------------------
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, `batch_size * num_kv_heads`."""
-        return self.batch_size * self.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width D of a key and of a value."""
-        return self.keys.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage dtype of keys and values."""
-        return self.keys.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pools are."""
-        return self.keys.device
 
     @property
     def nbytes(self) -> int:
@@ -289,6 +186,18 @@ class RaggedLayer:
         r = batch * self.num_kv_heads + head
         here = slice(int(self.start[r]), int(self.start[r] + self.length[r]))
         return Row(self.keys[here], self.values[here], self.positions[here])
+
+    def to_dense(self) -> Dense:
+        """Every entry at its position in the text: the inverse of `from_dense` where nothing was evicted.
+
+        What is not stored (evicted, or padding) holds other entries' bytes; `valid` is False where no row of a
+        sequence stores the position.
+        """
+        source, stored = layout.source_of_text(self.start, self.length, self.positions, self.seen)
+        shape = (self.batch_size, self.num_kv_heads, self.seen)
+        valid = None if stored is None else stored.view(shape).any(1)
+        keys, values, _ = moves.gather(self.pools, source)
+        return Dense(keys.view(*shape, -1), values.view(*shape, -1), valid)
 
     def __repr__(self) -> str:
         shape = f"batch {self.batch_size} x {self.num_kv_heads} KV heads x D {self.head_dim}"
@@ -321,55 +230,32 @@ class RaggedLayer:
         self._free -= tokens
 
     def _make_room(self, tokens: int) -> None:
-        skip = self._trimmable()
+        skip = windows.hidden_for_good(self, self.rollback)
         length = self.length - skip
         free, free_trimmed = (self.capacity - self.length).min(), (self.capacity - length).min()
         figures = torch.stack([free, free_trimmed, skip.sum(), length.sum()]).tolist()
         self._free, most_free, skipped, stored = figures
         if tokens <= self._free:
             return
-        noted = self._without_window(skip) if skipped else None
+        gone = windows.trimmed(self, skip) if skipped else None
         if tokens <= most_free:
-            self._trim_in_place(skip)
+            windows.trim_in_place(self, skip)
             self._free = most_free
         else:
             headroom = max(MIN_HEADROOM, int(stored / self.rows * HEADROOM_SHARE), tokens)
             # A windowed row is trimmed again when its room is used up, so that it needs no room in proportion.
             room = torch.where(self.recent > 0, max(MIN_HEADROOM, tokens), headroom)
             self._rewrite(length + room, skip)
-        if noted is not None:
-            self._note(*noted)
-
-    def _trimmable(self) -> Tensor:
-        """Entries `[rows]` that windowed rows hide for good: all hidden ones but the last `rollback`."""
-        hidden = self.length - self.sinks - self.recent - self.rollback
-        return torch.where(self.recent > 0, hidden.clamp(min=0), 0)
-
-    def _without_window(self, skip: Tensor) -> tuple[Tensor, Sums | None]:
-        """What `evicted_end` and the sums will be once `skip[r]` entries behind the sinks of row `r` are gone."""
-        behind = self.start + self.sinks
-        end, sums = self._evicted_end(behind + skip - 1, skip > 0), self._sums()
-        if sums is not None:
-            rows, offsets = layout.rows_of_slots(torch.where(sums.number >= 0, skip, 0))
-            sums = sums.including(self.pools, rows, behind[rows] + offsets)
-        return end, sums
-
-    def _trim_in_place(self, skip: Tensor) -> None:
-        moved = torch.where(skip > 0, self.length - self.sinks - skip, 0)
-        rows, offsets = layout.rows_of_slots(moved)
-        target = (self.start + self.sinks)[rows] + offsets
-        kept = layout.gather(self.pools, target + skip[rows])
-        layout.scatter(self.pools, target, *kept)
-        with torch.inference_mode():  # in place, as a CUDA graph may hold the tensor, and whoever made it
-            self.length -= skip
+        if gone is not None:
+            self._note(gone)
 
     def _rewrite(self, capacity: Tensor, skip: Tensor | None = None) -> None:
         """Move every row into new pools with the given capacities `[rows]`, without the trimmed entries."""
         length = self.length if skip is None else self.length - skip
         start, free = layout.starts(capacity), int((capacity - length).min())
         source = layout.source_of_rows(self.start, length, capacity, self.sinks, skip)
-        self.pools = moves.gather(self.pools, source)
-        self.start, self.length, self.capacity, self._free = start, length, capacity, free
+        pools = moves.gather(self.pools, source)
+        self._become(**pools._asdict(), start=start, length=length, capacity=capacity, _free=free)
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 
@@ -395,78 +281,50 @@ class RaggedLayer:
         grid, longest = (self.batch_size, self.num_kv_heads), int(self.length.max())
         mask = checks.keep(keep, (*grid, longest), self.device)
         assert mask is not None
-        headroom = checks.count("headroom", headroom)
+        headroom = _checks.whole("headroom", headroom)
         new_sinks, new_recent = 0 if sinks is None else sinks, 0 if recent is None else recent
         checks.window_tensors(new_sinks, new_recent, compensate, grid, self.device)
         self._compensates_not_yet(compensate)
-        windows = self.sinks, self.recent
+        window = self.sinks, self.recent
         if sinks is not None or recent is not None:
-            windows = self._per_row(new_sinks), self._per_row(new_recent)
+            window = self._per_row(new_sinks), self._per_row(new_recent)
         stored = torch.arange(longest, device=self.device) < self.length[:, None]
         wanted = mask.reshape(self.rows, longest) & stored
-        empty, folds = checks.contents(wanted.sum(1), *windows, compensate)
+        empty, folds = checks.contents(wanted.sum(1), *window, compensate)
         if empty:
             batch, head = divmod(int((~wanted.any(1)).nonzero()[0]), self.num_kv_heads)
             raise ValueError(
                 f"keep would leave row (batch {batch}, head {head}) empty; keep at least one entry of each"
             )
-        sums = self._sums()
+        sums = Sums.of(self)
         if sums is None and compensate is not None and folds:
             sums = Sums.none(compensate, self.head_dim)
         self._keep_only(wanted, stored & ~wanted, headroom, sums)
-        self.sinks, self.recent = windows
+        self.sinks, self.recent = window
 
     def trim(self, headroom: int = MIN_HEADROOM) -> None:
         """Drop now what windowed rows hide for good, and leave `headroom` free slots behind each row."""
-        headroom = checks.count("headroom", headroom)
-        skip = self._trimmable()
-        noted = self._without_window(skip)
+        headroom = _checks.whole("headroom", headroom)
+        skip = windows.hidden_for_good(self, self.rollback)
+        gone = windows.trimmed(self, skip)
         self._rewrite(self.length - skip + headroom, skip)
-        self._note(*noted)
+        self._note(gone)
 
     def _keep_only(
         self, wanted: Tensor, dropped: Tensor, headroom: int, sums: Sums | None, step: int = 1
     ) -> None:
-        """Move the `wanted` entries into tight pools and note the `dropped` ones, both `[rows, L]` bool.
-
-        Args:
-            headroom: free slots behind each row.
-            sums: of what compensating rows dropped before.
-            step: slots from one entry of a row to its next.
-        """
-        # Positions increase along a row, so that its last dropped entry tells.
-        place = torch.arange(1, dropped.shape[1] + 1, dtype=torch.int32, device=self.device)
-        last = torch.where(dropped, place, 0).amax(1).long() - 1
-        end = self._evicted_end(self.start + last * step, last >= 0)
-        if sums is not None:
-            rows, entries = (dropped & (sums.number >= 0)[:, None]).nonzero(as_tuple=True)
-            sums = sums.including(self.pools, rows, self.start[rows] + entries * step)
+        """Move the `wanted` entries into tight pools and note the `dropped` ones, both `[rows, L]` bool."""
+        gone = windows.dropped(self, dropped, sums, step)
         source, length = layout.source_of_kept(self.start, wanted, headroom, step)
         capacity = length + headroom
         start = layout.starts(capacity)
-        self.pools = moves.gather(self.pools, source)
-        self.start, self.length, self.capacity, self._free = start, length, capacity, headroom
-        self._note(end, sums)
+        pools = moves.gather(self.pools, source)
+        self._become(**pools._asdict(), start=start, length=length, capacity=capacity, _free=headroom)
+        self._note(gone)
 
-    def _evicted_end(self, last: Tensor, some: Tensor) -> Tensor:
-        """`evicted_end` once the entries until slot `last[r]` have gone from the rows `r` where `some[r]`."""
-        if self.positions.numel() == 0:
-            return self.evicted_end
-        position = self.positions[torch.where(some, last, 0)].long()
-        return torch.where(some, torch.maximum(self.evicted_end, position + 1), self.evicted_end)
-
-    def _compensates_not_yet(self, compensate: Tensor | None) -> None:
-        if compensate is not None and self.count is not None:
-            raise ValueError("compensate must be None on a layer whose rows compensate already, got a tensor")
-
-    def _sums(self) -> Sums | None:
-        if self.key_sum is None or self.value_sum is None or self.count is None:
-            return None
-        return Sums(self.key_sum, self.value_sum, self.count)
-
-    def _note(self, evicted_end: Tensor, sums: Sums | None) -> None:
+    def _note(self, gone: Gone) -> None:
         """Entries have gone: take over what was computed while they were there. Allocates nothing."""
-        self.evicted_end, held = evicted_end, self._sums()
+        self.evicted_end, sums, held = gone.evicted_end, gone.sums, Sums.of(self)
         if sums is None:
             return
         if held is None:
@@ -482,95 +340,76 @@ class RaggedLayer:
         Raises:
             ValueError: when entries would be needed that are gone; the layer is unchanged then.
         """
-        tokens = checks.count("tokens", tokens)
+        tokens = _checks.whole("tokens", tokens)
         if tokens > self.seen:
             raise ValueError(f"tokens must be at most the {self.seen} tokens seen, got {tokens}")
         if tokens == 0:
             return
         seen = self.seen - tokens
-        age = torch.arange(1, tokens + 1, device=self.device)
-        slots = (self.start + self.length)[:, None] - age  # [rows, tokens], newest first
-        inside = age <= self.length[:, None]
-        positions = self.positions[slots.clamp(min=0)] if self.positions.numel() else slots
-        length = self.length - (inside & (positions >= seen)).sum(1)
-        full = self.sinks + self.recent  # a window that was full must stay full
-        emptied = (
-            (self.recent > 0)
-            & (self.length >= full)
-            & (length < full)
-            & (self.evicted_end > seen - self.recent)
-        )
-        intact = (length > 0) & ((self.evicted_end == 0) | ((self.evicted_end <= seen) & ~emptied))
+        length, intact = windows.cropped(self, tokens)
         if not bool(intact.all()):
             batch, head = divmod(int((~intact).nonzero()[0]), self.num_kv_heads)
             raise ValueError(
                 f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) would be empty, or has evicted entries "
                 f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
-        self._let_go()
-        self.length, self.seen = length, seen
+        self._become(length=length, seen=seen)
 
     # -- batch and copies -------------------------------------------------------------------------------------------
 
     def reorder(self, index: Tensor) -> None:
         """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]`."""
-        index = checks.batch_index(index, self.batch_size).to(self.device)
-        heads = torch.arange(self.num_kv_heads, device=self.device)
-        rows = (index[:, None] * self.num_kv_heads + heads).reshape(-1)
-        source = layout.source_of_rows(self.start[rows], self.length[rows], self.capacity[rows])
-        names = ("length", "capacity", "sinks", "recent", "key_sum", "value_sum", "count", "evicted_end")
-        tensors = {name: None if (old := getattr(self, name)) is None else old[rows] for name in names}
-        start = layout.starts(self.capacity[rows])
-        self.pools = moves.gather(self.pools, source)
-        vars(self).update(tensors, start=start, batch_size=index.numel())
+        self._become(**batches.selected(self, index))
+
+    def select(self, index: Tensor) -> RaggedLayer:
+        """A new layer with copies of the batch entries `index` `[new B]`."""
+        changes: dict[str, Any] = batches.selected(self, index)
+        return replace(self, **changes, ticket=None)
+
+    @classmethod
+    def join(cls, layers: Sequence[RaggedLayer]) -> RaggedLayer:
+        """The sequences of several layers as one batch; all have seen as many tokens.
+
+        Raises:
+            ValueError: layers that do not fit together.
+        """
+        joined: dict[str, Any] = batches.joined(layers)
+        return replace(layers[0], **joined, ticket=None, _free=min(layer._free for layer in layers))
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of the layer, to come back to with `restore` as often as you like."""
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
-        copies = {name: None if t is None else t.clone() for name, t in tensors.items()}
-        return LayerSnapshot(copies, {name: getattr(self, name) for name in self._NUMBERS})
+        copies = {name: tensor.clone() for name, tensor in self.tensors() if name != "ticket"}
+        numbers = {name: x for f in fields(self) if isinstance(x := getattr(self, name := f.name), int)}
+        return LayerSnapshot(copies, numbers)
 
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Become what the layer was when `snapshot` was taken."""
-        copies = {name: None if t is None else t.clone() for name, t in snapshot.tensors.items()}
-        self._let_go()
-        vars(self).update(copies, ticket=None, **snapshot.numbers)
+        copy = RaggedLayer.from_snapshot(snapshot)
+        self._become(**{f.name: getattr(copy, f.name) for f in fields(copy)})
 
     @classmethod
     def from_snapshot(cls, snapshot: LayerSnapshot) -> RaggedLayer:
         """A new layer in the state of `snapshot`."""
-        layer = cls.__new__(cls)
-        layer.restore(snapshot)
-        return layer
+        copies = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+        contents: dict[str, Any] = {**copies, **snapshot.numbers}
+        return cls(**contents)
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to `device`."""
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
-        moved = {name: None if t is None else t.to(device) for name, t in tensors.items()}
-        self._let_go()
-        vars(self).update(moved, ticket=None)
+        moved = {name: tensor.to(device) for name, tensor in self.tensors()}
+        self._become(**{**moved, "ticket": None})
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies that a kernel reads or writes: what a recorded CUDA graph relies on."""
-        names = (*self._TENSORS, "ticket")
-        tensors = (getattr(self, name) for name in names if name != "evicted_end")
-        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return tuple(tensor.data_ptr() for name, tensor in self.tensors() if name != "evicted_end")
 
-    @property
-    def pools(self) -> Pools:
-        """Keys, values and positions together."""
-        return Pools(self.keys, self.values, self.positions)
-
-    @pools.setter
-    def pools(self, pools: Pools) -> None:
-        self._let_go()
-        self.keys, self.values, self.positions = pools
-
-    def _let_go(self) -> None:
-        """Before tensors are replaced, which another stream may have made: their memory waits for this stream."""
+    def _become(self, **changes: Any) -> None:
+        """Take over new fields at once. The tensors of old, which another stream may have made, wait for this one."""
         for tensor in self._held():
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        for name, value in changes.items():
+            setattr(self, name, value)
 
     def _held(self) -> list[Tensor]:
-        return [t for name in (*self._TENSORS, "ticket") if (t := getattr(self, name, None)) is not None]
+        return [tensor for _, tensor in self.tensors()]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headkv.cache.layout import Pools
-
-if TYPE_CHECKING:
-    from headkv.cache.ragged import RaggedLayer
+from headkv.cache.rows import Pools, Rows
 
 INSTALL = "pip install headkv (from a checkout: maturin develop --release)"
 
@@ -47,35 +45,36 @@ def gather(pools: Pools, source: Tensor) -> Pools:
         return Pools(*(pool.new_zeros((source.numel(), *pool.shape[1:])) for pool in pools))
     target = Pools(*(pool.new_empty((source.numel(), *pool.shape[1:])) for pool in pools))
     pools = Pools(*(pool.contiguous() for pool in pools))
-    extension().gather(_arrays(pools), array("source", source), _arrays(target), torch.get_num_threads())
+    old, new = (arrays(side._asdict().items()) for side in (pools, target))
+    extension().gather(old, array("source", source), new, torch.get_num_threads())
     return target
 
 
-def append(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
     """Write T new tokens behind each row, in place, and lengthen the rows; see `headkv.cache.moves.append`.
-
-    Args:
-        layer: has room for T more entries in every row; `seen` is still the position of the first new token.
-        keys, values: `[B, H, T, D]`.
-        valid: `[B, T]` bool or None; only True tokens are stored.
 
     Raises:
         ValueError: when a row has no room or lies outside the pools; nothing is written then.
     """
-    keys, values = (_apart(new, layer) for new in (keys, values))
+    keys, values = (_apart(new, rows) for new in (keys, values))
     extension().append(
-        _arrays(layer.pools),
-        *(array(name, getattr(layer, name)) for name in ("start", "length", "capacity")),
+        arrays(rows.pools._asdict().items()),
+        *(array(name, getattr(rows, name)) for name in ("start", "length", "capacity")),
         array("keys", keys),
         array("values", values),
         None if valid is None else array("valid", valid),
-        layer.seen,
+        rows.seen,
         torch.get_num_threads(),
     )
     if valid is None:
-        layer.length = layer.length + keys.shape[2]
+        rows.length = rows.length + keys.shape[2]
     else:
-        layer.length = layer.length + valid.sum(1).repeat_interleave(layer.num_kv_heads)
+        rows.length = rows.length + valid.sum(1).repeat_interleave(rows.num_kv_heads)
+
+
+def arrays(tensors: Iterable[tuple[str, Tensor]], **missing: None) -> SimpleNamespace:
+    """Tensors by name as an object with numpy arrays of these names, not copied: what the extension reads."""
+    return SimpleNamespace(**{**missing, **{name: array(name, tensor) for name, tensor in tensors}})
 
 
 def array(name: str, tensor: Tensor) -> Any:
@@ -99,22 +98,9 @@ def array(name: str, tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 
-class _Arrays:
-    """Pools as numpy arrays."""
-
-    __slots__ = ("keys", "positions", "values")
-
-
-def _arrays(pools: Pools) -> _Arrays:
-    arrays = _Arrays()
-    for name, pool in zip(Pools._fields, pools, strict=True):
-        setattr(arrays, name, array(name, pool))
-    return arrays
-
-
-def _apart(new: Tensor, layer: RaggedLayer) -> Tensor:
-    """New entries that are contiguous and no view of the layer's own pools."""
+def _apart(new: Tensor, rows: Rows) -> Tensor:
+    """New entries that are contiguous and no view of the rows' own pools."""
     new = new.contiguous()
-    pools = (layer.keys, layer.values)
+    pools = (rows.keys, rows.values)
     shared = any(new.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr() for pool in pools)
     return new.clone() if shared else new

@@ -7,13 +7,12 @@ import os
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from headkv.cache.ragged import RaggedLayer
+from headkv.cache.rows import Rows
 
 INSTALL = "pip install headkv-kernels (from a checkout: pip install -e ./kernels)"
 
@@ -38,13 +37,13 @@ def kernels() -> ModuleType:
         raise ImportError(f"the triton backend needs headkv's kernels: {INSTALL}") from error
 
 
-def rows_of(layer: RaggedLayer) -> Any:
-    """The layer as a `headkv_kernels.Rows`: the same tensors, not copied."""
-    rows = kernels().Rows
-    return rows(**{name: getattr(layer, name) for name in rows.__dataclass_fields__})
+def rows_of(rows: Rows) -> Any:
+    """The same rows as the kernels have them, a `headkv_kernels.Rows`: the same tensors, not copied."""
+    theirs = kernels().Rows
+    return theirs(**{name: getattr(rows, name) for name in theirs.__dataclass_fields__})
 
 
-def append(layer: RaggedLayer, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
     """Write T new tokens behind each row, in place, and lengthen the rows; see `headkv.cache.moves.append`."""
     keys, values = (new if new.stride(-1) == 1 else new.contiguous() for new in (keys, values))
-    kernels().ragged_append(rows_of(layer), layer.capacity, keys, values, seen=layer.seen, valid=valid)
+    kernels().ragged_append(rows_of(rows), rows.capacity, keys, values, seen=rows.seen, valid=valid)

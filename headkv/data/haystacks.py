@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headkv.data.chat import chat_frame
 from headkv.data.facts import FACTS, Fact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "{document}"
 _INTRODUCTION = (
     "Some facts are hidden in the following text. Memorize them: you will be asked about them afterwards.\n\n"
 )
@@ -47,12 +47,12 @@ class Haystack:
     question_ids: tuple[Tensor, ...]
 
     def prompt(self, index: int = 0) -> Tensor:
-        """Return the whole prompt of the question about fact `index`, [1, n + m] int64."""
+        """The whole prompt of the question about fact `index`, [1, n + m] int64."""
         return torch.cat([self.context_ids, self.question_ids[index]], dim=1)
 
 
 def running_example(tokenizer: PreTrainedTokenizerBase) -> Haystack:
-    """Return the book's document: about 1,000 tokens with three facts, at 1/6, 3/6 and 5/6 of its length."""
+    """The book's document: about 1,000 tokens with three facts, at 1/6, 3/6 and 5/6 of its length."""
     return haystack(tokenizer, 1000)
 
 
@@ -65,7 +65,7 @@ def haystack(
     seed: int = 0,
     start: int | None = None,
 ) -> Haystack:
-    """Hide facts between the sentences of plain prose.
+    """Plain prose with facts hidden between its sentences.
 
     Args:
         tokenizer: a fast tokenizer; its chat template is used if it has one.
@@ -90,6 +90,7 @@ def haystack(
         raise ValueError(f"depths must be in [0, 1], got {outside[0]}")
     placed = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
     header, footer = chat_frame(tokenizer)
+    header += _INTRODUCTION
     # The next seed begins with another subject.
     sentences = _sentences(seed * 7 if start is None else start)
     room = num_tokens - _count(tokenizer, header) - sum(_count(tokenizer, " " + f.sentence) for f in facts)
@@ -124,7 +125,7 @@ def haystack(
 
 
 def num_paragraphs() -> int:
-    """Return how many paragraphs the prose has."""
+    """How many paragraphs the prose has."""
     return len(_paragraphs())
 
 
@@ -134,7 +135,7 @@ def _paragraphs() -> list[str]:
 
 
 def _sentences(start: int) -> list[str]:
-    """Return the sentences of the prose, each with the white space before it, from a paragraph on."""
+    """The sentences of the prose, each with the white space before it, from a paragraph on."""
     paragraphs = _paragraphs()
     first = start % len(paragraphs)
     sentences = []
@@ -147,7 +148,7 @@ def _sentences(start: int) -> list[str]:
 def _hide(
     sentences: list[str], lengths: list[int], placed: list[tuple[float, Fact]]
 ) -> tuple[str, list[int]]:
-    """Return the text, and for each fact at which character its sentence begins."""
+    """The text, and for each fact at which character its sentence begins."""
     chosen = [sentences[index % len(sentences)] for index in range(len(lengths))]
     text, places, done, total = "", [], 0, sum(lengths)
     waiting = list(placed)
@@ -162,21 +163,11 @@ def _hide(
     return text, places
 
 
-def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return what stands before the document, and what stands between the question and the answer."""
-    if not tokenizer.chat_template:
-        return (tokenizer.bos_token or "") + _INTRODUCTION, "\n"
-    message = [{"role": "user", "content": _MARK}]
-    chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    header, footer = str(chat).split(_MARK)
-    return header + _INTRODUCTION, footer
-
-
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, length: int) -> tuple[int, int]:
-    """Return the tokens that overlap the characters [start, start + length)."""
+    """The tokens that overlap the characters [start, start + length)."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < start + length and b > start]
     return inside[0], inside[-1] + 1

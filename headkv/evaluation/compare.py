@@ -11,9 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import headkv
 from headkv.evaluation.resident import resident_bytes
 from headkv.heads import HeadProfile
+from headkv.integrations.cache import RaggedCache
+from headkv.methods import (
+    AdaKV,
+    DuoAttention,
+    HeadKV,
+    PyramidKV,
+    RandomHeads,
+    RazorAttention,
+    SnapKV,
+    StreamingLLM,
+)
+from headkv.models.attention import kept_attention
+from headkv.models.decoding import greedy
+from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,16 +77,16 @@ def smollm2_methods(share: float, length: int) -> dict[str, Method]:
     profile = HeadProfile.builtin
     echo, induction, gate = (profile(f"smollm2-{kind}") for kind in ("echo", "induction", "gate"))
     # SmolLM2 reads one token a digit: a narrow kernel would keep only the first ones of a number.
-    scorer = headkv.SnapKVScorer(kernel_size=21)
+    scorer = SnapKVScorer(kernel_size=21)
     methods: dict[str, Method] = {
-        "AdaKV": headkv.AdaKV(share, scorer),
-        "HeadKV": headkv.HeadKV(share, profile("smollm2-retrieval"), scorer=scorer),
-        "DuoAttention": headkv.DuoAttention.for_share(gate, share, length),
-        "RazorAttention": headkv.RazorAttention.for_share(echo, induction, share, length, num_kv_heads=3),
-        "SnapKV": headkv.SnapKV(share, scorer),
-        "PyramidKV": headkv.PyramidKV(share, scorer=scorer),
-        "StreamingLLM": headkv.StreamingLLM(share),
-        "RandomHeads": headkv.RandomHeads.for_share(share, length),
+        "AdaKV": AdaKV(share, scorer),
+        "HeadKV": HeadKV(share, profile("smollm2-retrieval"), scorer=scorer),
+        "DuoAttention": DuoAttention.for_share(share, length, gate),
+        "RazorAttention": RazorAttention.for_share(share, length, echo, induction, num_kv_heads=3),
+        "SnapKV": SnapKV(share, scorer),
+        "PyramidKV": PyramidKV(share, scorer=scorer),
+        "StreamingLLM": StreamingLLM(share),
+        "RandomHeads": RandomHeads.for_share(share, length),
     }
     return methods
 
@@ -103,18 +116,15 @@ def compare(
     Yields:
         One `Result` a method, as soon as it is there.
     """
-    former = model.config._attn_implementation
-    on_step("warm-up")
-    for method in (None, *list(methods.values())[:1]):  # what is loaded once is nobody's memory
-        _answer(model, haystack.context_ids[:, :256], _cache(model, method), 2, None)
-    on_step(FULL_SDPA)
-    yield _run(model, tokenizer, haystack, FULL_SDPA, None, max_new_tokens)
-    try:
+    with kept_attention(model):
+        on_step("warm-up")
+        for method in (None, *list(methods.values())[:1]):  # what is loaded once is nobody's memory
+            _answer(model, haystack.context_ids[:, :256], _cache(model, method), 2, None)
+        on_step(FULL_SDPA)
+        yield _run(model, tokenizer, haystack, FULL_SDPA, None, max_new_tokens)
         for name, method in methods.items():
             on_step(name)
             yield _run(model, tokenizer, haystack, name, method, max_new_tokens)
-    finally:
-        model.set_attn_implementation(former)
 
 
 @torch.inference_mode()
@@ -176,7 +186,7 @@ def _cache(model: PreTrainedModel, method: Method | None) -> Any:
     if method is None:
         return DynamicCache(config=model.config)
     # Nothing is taken back here, so that windowed rows need store no more than they attend to.
-    return headkv.RaggedCache.for_model(model, method, rollback=0)
+    return RaggedCache.for_model(model, method, rollback=0)
 
 
 def _count_right(facts: Sequence[Fact], answers: Sequence[str]) -> int:
@@ -189,11 +199,10 @@ def _answer(
     """Greedy decoding after `question` `[1, m]`: the tokens up to `eos`, and each step's seconds."""
     # The last token is a step of its own: a prefill attends densely, and would answer from the full cache.
     model(question[:, :-1], past_key_values=cache, logits_to_keep=1)
-    token, tokens, seconds = question[:, -1:], [], []
+    written = greedy(model, question[:, -1:], cache, max_new_tokens)
+    tokens, seconds = [], []
     for _ in range(max_new_tokens):
         begin = time.perf_counter()
-        logits = model(token, past_key_values=cache).logits
+        tokens.append(next(written))
         seconds.append(time.perf_counter() - begin)
-        token = logits[:, -1:].argmax(-1)
-        tokens.append(int(token))
     return tokens[: tokens.index(eos)] if eos in tokens else tokens, seconds

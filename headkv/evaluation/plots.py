@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from headkv._figure import draw_grid, new_figure
 from headkv.evaluation.compare import Result
 
 if TYPE_CHECKING:
@@ -22,18 +23,14 @@ def plot_lengths(results: Sequence[Result], tokens: int, columns: int = 4) -> Fi
     Returns:
         A figure that is readable on white; save it with `savefig`.
     """
-    from matplotlib.figure import Figure
-
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(2.6 * columns, 3.5 * rows), layout="constrained")
+    figure = new_figure(figsize=(2.6 * columns, 3.5 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
     image = None
     for axis, result in zip(axes.flat, results, strict=False):
-        image = axis.imshow(result.lengths, vmin=0, vmax=tokens, cmap="cividis_r", aspect="auto")
+        image = draw_grid(axis, result.lengths, low=0, high=tokens)
         verdict = f"{result.right} of {result.asked} right"
         axis.set_title(f"{result.name}\n{result.stored_share:.1%} stored, {verdict}", fontsize=9)
-        axis.set_xticks(range(len(result.lengths[0])))
-        axis.tick_params(labelsize=7)
     for axis in axes.flat[len(results) :]:
         axis.set_visible(False)
     figure.supxlabel("KV head", fontsize=9)

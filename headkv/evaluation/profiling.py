@@ -2,65 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headkv.heads.ablation import profile_ablation
-from headkv.heads.cached_gates import profile_cached_gates
-from headkv.heads.gates import profile_gates
-from headkv.heads.induction import profile_repeats
-from headkv.heads.profile import KINDS, HeadProfile
-from headkv.heads.reconstruction import profile_reconstruction
-from headkv.heads.retrieval import profile_retrieval
+from headkv.heads.profile import HeadProfile
+from headkv.heads.profilers import PROFILERS, WAYS, check_options, measure, profile_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROFILERS: dict[str, Callable[..., Any]] = {
-    "echo": profile_repeats,
-    "induction": profile_repeats,
-    "retrieval": profile_retrieval,
-    "retrieval-reasoning": profile_retrieval,
-    "gate": profile_cached_gates,
-    "ablation": profile_ablation,
-    "reconstruction": profile_reconstruction,
-}
-# Kinds that can be measured in more ways than one; the first is what `PROFILERS` has.
-WAYS: dict[str, dict[str, Callable[..., Any]]] = {
-    "gate": {"cached": profile_cached_gates, "published": profile_gates},
-}
-
-
-def profiler(kind: str, way: str | None = None) -> Callable[..., Any]:
-    """The function that measures `kind`, in one of its `WAYS`.
-
-    Raises:
-        ValueError: `kind` is unknown, or has no such way.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if way is None:
-        return PROFILERS[kind]
-    if way not in (ways := WAYS.get(kind, {})):
-        allowed = f"one of {', '.join(ways)}" if ways else "left out"
-        raise ValueError(f"way must be {allowed} for kind {kind!r}, got {way!r}")
-    return ways[way]
-
-
-def profile_options(kind: str, way: str | None = None) -> dict[str, Any]:
-    """The options that the profiler of `kind` has, by name, with their defaults.
-
-    >>> profile_options("echo")
-    {'num_tokens': 512, 'repeats': 4, 'seeds': (0, 1, 2)}
-    """
-    parameters = inspect.signature(profiler(kind, way)).parameters.values()
-    ours = ("reasoning", "progress", "journal")  # the kind says the first, `run_profile` the others
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ours}
+__all__ = ["PROFILERS", "WAYS", "load", "load_on", "measure", "profile_options", "run_profile"]
 
 
 def run_profile(
@@ -73,7 +27,7 @@ def run_profile(
     progress: bool = True,
     **options: Any,
 ) -> HeadProfile:
-    """Measure a head profile of a model.
+    """A head profile of a model, measured and saved.
 
     An ablation notes what it has done in a file beside `out`, with ".partial" added to its name. If it is killed,
     the same call goes on from there.
@@ -95,15 +49,12 @@ def run_profile(
         TypeError: the profiler has no such option.
         RuntimeError: the model answers too badly to be measured.
     """
-    known = profile_options(kind, way)
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"options of kind {kind!r} must be of {', '.join(known)}, got {', '.join(unknown)}")
+    check_options(kind, options, way)
     loaded, tokenizer = load_on(device, model)
     journal = None
     if kind == "ablation" and out is not None:
         journal = Path(out).with_name(Path(out).name + ".partial")
-        options["journal"] = journal
-    profile = measure(kind, loaded, tokenizer, way=way, progress=progress, **options)
+    profile = measure(kind, loaded, tokenizer, way=way, progress=progress, journal=journal, **options)
     if out is not None:
         profile.save(out)
     if journal is not None:
@@ -128,7 +79,7 @@ def load_on(device: str, model: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2 ("smollm2") or any Hugging Face decoder by its name or folder, with its tokenizer.
+    """SmolLM2 ("smollm2") or any Hugging Face decoder by its name or folder, with its tokenizer.
 
     Raises:
         ValueError: there is none.
@@ -145,22 +96,3 @@ def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         reason = str(error).splitlines()[0]
         allowed = "'smollm2', or the name or folder of a transformers decoder with its tokenizer"
         raise ValueError(f"model must be {allowed}, got {model!r}: {reason}") from error
-
-
-def measure(
-    kind: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    way: str | None = None,
-    **options: Any,
-) -> HeadProfile:
-    """Run the profiler of `kind` on a loaded model; see the profilers for their options."""
-    run = profiler(kind, way)
-    if kind in ("echo", "induction"):
-        pair = run(model, tokenizer, **options)
-        return pair[("echo", "induction").index(kind)]
-    if kind.startswith("retrieval"):
-        options["reasoning"] = kind == "retrieval-reasoning"
-    profile: HeadProfile = run(model, tokenizer, **options)
-    return profile

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.integrations.huggingface import NAME, RaggedCache
-from headkv.methods.base import Keep, Prefill
+from headkv.integrations.cache import RaggedCache
+from headkv.integrations.hook import NAME
+from headkv.methods.base import Keep
+from headkv.models.attention import chosen_attention, kept_attention
+from headkv.models.decoding import greedy
+from headkv.prefill import ALL, Prefill, Prompt
 from headkv.scorers import SnapKVScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from headkv.methods.base import Method
+    from headkv.methods.base import Method, PromptMethod
 
 
 @dataclass(frozen=True)
 class _Witness:
-    """A method that keeps everything, and remembers what it was shown."""
+    """A method that has the whole prompt kept, with all queries."""
 
-    seen: list[Prefill] = field(default_factory=list)
+    observed_queries = ALL
+    whole_prompt = True
 
-    observed_queries = None
-
-    def plan(self, prefill: Prefill) -> Keep:
-        self.seen.append(prefill)
-        return Keep.all(prefill)
+    def plan_prompt(self, prompt: Prompt) -> list[Keep]:
+        return [Keep.all(prompt.layer(i)) for i in range(prompt.num_layers)]
 
 
 class Reading:
     """What a model's layers held after it read a prompt; any method may then choose from it.
 
-    The prefill attends densely whatever a method keeps afterwards, so that reading once serves every budget.
-    The prompt's *last* token is held back: `answer` feeds it to the compressed cache. Had the dense prefill
-    read it too, the first word of the answer would have been made from the full cache.
+    The prefill attends densely whatever a method keeps afterwards, so that reading once serves every method and budget
+    (but for heads that stream while they read). The prompt's *last* token is held back: `answer` feeds it to the
+    compressed cache. Had the dense prefill read it too, the first word of the answer would have been made from the full
+    cache.
 
     Args:
         model: a transformers decoder that headkv supports.
@@ -48,20 +53,45 @@ class Reading:
     """
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+        self._check(input_ids)
+        self.model, self.last = model, input_ids[:, -1:]
+        with kept_attention(model), torch.inference_mode():
+            self.cache = RaggedCache.for_model(model, _Witness(), chunked_prefill=True)
+            model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
+        self.prompt: Prompt = self.cache.prompts()[0]
+        self._layers: tuple[Prefill, ...] | None = None
+
+    @staticmethod
+    def _check(input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
             raise ValueError(
                 f"input_ids must have shape [1, n] with n at least 2, got {list(input_ids.shape)}"
             )
-        self.model, self.last = model, input_ids[:, -1:]
-        witness, former = _Witness(), model.config._attn_implementation
-        self.cache = RaggedCache.for_model(model, witness)
-        try:
-            with torch.inference_mode():
-                model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
-        finally:
-            model.set_attn_implementation(former)
-        self.layers: tuple[Prefill, ...] = tuple(witness.seen)
-        self._full = self.cache.snapshot()
+
+    @torch.inference_mode()
+    def followed_by(self, input_ids: Tensor) -> Reading:
+        """The reading of a longer prompt: this one, then `input_ids` `[1, m]`, whose last token is held back.
+
+        Only the new tokens pass the model; this reading stays as it is.
+
+        Raises:
+            ValueError: `input_ids` is no single sequence of two tokens or more.
+        """
+        self._check(input_ids)
+        longer = copy.copy(self)
+        longer.cache, longer._layers = copy.deepcopy(self.cache), None
+        tokens, longer.last = torch.cat([self.last, input_ids[:, :-1]], 1), input_ids[:, -1:]
+        with chosen_attention(self.model, NAME):
+            self.model(tokens, past_key_values=longer.cache, logits_to_keep=1)
+        longer.prompt = longer.cache.prompts()[0]
+        return longer
+
+    @property
+    def layers(self) -> tuple[Prefill, ...]:
+        """What each layer held: queries `[HQ, n - 1, D]`, keys and values `[H, n - 1, D]`."""
+        if self._layers is None:
+            self._layers = tuple(self.prompt.layer(i) for i in range(self.prompt.num_layers))
+        return self._layers
 
     def window_attention(self, window: int = 32, *, reduce: str = "mean") -> Tensor:
         """How the last `window` tokens attend to each token before them: SnapKV's scores before pooling.
@@ -77,41 +107,51 @@ class Reading:
         scorer = SnapKVScorer(window, kernel_size=1, reduce=reduce)
         return torch.stack([scorer.score(layer) for layer in self.layers]).cpu()
 
-    def kept(self, method: Method) -> Tensor:
+    @torch.inference_mode()
+    def plan(self, method: Method | PromptMethod) -> Sequence[Keep]:
+        """What `method` keeps of each layer."""
+        asked: Any = method
+        if getattr(method, "whole_prompt", False):
+            with chosen_attention(self.model, NAME):  # it may read more
+                answer: Sequence[Keep] = asked.plan_prompt(self.prompt)
+            return answer
+        wanted, keeps = method.observed_queries, []
+        for i in range(self.prompt.num_layers):
+            layer = self.prompt.layer(i)
+            first = 0 if wanted is None else max(0, layer.queries.shape[1] - wanted)
+            keeps.append(asked.plan(replace(layer, queries=layer.queries[:, first:])))
+        return keeps
+
+    def kept(self, method: Method | PromptMethod) -> Tensor:
         """Which entries `method` keeps, `[layers, H, n - 1]` bool.
 
         Raises:
             ValueError: `method` has rows with a window, which keep by age and not by choice.
         """
-        wanted, masks = method.observed_queries, []
-        for layer in self.layers:
-            first = 0 if wanted is None else max(0, layer.queries.shape[1] - wanted)
-            keep = method.plan(replace(layer, queries=layer.queries[:, first:]))
-            if keep.recent is not None and bool((keep.recent > 0).any()):
-                raise ValueError(f"method must not have windowed rows, got {method}")
-            masks.append(keep.mask)
-        return torch.stack(masks)
+        keeps = self.plan(method)
+        if any(keep.recent is not None and bool((keep.recent > 0).any()) for keep in keeps):
+            raise ValueError(f"method must not have windowed rows, got {method}")
+        return torch.stack([keep.mask for keep in keeps])
 
     @torch.inference_mode()
-    def answer(self, method: Method, max_new_tokens: int = 4) -> Tensor:
-        """Compress by `method`, then decode greedily: `[max_new_tokens]` int64.
+    def compressed(self, method: Method | PromptMethod, keeps: Sequence[Keep] | None = None) -> RaggedCache:
+        """A cache that holds what `method` keeps of the prompt; set the model's attention to "headkv" to use it.
 
-        Raises:
-            ValueError: windowed rows (see `kept`), or layers with a sliding window, which drop by age.
+        Args:
+            method: the method.
+            keeps: its answer, if it was asked before.
         """
+        keeps = self.plan(method) if keeps is None else keeps
+        with kept_attention(self.model):
+            cache = RaggedCache.for_model(self.model, method, rollback=0)
+        for layer, full, keep in zip(cache.layers, self.cache.layers, keeps, strict=True):
+            layer.restore(full.compressed([keep], rollback=0))
+        return cache
+
+    @torch.inference_mode()
+    def answer(self, method: Method | PromptMethod, max_new_tokens: int = 4) -> Tensor:
+        """Compress by `method`, then decode greedily: `[max_new_tokens]` int64."""
         _checks.whole("max_new_tokens", max_new_tokens, 1)
-        if any(layer.sliding_window is not None for layer in self.layers):
-            raise ValueError("model must not have layers with a sliding window, to be compressed once more")
-        former = self.model.config._attn_implementation
-        self.cache.restore(self._full)
-        for layer, mask in zip(self.cache.layers, self.kept(method), strict=True):
-            layer.filled().evict(mask[None])
-        token, answer = self.last, []
-        try:
-            self.model.set_attn_implementation(NAME)
-            for _ in range(max_new_tokens):
-                token = self.model(token, past_key_values=self.cache).logits[:, -1:].argmax(-1)
-                answer.append(token[0])
-        finally:
-            self.model.set_attn_implementation(former)
-        return torch.cat(answer).cpu()
+        cache = self.compressed(method)
+        with chosen_attention(self.model, NAME):
+            return torch.tensor(list(greedy(self.model, self.last, cache, max_new_tokens)))

@@ -7,13 +7,13 @@ import ctypes
 import gc
 import sys
 
+import psutil
 
-def resident_bytes() -> int | None:
-    """Bytes of this process that are in memory; garbage and freed blocks are given back first. None outside Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory; garbage and (with glibc) freed blocks are given back first."""
     gc.collect()
-    with contextlib.suppress(AttributeError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)

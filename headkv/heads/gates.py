@@ -8,7 +8,7 @@ those of the full model, and a penalty on the gates pushes every one down that i
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headkv import _checks
-from headkv._config import kv_heads
+from headkv._config import class_or_name, kv_heads
 from headkv.data import Fact, haystack
 from headkv.heads.observe import exchanged_attention
 from headkv.heads.profile import HeadProfile
@@ -49,7 +49,7 @@ def profile_gates(
     seed: int = 0,
     progress: bool = False,
 ) -> HeadProfile:
-    """Learn the gate of every KV head on texts with hidden passkeys.
+    """The gate of every KV head, learned on texts with hidden passkeys.
 
     Loss: mean squared difference of the last hidden states at the answers + `penalty` * mean of the gates. AdamW, a
     linear warm-up over the first fifth and a linear decay over the last, down to a tenth. The gates are float32 and
@@ -72,9 +72,14 @@ def profile_gates(
 
     Raises:
         ValueError: a number is out of range, or the model has sliding-window layers or soft-capped attention.
+        TypeError: an option is no number.
     """
-    _check(steps, lengths, sinks, recent, passkeys)
-    _checks.whole("words", words, 1)
+    steps = _checks.whole("steps", steps, 1)
+    passkeys = _checks.whole("passkeys", passkeys, 1, len(_ORDINALS))
+    words = _checks.whole("words", words, 1)
+    sinks, recent = _checks.whole("sinks", sinks), _checks.whole("recent", recent, 1)
+    seed = _checks.whole("seed", seed)
+    least, greatest = _span(lengths, sinks + recent)
     _checks.between("learning_rate", learning_rate, 0)
     _checks.between("penalty", penalty, 0)
     config = model.config.get_text_config()
@@ -86,7 +91,7 @@ def profile_gates(
         for step in track(range(steps), "Gates", progress):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * schedule(step, steps)
-            text, answers = passkey_text(tokenizer, source.randint(*lengths), passkeys, words, source)
+            text, answers = passkey_text(tokenizer, source.randint(least, greatest), passkeys, words, source)
             text = text.to(model.device)
             mixer.full.clear()
             with torch.no_grad():
@@ -101,7 +106,7 @@ def profile_gates(
                 mixer.gates.clamp_(0, 1)
     parameters: dict[str, Any] = {
         "steps": steps,
-        "lengths": list(lengths),
+        "lengths": [least, greatest],
         "sinks": sinks,
         "recent": recent,
         "passkeys": passkeys,
@@ -110,7 +115,7 @@ def profile_gates(
         "penalty": penalty,
         "seed": seed,
     }
-    name = model.config._name_or_path or type(model).__name__
+    name = class_or_name(model)
     return HeadProfile(name, "gate", "kv", mixer.gates.detach(), parameters)
 
 
@@ -150,7 +155,7 @@ class Mixer:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Attend as transformers asks: query [1, HQ, n, D], key and value [1, H, n, D] -> [1, n, HQ, D]."""
+        """Attention as transformers asks for it: query [1, HQ, n, D], key and value [1, H, n, D] -> [1, n, HQ, D]."""
         if options.get("sliding_window") or options.get("softcap"):
             raise ValueError("model must have neither sliding-window layers nor soft-capped attention")
         layer, group = int(module.layer_idx), query.shape[1] // key.shape[1]  # type: ignore[arg-type]
@@ -173,7 +178,7 @@ class Mixer:
 def passkey_text(
     tokenizer: PreTrainedTokenizerBase, length: int, passkeys: int, words: int, source: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Return a text with hidden passkeys and all questions and answers after it.
+    """A text with hidden passkeys, and all questions and answers after it.
 
     Args:
         tokenizer: of the model.
@@ -199,7 +204,7 @@ def passkey_text(
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: up over the first fifth, down over the last, at least a tenth.
+    """The factor of the learning rate: up over the first fifth, down over the last, at least a tenth.
 
     >>> [round(schedule(step, 10), 2) for step in (0, 1, 5, 8, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5]
@@ -210,7 +215,7 @@ def schedule(step: int, steps: int) -> float:
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Train no weight of `model` in this context; which ones were trained before is put back."""
+    """A context in which no weight of `model` is trained; which ones were trained before is put back."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)
@@ -222,14 +227,9 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _check(steps: int, lengths: tuple[int, int], sinks: int, recent: int, passkeys: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 1 <= passkeys <= len(_ORDINALS):
-        raise ValueError(f"passkeys must be between 1 and {len(_ORDINALS)}, got {passkeys}")
-    if sinks < 0 or recent < 1:
-        raise ValueError(f"sinks must be at least 0 and recent at least 1, got {sinks} and {recent}")
-    if len(lengths) != 2 or not sinks + recent < lengths[0] <= lengths[1]:
-        raise ValueError(
-            f"lengths must be (least, greatest), over sinks + recent = {sinks + recent}, got {lengths}"
-        )
+def _span(lengths: Sequence[int], window: int) -> tuple[int, int]:
+    """The least and the greatest length, beyond sinks and window."""
+    found = [_checks.whole("lengths", length) for length in lengths]
+    if len(found) != 2 or not window < found[0] <= found[1]:
+        raise ValueError(f"lengths must be (least, greatest), over sinks + recent = {window}, got {lengths}")
+    return found[0], found[1]

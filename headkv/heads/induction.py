@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headkv import _checks
+from headkv._config import class_or_name
 from headkv.heads.observe import Attention, observe
 from headkv.heads.profile import HeadProfile
 from headkv.heads.progress import track
@@ -32,7 +34,7 @@ def profile_repeats(
     seeds: Sequence[int] = (0, 1, 2),
     progress: bool = False,
 ) -> tuple[HeadProfile, HeadProfile]:
-    """Measure the echo and the induction score of every query head.
+    """The echo and the induction score of every query head, measured.
 
     Args:
         model: a transformers decoder.
@@ -48,17 +50,19 @@ def profile_repeats(
 
     Raises:
         ValueError: a number is out of range; the message says which.
+        TypeError: an option is no number.
     """
     vocabulary = ordinary_tokens(model, tokenizer)
+    num_tokens = _checks.whole("num_tokens", num_tokens, 2, len(vocabulary))
+    repeats = _checks.whole("repeats", repeats, 2)
+    seeds = [_checks.whole("seeds", seed) for seed in seeds]
     bos = getattr(tokenizer, "bos_token_id", None)
     start = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", num_tokens * repeats + 1)
     limit -= len(start)
-    if not 2 <= num_tokens <= len(vocabulary):
-        raise ValueError(f"num_tokens must be between 2 and {len(vocabulary)}, got {num_tokens}")
-    if not 2 <= repeats <= limit // num_tokens:
+    if repeats > limit // num_tokens:
         raise ValueError(
-            f"repeats must be between 2 and {limit // num_tokens} (the model reads {limit} tokens, the block "
+            f"repeats must be an int in [2, {limit // num_tokens}] (the model reads {limit} tokens, the block "
             f"has {num_tokens}), got {repeats}"
         )
     if not seeds:
@@ -76,8 +80,8 @@ def profile_repeats(
             # The inner model: the scores need no logits over the vocabulary.
             model.base_model(input_ids=text[None].to(model.device), use_cache=False)
     scores = torch.stack([totals[layer] for layer in sorted(totals)]).cpu() / len(seeds)  # [layers, 2, HQ]
-    parameters: dict[str, Any] = {"num_tokens": num_tokens, "repeats": repeats, "seeds": list(seeds)}
-    name = model.config._name_or_path or type(model).__name__
+    parameters: dict[str, Any] = {"num_tokens": num_tokens, "repeats": repeats, "seeds": seeds}
+    name = class_or_name(model)
     echo, induction = (
         HeadProfile(name, kind, "query", scores[:, index], parameters)
         for index, kind in enumerate(("echo", "induction"))
@@ -86,7 +90,7 @@ def profile_repeats(
 
 
 def repeat_shares(attention: Attention, period: int, start: int = 0) -> Tensor:
-    """Return the attention's share on earlier occurrences and on the tokens after them: [2, HQ], float32.
+    """The attention's share on earlier occurrences and on the tokens after them: [2, HQ], float32.
 
     The mean over all queries i that have an earlier occurrence, of the sum of p[i, j] over the earlier
     occurrences j (echo), and of p[i, j + 1] (induction). Only a block of rows of one KV head is ever held,
@@ -119,7 +123,7 @@ def repeat_shares(attention: Attention, period: int, start: int = 0) -> Tensor:
 
 
 def ordinary_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """Return the ids of the tokens that are no special or added tokens, ascending, int64."""
+    """The ids of the tokens that are no special or added tokens, ascending, int64."""
     size = int(model.config.get_text_config().vocab_size)
     if tokenizer is None:
         return torch.arange(size)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from headkv.models.attention import chosen_attention, decoder_attention
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -37,7 +39,7 @@ class Attention:
     softcap: float | None
 
     def logits(self, head: int, rows: slice) -> Tensor:
-        """Return the masked logits of the query heads of one KV head, first sequence: [G, R, n], float32.
+        """The masked logits of the query heads of one KV head, first sequence: [G, R, n], float32.
 
         Args:
             head: the KV head.
@@ -65,7 +67,7 @@ class Watcher(Protocol):
 
 @contextmanager
 def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
-    """Call `watcher` with every layer's attention while the model runs as ever.
+    """A context in which `watcher` is called with every layer's attention, while the model runs as ever.
 
     The attention is computed by the implementation that the model had, which is back on exit, also after an
     error.
@@ -75,7 +77,7 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = model.config._attn_implementation
+    before = decoder_attention(model)
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -100,7 +102,7 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
 
 @contextmanager
 def exchanged_attention(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let `model` call `attend`, an attention function of transformers, in this context.
+    """A context in which `model` calls `attend`, an attention function of transformers.
 
     It gets the masks that the model's own attention would get.
 
@@ -110,7 +112,7 @@ def exchanged_attention(model: PreTrainedModel, attend: Callable[..., Any]) -> I
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = model.config._attn_implementation
+    before = decoder_attention(model)
     names = (f"headkv-observe-{number}-{before}" for number in itertools.count())
     name = next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
     ALL_ATTENTION_FUNCTIONS[name] = attend
@@ -118,11 +120,11 @@ def exchanged_attention(model: PreTrainedModel, attend: Callable[..., Any]) -> I
         # Masks are found among the registered functions alone. The name stays: it is a synonym, used again.
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     try:
-        model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:
-            raise ValueError(f"model must let its attention be chosen by name, got {type(model).__name__}")
-        yield
+        with chosen_attention(model, name):
+            if decoder_attention(model) != name:
+                raise ValueError(
+                    f"model must let its attention be chosen by name, got {type(model).__name__}"
+                )
+            yield
     finally:
-        if model.config._attn_implementation == name:
-            model.set_attn_implementation(before)
         del ALL_ATTENTION_FUNCTIONS[name]

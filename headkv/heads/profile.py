@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from headkv._config import kv_heads
+from headkv import _checks
+from headkv._config import class_or_name, kv_heads, model_name
+from headkv._figure import grid_figure
+from headkv._grid import grid_html, spread
+from headkv._wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KINDS = ("echo", "induction", "retrieval", "retrieval-reasoning", "gate", "ablation", "reconstruction")
 
 _FORMAT = "headkv-head-profile"
+_DATA = resources.files("headkv.heads") / "data"
+_PROFILERS = "headkv.heads.profilers"
+_HEADS = {"query": "query head", "kv": "KV head"}
 _FIELDS = ("format", "version", "model", "kind", "heads", "parameters", "scores")
 
 
@@ -49,10 +60,8 @@ class HeadProfile:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be the model's id, a non-empty string, got {self.model!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.heads not in ("query", "kv"):
-            raise ValueError(f'heads must be "query" or "kv", got {self.heads!r}')
+        _checks.one_of("kind", self.kind, KINDS)
+        _checks.one_of("heads", self.heads, ("query", "kv"))
         if not isinstance(self.scores, Tensor) or not self.scores.is_floating_point():
             got = self.scores.dtype if isinstance(self.scores, Tensor) else type(self.scores).__name__
             raise TypeError(f"scores must be a floating-point tensor [layers, heads], got {got}")
@@ -79,7 +88,7 @@ class HeadProfile:
         return self.scores.shape[1]
 
     def kv_scores(self, num_kv_heads: int, reduce: str = "max") -> Tensor:
-        """Return one score a KV head, [layers, num_kv_heads], float32.
+        """One score a KV head, [layers, num_kv_heads], float32.
 
         The query heads of a group, which share a KV head, are reduced to one score. A profile of KV heads is
         returned as it is.
@@ -91,8 +100,8 @@ class HeadProfile:
         Raises:
             ValueError: `num_kv_heads` does not fit the profile, or `reduce` is unknown.
         """
-        if reduce not in ("max", "sum", "mean"):
-            raise ValueError(f'reduce must be "max", "sum" or "mean", got {reduce!r}')
+        _checks.one_of("reduce", reduce, ("max", "sum", "mean"))
+        num_kv_heads = _checks.whole("num_kv_heads", num_kv_heads)
         if (
             num_kv_heads < 1
             or self.num_heads % num_kv_heads
@@ -104,14 +113,15 @@ class HeadProfile:
         return grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
 
     def check_model(self, model: Any) -> None:
-        """Check that this profile was made for `model`, a transformers model or its configuration.
+        """A check that this profile was made for `model`, a transformers model (wrapped or not) or its configuration.
 
         Raises:
             ValueError: the number of layers or heads differs, or both have a name and the names differ (only
                 their last part counts, in any case). `renamed` is the way to use it all the same.
         """
+        model = unwrapped(model)
         config = getattr(model, "config", model)
-        name = str(getattr(config, "_name_or_path", "") or "")
+        name = model_name(config)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         wanted = config.num_attention_heads
@@ -129,13 +139,35 @@ class HeadProfile:
             )
 
     def renamed(self, model: str) -> HeadProfile:
-        """Return this profile as one of `model`: a copy, or a fine-tuned version, of the measured model."""
+        """This profile as one of `model`: a copy, or a fine-tuned version, of the measured model."""
         return dataclasses.replace(
             self, model=model, parameters={**self.parameters, "measured_on": self.model}
         )
 
+    @property
+    def label(self) -> str:
+        """What it is, in three words."""
+        return f"{self.kind} of {_base_name(self.model)}"
+
+    def __repr__(self) -> str:
+        shape = f"{self.num_layers} x {self.num_heads} {_HEADS[self.heads]}s"
+        return f"HeadProfile({self.label}: {shape}, scores {spread(self.scores)})"
+
+    def _repr_html_(self) -> str:
+        layer, head = divmod(int(self.scores.argmax()), self.num_heads)
+        said = f"{self.kind.capitalize()} scores of {self.model}: highest in layer {layer}, head {head}."
+        return grid_html(self.scores, said, unit="", heads=_HEADS[self.heads])
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the scores: layers downward, heads across.
+
+        Raises:
+            ImportError: there is no matplotlib; the message says how to install it.
+        """
+        return grid_figure(self.scores, self.label, unit=f"{self.kind} score", heads=_HEADS[self.heads])
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as JSON, one line a layer; `load` gives back the same scores to the bit."""
+        """A file of the profile, JSON with one line a layer; `load` gives back the same scores to the bit."""
         rows = (json.dumps([float(f"{score:.9g}") for score in row]) for row in self.scores.tolist())
         head = {
             "format": _FORMAT,
@@ -157,7 +189,7 @@ class HeadProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadProfile:
-        """Read a profile that `save` wrote.
+        """A profile that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -187,18 +219,74 @@ class HeadProfile:
 
     @classmethod
     def builtin(cls, name: str) -> HeadProfile:
-        """Load a profile that is shipped with headkv, e.g. "smollm2-induction".
+        """A profile that is shipped with headkv, e.g. "smollm2-induction".
 
         Raises:
             ValueError: there is none of this name; the message lists those that there are.
         """
-        folder = resources.files("headkv.heads") / "data"
-        names = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))
-        if name not in names:
-            raise ValueError(f"name must be one of {', '.join(names)}, got {name!r}")
-        with resources.as_file(folder / f"{name}.json") as path:
+        _checks.one_of("name", name, _shipped())
+        with resources.as_file(_DATA / f"{name}.json") as path:
             return cls.load(path)
+
+    @classmethod
+    def for_model(cls, model: Any, kind: str) -> HeadProfile:
+        """The shipped profile of a kind for a loaded model.
+
+        Args:
+            model: a transformers model, known by its name (only the last part counts, in any case).
+            kind: one of `KINDS`.
+
+        Raises:
+            ValueError: none is shipped; the message lists those that are, and says how one is measured. Or the model
+                has other layers or heads than the one of this name.
+
+        >>> HeadProfile.for_model(model, "retrieval")  # doctest: +SKIP
+        HeadProfile(retrieval of SmolLM2-135M-Instruct: 30 x 9 query heads, scores 0 to 0.857)
+        """
+        _checks.one_of("kind", kind, KINDS)
+        name, shipped = model_name(model), [cls.builtin(name) for name in _shipped()]
+        for profile in shipped:
+            if profile.kind == kind and _last_part(profile.model) == _last_part(name):
+                profile.check_model(model)
+                return profile
+        there: dict[str, list[str]] = {}
+        for profile in shipped:
+            there.setdefault(profile.model, []).append(profile.kind)
+        listed = "; ".join(f"{', '.join(kinds)} of {known}" for known, kinds in there.items())
+        raise ValueError(
+            f"model must be one with a shipped profile of kind {kind!r}, got {class_or_name(model)!r}. "
+            f"Shipped: {listed}. HeadProfile.measure(model, tokenizer, {kind!r}) measures one, "
+            f"`headkv profile --kind {kind} --model {name or 'NAME'} --out FILE` writes it to a file"
+        )
+
+    @classmethod
+    def measure(cls, model: Any, tokenizer: Any, kind: str, **options: Any) -> HeadProfile:
+        """A profile of a loaded model, measured now.
+
+        Args:
+            model: a transformers decoder.
+            tokenizer: its tokenizer.
+            kind: one of `headkv.heads.profilers.PROFILERS`.
+            options: of the kind's profiler; `headkv.heads.profilers.profile_options(kind)` lists them. `progress=True`
+                shows a progress bar.
+
+        Raises:
+            ValueError: an unknown kind, or an option out of range.
+            TypeError: an option that the profiler does not have.
+            RuntimeError: the model answers too badly to be measured.
+        """
+        # By its name: profilers are made of profiles, not the other way round.
+        profile: HeadProfile = importlib.import_module(_PROFILERS).measure(kind, model, tokenizer, **options)
+        return profile
+
+
+def _shipped() -> list[str]:
+    return sorted(entry.name[:-5] for entry in _DATA.iterdir() if entry.name.endswith(".json"))
+
+
+def _base_name(name: str) -> str:
+    return Path(name.replace("\\", "/")).name
 
 
 def _last_part(name: str) -> str:
-    return Path(name.replace("\\", "/")).name.lower()
+    return _base_name(name).lower()

@@ -10,10 +10,6 @@ T = TypeVar("T")
 
 def track(items: Sequence[T], label: str, shown: bool) -> Iterator[T]:
     """Iterate over `items`, with a progress bar on the standard error stream if `shown`."""
-    if not shown:
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track as bar
+    from tqdm import tqdm
 
-    yield from bar(items, label, console=Console(stderr=True))
+    yield from tqdm(items, desc=label, disable=not shown)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from headkv import _checks
 from headkv.heads.profile import HeadProfile
 
 _TSV = "full_attention_heads.tsv"
 
 
 def read_duo_attention(folder: str | os.PathLike[str], *, model: str) -> HeadProfile:
-    """Read a pattern folder of DuoAttention: `full_attention_heads.tsv` and, beside it, `config.json`.
+    """The gates in a pattern folder of DuoAttention: `full_attention_heads.tsv` and, beside it, `config.json`.
 
     The table holds a gate for each KV head, one line a layer. The gates stay as they are: clipping and the
     quantile are the method's part. The sinks and the recent window of the training are kept as parameters.
@@ -56,7 +57,7 @@ def read_headkv(
     num_heads: int,
     kind: str = "retrieval",
 ) -> HeadProfile:
-    """Read a score file of HeadKV: one JSON object, {"layer-head": [a value for each sample]}.
+    """The scores in a file of HeadKV: one JSON object, {"layer-head": [a value for each sample]}.
 
     A query head's score is the mean of its values. Keys are read by name, whatever their order.
 
@@ -71,8 +72,9 @@ def read_headkv(
         FileNotFoundError: there is no such file.
         ValueError: a head is missing or unknown, or has no values.
     """
-    if kind not in ("retrieval", "retrieval-reasoning"):
-        raise ValueError(f'kind must be "retrieval" or "retrieval-reasoning", got {kind!r}')
+    _checks.one_of("kind", kind, ("retrieval", "retrieval-reasoning"))
+    _checks.whole("num_layers", num_layers, 1)
+    _checks.whole("num_heads", num_heads, 1)
     where = os.fspath(path)
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headkv._config import class_or_name
 from headkv.data import Fact, haystack
 from headkv.heads.observe import Attention, observe
 from headkv.heads.profile import HeadProfile
 from headkv.heads.progress import track
+from headkv.models.decoding import end_tokens, greedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +69,7 @@ def profile_retrieval(
     depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     progress: bool = False,
 ) -> HeadProfile:
-    """Measure the retrieval score of every query head on facts hidden at several lengths and depths.
+    """The retrieval score of every query head, measured on facts hidden at several lengths and depths.
 
     Decoding is greedy, with the full cache. Only what the model answered well counts: ROUGE-1 recall over 0.5
     (retrieval), F1 of the words over 0.5 (retrieval-reasoning). A score is the mean over those samples.
@@ -98,12 +100,12 @@ def profile_retrieval(
     kind = "retrieval-reasoning" if reasoning else "retrieval"
     parameters: dict[str, Any] = {"lengths": list(lengths), "depths": list(depths)}
     parameters |= {"samples": len(grid), "samples_counted": counted}
-    name = model.config._name_or_path or type(model).__name__
+    name = class_or_name(model)
     return HeadProfile(name, kind, "query", total / counted, parameters)
 
 
 def copy_sample(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, seed: int) -> Sample:
-    """Hide one sentence of which a dozen words have to be copied; the span is these words."""
+    """One hidden sentence of which a dozen words have to be copied; the span is these words."""
     subject, answer = _COPIES[seed % len(_COPIES)]
     name = subject[0].upper() + subject[1:]
     fact = Fact(f"{name} is {answer}.", f"What is {subject}?", f"{name} is", answer)
@@ -112,7 +114,7 @@ def copy_sample(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, s
 
 
 def reasoning_sample(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, seed: int) -> Sample:
-    """Hide two people's trades and secret cities, and ask by the trade; the span is the city's sentence.
+    """Two people's trades and secret cities, hidden, and asked for by the trade; the span is the city's sentence.
 
     The beginning of the answer names the person, a step that is beyond a small model. The city is left to it.
     """
@@ -135,7 +137,7 @@ def reasoning_sample(tokenizer: PreTrainedTokenizerBase, length: int, depth: flo
 
 
 def word_recall(wanted: str, text: str) -> float:
-    """Return the share of the words of `wanted` that stand in `text` (ROUGE-1 recall).
+    """The share of the words of `wanted` that stand in `text` (ROUGE-1 recall).
 
     >>> word_recall("a warm almond cake", "The cake is warm.")
     0.5
@@ -145,7 +147,7 @@ def word_recall(wanted: str, text: str) -> float:
 
 
 def word_f1(wanted: str, text: str) -> float:
-    """Return the F1 of the words, as question answering is judged.
+    """The F1 of the words, as question answering is judged.
 
     >>> word_f1("Quito", "Quito, of course")
     0.5
@@ -160,7 +162,7 @@ def _words(text: str) -> Counter[str]:
 
 
 def _copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[Tensor, str]:
-    """Return the copy scores [layers, HQ] and what the model wrote."""
+    """The copy scores [layers, HQ] and what the model wrote."""
     strongest: dict[int, Tensor] = {}
 
     def watch(attention: Attention) -> None:
@@ -182,7 +184,7 @@ def _copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sa
 
 
 def _reason(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[Tensor, str]:
-    """Return the sums of attention on the right fact [layers, HQ] and what the model wrote."""
+    """The sums of attention on the right fact [layers, HQ] and what the model wrote."""
     start, end = sample.span
     weights: dict[int, Tensor] = {}
 
@@ -205,17 +207,11 @@ def _reason(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: 
     return scores, str(tokenizer.decode(written, skip_special_tokens=True))
 
 
+@torch.inference_mode()
 def _decode(model: PreTrainedModel, prompt: Tensor, steps: int) -> Iterator[int]:
-    """Yield greedily decoded tokens, each right after the forward pass that chose it."""
-    ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends])
-    with torch.inference_mode():
-        prompt = prompt.to(model.device)
-        # The last token goes alone, so that every watched pass has the one query that chooses the next token.
-        cache = model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        token = prompt[:, -1:]
-        for _ in range(steps):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-            if int(token) in stops:
-                return
-            yield int(token)
+    """Greedily decoded tokens before the model's end, each right after the forward pass that chose it."""
+    prompt, ends = prompt.to(model.device), end_tokens(model)
+    # The last token goes alone, so that every watched pass has the one query that chooses the next token.
+    cache = model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    written = greedy(model, prompt[:, -1:], cache, steps)
+    yield from itertools.takewhile(lambda token: token not in ends, written)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from headkv.attention.api import choose_backend
+from headkv.integrations.cache import RaggedCache
 from headkv.integrations.compiled import compiled_layers, decoder_layers
-from headkv.integrations.huggingface import NAME, RaggedCache
+from headkv.integrations.hook import NAME
+from headkv.models.attention import decoder_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,8 +56,7 @@ class DecodeGraph:
         if not isinstance(cache, RaggedCache):
             raise TypeError(f"cache must be a RaggedCache, got {type(cache).__name__}")
         check_device(model)
-        if model.config._attn_implementation != NAME:
-            got = model.config._attn_implementation
+        if (got := decoder_attention(model)) != NAME:
             raise ValueError(
                 f"model must have the attention implementation {NAME!r}, got {got!r}: see RaggedCache.for_model"
             )

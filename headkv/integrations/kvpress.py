@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv.prefill import Prefill
 from headkv.scorers.attention import attention_weights
-
-if TYPE_CHECKING:
-    from headkv.methods.base import Prefill
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +83,7 @@ class KVPressScorer:
         if prefill.queries.shape[1] < count:
             raise ValueError(f"queries must hold the last {count} tokens, got {prefill.queries.shape[1]}")
         queries = prefill.queries[:, -count:].reshape(heads, -1, count, dim)
-        weights = attention_weights(
-            queries, prefill.keys, n - count, prefill.scale, prefill.sliding_window, prefill.softcap
-        )
+        weights = attention_weights(queries, prefill.keys, n - count, prefill.rule)
         return weights.reshape(1, -1, count, n)
 
 

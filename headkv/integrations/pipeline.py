@@ -19,8 +19,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from headkv import _checks
-from headkv.integrations.huggingface import NAME, RaggedCache, supported_config
+from headkv.data.chat import chat_frame
+from headkv.integrations.cache import RaggedCache
+from headkv.integrations.hook import NAME
+from headkv.integrations.support import supported_config
 from headkv.methods import AdaKV, FullCache
+from headkv.models.attention import choose_attention, kept_attention
+from headkv.models.decoding import end_tokens, greedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method
 
 TASK = "headkv-text-generation"
-_MARK = "{context}"
 
 
 def pipeline(
@@ -184,7 +188,7 @@ class HeadKVPipeline(Pipeline):
         max_context_length: int | None = None,
     ) -> dict[str, Any]:
         """The tokens of the text, `context` `[1, n]`, and of what follows it each time, `asks` `[1, m]`, m > 0."""
-        header, footer = self._frame()
+        header, footer = chat_frame(self.tokenizer)
         ids = self._tokens(header + _text("context", context))
         ids = self._fitting(ids, max_context_length)
         asks = []
@@ -214,13 +218,13 @@ class HeadKVPipeline(Pipeline):
     ) -> dict[str, Any]:
         """Read the text into the cache once, then answer from there each time."""
         model, context, asks = self.model, inputs["context"], inputs["asks"]
-        given, former = cache, model.config._attn_implementation
+        given = cache
         if given is not None:
             _check_cache(given, supported_config(model).num_hidden_layers)
-        try:
+        with kept_attention(model):
             # Snapshots undo the answers, so that windowed rows need store no more than they attend to.
             cache = given or RaggedCache.for_model(model, method or FullCache(), rollback=0)
-            model.set_attn_implementation(NAME)
+            choose_attention(model, NAME)
             model(context, past_key_values=cache, logits_to_keep=1)
             cache.finalize_prefill()
             saved = cache.snapshot() if given is not None or len(asks) > 1 else ()
@@ -228,11 +232,9 @@ class HeadKVPipeline(Pipeline):
             for number, ask in enumerate(logging.tqdm(asks, desc="Answers", disable=len(asks) == 1)):
                 if number:
                     cache.restore(saved)
-                answers.append(self._answer(ask, cache, max_new_tokens))
+                answers.append(list(greedy(model, ask, cache, max_new_tokens, ends=end_tokens(model))))
             if given is not None:
                 cache.restore(saved)
-        finally:
-            model.set_attn_implementation(former)
         return {"answers": answers}
 
     def postprocess(self, outputs: dict[str, Any], several: bool = False) -> dict[str, Any]:  # type: ignore[override]
@@ -241,31 +243,6 @@ class HeadKVPipeline(Pipeline):
         return {"answers": texts} if several else {"answer": texts[0]}
 
     # -- their parts --------------------------------------------------------------------------------------------------
-
-    def _answer(self, ask: Tensor, cache: RaggedCache, max_new_tokens: int) -> list[int]:
-        """Greedy decoding after `ask` `[1, m]`, up to and with the first end token."""
-        ends = self.model.generation_config.eos_token_id
-        stops = ends if isinstance(ends, list) else [ends]
-        tokens, written = ask, list[int]()
-        while len(written) < max_new_tokens and not (written and written[-1] in stops):
-            tokens = self.model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            written.append(int(tokens))
-        return written
-
-    def _frame(self) -> tuple[str, str]:
-        """What stands before the text, and between question and answer."""
-        if not self.tokenizer.chat_template:
-            return self.tokenizer.bos_token or "", "\n"
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # templates that can think aloud know this word, others ignore it
-        )
-        header, found, footer = str(chat).partition(_MARK)
-        if not found:
-            raise ValueError(f"tokenizer must have a chat template that repeats the message, got {chat!r}")
-        return header, footer
 
     def _tokens(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

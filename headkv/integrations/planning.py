@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from headkv.methods.base import Prefill
+from headkv.logits import Rule
+from headkv.methods.base import Keep
+from headkv.prefill import Parts, Prefill
 
 if TYPE_CHECKING:
-    from headkv.methods.base import Method, Windows
+    from headkv.methods.base import Method, PromptMethod, Windows
 
 
-ROLLBACK = (
-    32  # hidden entries that windowed rows still store: more than assisted generation drafts by default
-)
+# Hidden entries that windowed rows still store: more than assisted generation drafts by default.
+ROLLBACK = 32
+_NO_PARTS = Parts()
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,12 @@ class Observation:
     queries: Tensor
     valid: Tensor | None
     wanted: int | None
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
+    rule: Rule
 
     @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        valid: Tensor | None,
-        wanted: int | None,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Observation:
+    def of(cls, q: Tensor, valid: Tensor | None, wanted: int | None, rule: Rule) -> Observation:
         """Observe the queries `[B, HQ, n, D]` of a prefill."""
-        return cls(q, valid, wanted, scale, sliding_window, softcap)._trimmed()
+        return cls(q, valid, wanted, rule)._trimmed()
 
     def extend(self, q: Tensor, valid: Tensor | None) -> Observation:
         """The same after another chunk of the prompt."""
@@ -100,7 +91,7 @@ def within(recent: Tensor, sliding_window: int) -> Tensor:
 
 
 def prefill_windows(
-    method: Method,
+    method: Method | PromptMethod,
     lengths: Sequence[int | None],
     *,
     layer_idx: int,
@@ -139,6 +130,43 @@ def prefill_windows(
     return {"sinks": sinks, "recent": recent, "compensate": compensate}
 
 
+def prefill_of(
+    observed: Observation,
+    keys: Tensor,
+    values: Tensor,
+    text: Tensor | None,
+    batch: int,
+    *,
+    layer_idx: int,
+    num_layers: int,
+    parts: Parts = _NO_PARTS,
+) -> Prefill:
+    """One sequence of a batch as a method sees it.
+
+    Args:
+        observed: the queries.
+        keys, values: `[B, H, n, D]`.
+        text: `[m]` int64, where the sequence's tokens stand; None: everywhere.
+        batch: which sequence.
+        layer_idx, num_layers: the layer.
+        parts: of its attention.
+    """
+    if text is not None and text.numel() == 0:
+        raise all_padding(batch)
+    rule = observed.rule
+    return Prefill(
+        queries=observed.of_sequence(batch),
+        keys=keys[batch] if text is None else keys[batch].index_select(1, text),
+        values=values[batch] if text is None else values[batch].index_select(1, text),
+        layer_idx=layer_idx,
+        num_layers=num_layers,
+        scale=rule.scale,
+        sliding_window=rule.sliding_window,
+        softcap=rule.softcap,
+        parts=parts,
+    )
+
+
 def keep_entries(
     method: Method,
     observed: Observation,
@@ -149,45 +177,68 @@ def keep_entries(
     layer_idx: int,
     num_layers: int,
     rollback: int = ROLLBACK,
-) -> dict[str, Any]:
-    """Ask `method` what each row of a batch keeps of `keys`, `values` `[B, H, n, D]`.
+    parts: Parts = _NO_PARTS,
+) -> Stored:
+    """Ask `method` what each row of a batch keeps of `keys`, `values` `[B, H, n, D]`."""
+    texts, chosen = texts_of(valid, keys.shape[0]), []
+    for b, text in enumerate(texts):
+        where: dict[str, Any] = {"layer_idx": layer_idx, "num_layers": num_layers, "parts": parts}
+        chosen.append(method.plan(prefill_of(observed, keys, values, text, b, **where)))
+    return storage_of(
+        chosen, texts, keys, valid, sliding_window=observed.rule.sliding_window, rollback=rollback
+    )
 
-    Returns:
-        `keep` `[B, H, n]` bool, `sinks`, `recent` `[B, H]` int64 and `compensate` `[B, H]` bool or None: arguments of
-        `RaggedLayer.from_dense`.
 
-    In a layer with a sliding window, what no later query can see is not stored, and rows drop what leaves that window.
+def texts_of(valid: Tensor | None, batch_size: int) -> list[Tensor | None]:
+    """Where the tokens of each sequence stand, `[m]` int64 each; None: everywhere."""
+    return [None if valid is None else valid[b].nonzero()[:, 0] for b in range(batch_size)]
+
+
+class Stored(TypedDict):
+    """What rows store of a prompt: arguments of `RaggedLayer.from_dense`."""
+
+    keep: Tensor  # [B, H, n] bool
+    sinks: Tensor  # [B, H] int64
+    recent: Tensor  # [B, H] int64
+    compensate: Tensor | None  # [B, H] bool
+
+
+def storage_of(
+    chosen: Sequence[Keep],
+    texts: Sequence[Tensor | None],
+    keys: Tensor,
+    valid: Tensor | None,
+    *,
+    sliding_window: int | None,
+    rollback: int = ROLLBACK,
+) -> Stored:
+    """What a method answered for each sequence of a batch, put together for one layer.
+
+    Args:
+        chosen: one `Keep` a sequence.
+        texts: where its tokens stand, see `texts_of`.
+        keys: `[B, H, n, D]`.
+        valid: `[B, n]` bool, or None.
+        sliding_window: of the layer. What no later query can see is not stored then, and rows drop what leaves it.
+        rollback: hidden entries that windowed rows store besides.
     """
     batch_size, num_kv_heads, n, _ = keys.shape
-    window = observed.sliding_window
+    window = sliding_window
     keep = torch.zeros(batch_size, num_kv_heads, n, dtype=torch.bool, device=keys.device)
     sinks = torch.zeros(batch_size, num_kv_heads, dtype=torch.int64, device=keys.device)
     recent = torch.zeros_like(sinks)
     compensate: Tensor | None = None
-    for b in range(batch_size):
-        text = None if valid is None else valid[b].nonzero()[:, 0]
-        if text is not None and text.numel() == 0:
-            raise all_padding(b)
-        prefill = Prefill(
-            queries=observed.of_sequence(b),
-            keys=keys[b] if text is None else keys[b].index_select(1, text),
-            values=values[b] if text is None else values[b].index_select(1, text),
-            layer_idx=layer_idx,
-            num_layers=num_layers,
-            scale=observed.scale,
-            sliding_window=window,
-            softcap=observed.softcap,
-        )
-        chosen = method.plan(prefill)
+    for b, (answer, text) in enumerate(zip(chosen, texts, strict=True)):
+        mask = answer.mask.to(keys.device)
         if text is None:
-            keep[b] = chosen.mask
+            keep[b] = mask
         else:
-            keep[b].index_copy_(1, text, chosen.mask)
-        if chosen.sinks is not None and chosen.recent is not None:
-            sinks[b], recent[b] = chosen.sinks, chosen.recent
-        if chosen.compensate is not None and window is None:  # a sliding layer forgets by itself
+            keep[b].index_copy_(1, text, mask)
+        if answer.sinks is not None and answer.recent is not None:
+            sinks[b], recent[b] = answer.sinks, answer.recent
+        if answer.compensate is not None and window is None:  # a sliding layer forgets by itself
             compensate = torch.zeros_like(sinks, dtype=torch.bool) if compensate is None else compensate
-            compensate[b] = chosen.compensate
+            compensate[b] = answer.compensate
     age = torch.arange(n - 1, -1, -1, device=keys.device)
     keep |= (recent[..., None] > 0) & (age < recent[..., None] + rollback)
     if window is not None:

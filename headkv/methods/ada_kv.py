@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from headkv import _checks
 from headkv.allocators import AdaptiveAllocator, PyramidAllocator, UniformAllocator
-from headkv.methods.base import Keep, Prefill, check_budget, plan_by_scores
+from headkv.methods.scored import Scored, ScoredMethod
 from headkv.scorers import Scorer, SnapKVScorer
 
 
 @dataclass(frozen=True)
-class AdaKV:
+class AdaKV(Scored):
     """Ada-KV, arXiv 2407.11550: a layer's slots go to the highest scores of any head, above a safeguard.
 
     Attributes:
@@ -21,6 +21,8 @@ class AdaKV:
         safeguard: share of an equal budget that every head keeps, in [0, 1]; 1 is `SnapKV`.
         pyramid: layers get `PyramidKV`'s budgets (Ada-Pyramid) in place of equal ones (Ada-SnapKV).
         beta: the pyramid's steepness, at least 1.
+        scope: "layer", as in the paper, or "model": the slots of all layers go to the highest scores of any head of
+            any layer. That is decided once the prompt is read, so that the whole cache is stored until then.
     """
 
     budget: int | float
@@ -28,23 +30,20 @@ class AdaKV:
     safeguard: float = 0.2
     pyramid: bool = False
     beta: float = 20
+    scope: str = "layer"
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
-        _checks.has("scorer", self.scorer, "window", "observed_queries", "score")
-        self.allocator()
         PyramidAllocator(self.beta)
-
-    @property
-    def observed_queries(self) -> int | None:
-        """What the scorer needs."""
-        return self.scorer.observed_queries
+        if self.pyramid and self.scope == "model":
+            raise ValueError("pyramid must be False with scope='model', where layers compete, got True")
+        super().__post_init__()
 
     def allocator(self) -> AdaptiveAllocator:
         """What splits the budget."""
         base = PyramidAllocator(self.beta) if self.pyramid else UniformAllocator()
         return AdaptiveAllocator(self.safeguard, base)
 
-    def plan(self, prefill: Prefill) -> Keep:
-        """Keep the best entries, as many a head as the layer's scores say."""
-        return plan_by_scores(prefill, self.scorer, self.allocator(), self.budget)
+    @cached_property
+    def composed(self) -> ScoredMethod:
+        """The scorer, and as many entries a head as its scores say."""
+        return ScoredMethod(self.budget, self.scorer, self.allocator(), self.scope)

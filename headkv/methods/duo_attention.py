@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill, Windows
-from headkv.methods.windows import head_scores, split_share, stored_share, top_heads, windowed, windows_of
+from headkv._brief import brief
+from headkv.methods.base import Keep, Windows
+from headkv.methods.explanation import Explained
+from headkv.methods.windows import head_scores, split_share, top_heads, windowed, windowed_share, windows_of
+from headkv.prefill import Prefill
 
 if TYPE_CHECKING:
     from headkv.heads import HeadProfile
 
 
 @dataclass(frozen=True, eq=False)
-class DuoAttention:
+class DuoAttention(Explained):
     """DuoAttention, arXiv 2410.10819: the heads with the highest gates keep all, the others stream.
 
     A share of heads decides, not a threshold: most gates of grouped-query models are near 1. Equal gates go
@@ -47,6 +50,8 @@ class DuoAttention:
     reduce: str = "max"
     streaming_prefill: bool = False
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         _checks.has("profile", self.profile, "scores", "kv_scores")
         _checks.between("sparsity", self.sparsity, 0, 1)
@@ -58,9 +63,9 @@ class DuoAttention:
     @classmethod
     def for_share(
         cls,
-        profile: HeadProfile,
         share: float,
         length: int,
+        profile: HeadProfile,
         *,
         sinks: int = 64,
         recent: int = 256,
@@ -75,7 +80,7 @@ class DuoAttention:
 
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries (0)."""
         return 0
 
     @property
@@ -89,7 +94,7 @@ class DuoAttention:
 
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens, up to the rounding to whole heads."""
-        return stored_share(1 - self.sparsity, self.sinks + self.recent, length)
+        return windowed_share(1 - self.sparsity, self.sinks + self.recent, length)
 
     def prefill_windows(
         self, *, layer_idx: int, num_layers: int, num_kv_heads: int, length: int | None

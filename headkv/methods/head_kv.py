@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from headkv import _checks
+from headkv._brief import brief
 from headkv.allocators import ProfileAllocator
-from headkv.methods.base import Keep, Prefill, check_budget, plan_by_scores
+from headkv.methods.scored import Scored, ScoredMethod
 from headkv.scorers import Scorer, SnapKVScorer
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadKV:
+class HeadKV(Scored):
     """HeadKV (a profile of kind "retrieval") and HeadKV-R2 ("retrieval-reasoning"), arXiv 2410.19258.
 
     One pool over all layers and heads is split by the profile's scores; within a head the scorer's best are
@@ -40,34 +41,22 @@ class HeadKV:
     temperature: float = 1.0
     reduce: str = "sum"
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        _checks.has("profile", self.profile, "scores", "kv_scores")
-        _checks.has("scorer", self.scorer, "window", "observed_queries", "score")
-        _checks.one_of("reduce", self.reduce, ("sum", "max", "mean"))
-        ProfileAllocator(self.profile.scores, self.beta, self.temperature)
+    __repr__ = brief
 
-    @property
-    def observed_queries(self) -> int | None:
-        """What the scorer needs."""
-        return self.scorer.observed_queries
+    def __post_init__(self) -> None:
+        _checks.has("profile", self.profile, "scores", "kv_scores")
+        super().__post_init__()
 
     @property
     def profiles(self) -> tuple[HeadProfile, ...]:
         """The profiles, to be checked against a model."""
         return (self.profile,)
 
-    def allocator(self, num_kv_heads: int) -> ProfileAllocator:
-        """What splits the budget of a model with so many KV heads: one for all its layers."""
-        if num_kv_heads not in self._allocators:
-            scores = self.profile.kv_scores(num_kv_heads, self.reduce)
-            self._allocators[num_kv_heads] = ProfileAllocator(scores, self.beta, self.temperature)
-        return self._allocators[num_kv_heads]
+    def allocator(self) -> ProfileAllocator:
+        """What splits the budget: one for all layers."""
+        return ProfileAllocator(self.profile.scores, self.beta, self.temperature, self.reduce)
 
     @cached_property
-    def _allocators(self) -> dict[int, ProfileAllocator]:
-        return {}
-
-    def plan(self, prefill: Prefill) -> Keep:
-        """Keep the best entries, as many a head as the profile says."""
-        return plan_by_scores(prefill, self.scorer, self.allocator(prefill.num_kv_heads), self.budget)
+    def composed(self) -> ScoredMethod:
+        """The scorer, and as many entries a head as the profile says."""
+        return ScoredMethod(self.budget, self.scorer, self.allocator())

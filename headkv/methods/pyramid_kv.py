@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from headkv import _checks
 from headkv.allocators import PyramidAllocator
-from headkv.methods.base import Keep, Prefill, check_budget, plan_by_scores
+from headkv.methods.scored import Scored, ScoredMethod
 from headkv.scorers import Scorer, SnapKVScorer
 
 
 @dataclass(frozen=True)
-class PyramidKV:
+class PyramidKV(Scored):
     """PyramidKV, arXiv 2406.02069: budgets fall linearly over the layers; heads of a layer are alike.
 
     Attributes:
@@ -25,16 +25,7 @@ class PyramidKV:
     beta: float = 20
     scorer: Scorer = SnapKVScorer()
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        _checks.has("scorer", self.scorer, "window", "observed_queries", "score")
-        PyramidAllocator(self.beta)
-
-    @property
-    def observed_queries(self) -> int | None:
-        """What the scorer needs."""
-        return self.scorer.observed_queries
-
-    def plan(self, prefill: Prefill) -> Keep:
-        """Keep the best entries, as many as this layer's step of the pyramid."""
-        return plan_by_scores(prefill, self.scorer, PyramidAllocator(self.beta), self.budget)
+    @cached_property
+    def composed(self) -> ScoredMethod:
+        """The scorer and this layer's step of the pyramid."""
+        return ScoredMethod(self.budget, self.scorer, PyramidAllocator(self.beta))

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill
-from headkv.methods.windows import split_share, stored_share, top_heads, windowed
+from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
+from headkv.methods.windows import split_share, top_heads, windowed, windowed_share
+from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
-class RandomHeads:
+class RandomHeads(Explained):
     """A control, as in RazorAttention (arXiv 2407.15891): as many heads keep all, but any heads.
 
     Attributes:
@@ -48,7 +50,7 @@ class RandomHeads:
 
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries (0)."""
         return 0
 
     def retrieval_heads(self, num_layers: int, num_kv_heads: int) -> Tensor:
@@ -59,7 +61,7 @@ class RandomHeads:
 
     def stored_share(self, length: int) -> float:
         """Share stored of a prompt of `length` tokens, up to the rounding to whole heads."""
-        return stored_share(self.share, self.sinks + self.recent, length)
+        return windowed_share(self.share, self.sinks + self.recent, length)
 
     def plan(self, prefill: Prefill) -> Keep:
         """Keep all entries of this layer's chosen heads, and the sinks and the window of the others."""

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill, Windows
-from headkv.methods.windows import head_scores, stored_share, top_heads, windowed, windows_of
+from headkv._brief import brief
+from headkv.methods.base import Keep, Windows
+from headkv.methods.explanation import Explained
+from headkv.methods.windows import head_scores, top_heads, windowed, windowed_share, windows_of
+from headkv.prefill import Prefill
 
 if TYPE_CHECKING:
     from headkv.heads import HeadProfile
 
 
 @dataclass(frozen=True, eq=False)
-class RazorAttention:
+class RazorAttention(Explained):
     """RazorAttention, arXiv 2407.15891, Algorithm 1.
 
     The union of the model's top echo heads and top induction heads keeps all; a KV head scores what the
@@ -51,6 +54,8 @@ class RazorAttention:
     compensation: bool = True
     streaming_prefill: bool = False
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         for kind in ("echo", "induction"):
             profile = getattr(self, kind)
@@ -67,10 +72,10 @@ class RazorAttention:
     @classmethod
     def for_share(
         cls,
-        echo: HeadProfile,
-        induction: HeadProfile,
         share: float,
         length: int,
+        echo: HeadProfile,
+        induction: HeadProfile,
         *,
         num_kv_heads: int,
         sinks: int = 4,
@@ -86,7 +91,7 @@ class RazorAttention:
         full = cls(echo, induction).retrieval_share(num_kv_heads)
         window = round((share - full) / (1 - full) * length) if full < 1 else 0
         if window < sinks + 2:
-            least = stored_share(full, sinks + 2, length)
+            least = windowed_share(full, sinks + 2, length)
             raise ValueError(
                 f"share must be at least {least:.3f} for these profiles and {length} tokens, got {share}"
             )
@@ -102,7 +107,7 @@ class RazorAttention:
 
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries (0)."""
         return 0
 
     @property
@@ -128,7 +133,7 @@ class RazorAttention:
     def stored_share(self, length: int, num_kv_heads: int) -> float:
         """Share stored of a prompt of `length` tokens, the compensation entry counted as one."""
         window = self.sinks + self.recent(length) + self.compensation
-        return stored_share(self.retrieval_share(num_kv_heads), window, length)
+        return windowed_share(self.retrieval_share(num_kv_heads), window, length)
 
     def prefill_windows(
         self, *, layer_idx: int, num_layers: int, num_kv_heads: int, length: int | None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from headkv import _checks
 from headkv.allocators import UniformAllocator
-from headkv.methods.base import Keep, Prefill, check_budget, plan_by_scores
+from headkv.methods.scored import Scored, ScoredMethod
 from headkv.scorers import Scorer, SnapKVScorer
 
 
 @dataclass(frozen=True)
-class SnapKV:
+class SnapKV(Scored):
     """SnapKV, arXiv 2404.14469: every KV head keeps the same number of entries, its best.
 
     Attributes:
@@ -22,15 +22,7 @@ class SnapKV:
     budget: int | float
     scorer: Scorer = SnapKVScorer()
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        _checks.has("scorer", self.scorer, "window", "observed_queries", "score")
-
-    @property
-    def observed_queries(self) -> int | None:
-        """What the scorer needs."""
-        return self.scorer.observed_queries
-
-    def plan(self, prefill: Prefill) -> Keep:
-        """Keep `budget` entries of each KV head."""
-        return plan_by_scores(prefill, self.scorer, UniformAllocator(), self.budget)
+    @cached_property
+    def composed(self) -> ScoredMethod:
+        """The scorer and equal budgets."""
+        return ScoredMethod(self.budget, self.scorer, UniformAllocator())

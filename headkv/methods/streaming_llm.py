@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill, budget_capacity, check_budget
+from headkv.methods.base import Keep
+from headkv.methods.explanation import Explained
+from headkv.methods.selection import budget_capacity, check_budget, stored_share
 from headkv.methods.windows import windowed
+from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Explained):
     """StreamingLLM, arXiv 2309.17453: all heads keep sinks and a recent window, which slides while decoding.
 
     Positions stay those of the text: entries are not numbered anew when the window moves.
@@ -30,9 +33,19 @@ class StreamingLLM:
         check_budget(self.budget)
         _checks.whole("sinks", self.sinks)
 
+    @classmethod
+    def for_share(cls, share: float, length: int, *, sinks: int = 4) -> StreamingLLM:
+        """The budget with which `share` of a prompt is stored."""
+        _checks.whole("length", length, 1)
+        return cls(share, sinks)
+
+    def stored_share(self, length: int) -> float:
+        """Share stored of a prompt of `length` tokens."""
+        return stored_share(self.budget, length)
+
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries (0)."""
         return 0
 
     def plan(self, prefill: Prefill) -> Keep:

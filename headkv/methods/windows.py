@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.methods.base import Keep, Prefill, Windows
+from headkv.methods.base import Keep, Windows
+from headkv.prefill import Prefill
 
 if TYPE_CHECKING:
     from headkv.heads.profile import HeadProfile
@@ -84,10 +85,10 @@ def top_heads(scores: Tensor, count: int) -> Tensor:
     return chosen.view(scores.shape)
 
 
-def stored_share(retrieval: float, window: int, length: int) -> float:
+def windowed_share(retrieval: float, window: int, length: int) -> float:
     """Share stored where a share `retrieval` of the heads keeps all and the others `window` entries each.
 
-    >>> stored_share(0.5, window=320, length=3200)
+    >>> windowed_share(0.5, window=320, length=3200)
     0.55
     """
     _checks.whole("length", length, 1)

@@ -1,4 +1,7 @@
-"""Models at hand: SmolLM2-135M-Instruct, offline after its first load, and tiny random decoders."""
+"""Models at hand: SmolLM2-135M-Instruct, offline after its first load, and tiny random decoders.
+
+And what is done with any loaded model: its attention is chosen by name (`attention`), it decodes (`decoding`).
+"""
 
 from __future__ import annotations
 
@@ -19,3 +22,7 @@ def __getattr__(name: str) -> Any:
     from headkv.models import smollm2, tiny
 
     return getattr(smollm2 if name == "load_smollm2" else tiny, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

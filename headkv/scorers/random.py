@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
-
-if TYPE_CHECKING:
-    from headkv.methods.base import Prefill
+from headkv.prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class RandomScorer:
 
     @property
     def observed_queries(self) -> int:
-        """None are needed."""
+        """No queries (0)."""
         return 0
 
     def score(self, prefill: Prefill) -> Tensor:

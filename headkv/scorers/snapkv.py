@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from headkv import _checks
+from headkv.prefill import Prefill
 from headkv.scorers.attention import REDUCTIONS, attention_weights, reduce_group
-
-if TYPE_CHECKING:
-    from headkv.methods.base import Prefill
 
 BLOCK = 1 << 24  # weights held at a time: 64 MiB
 
@@ -79,9 +76,7 @@ class SnapKVScorer:
     def _observe(self, queries: Tensor, keys: Tensor, prefill: Prefill) -> Tensor:
         """`[H, G, w, D]`, `[H, n, D]` to `[H, n - w]`: mean over the window, reduced over the group."""
         w, n = queries.shape[2], keys.shape[1]
-        weights = attention_weights(
-            queries, keys, n - w, prefill.scale, prefill.sliding_window, prefill.softcap
-        )
+        weights = attention_weights(queries, keys, n - w, prefill.rule)
         return reduce_group(weights[..., : n - w].mean(2), self.reduce)
 
     def pool(self, scores: Tensor) -> Tensor:

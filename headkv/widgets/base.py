@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -14,9 +15,26 @@ def read(name: str) -> str:
     return files("headkv.widgets").joinpath("static").joinpath(name).read_text(encoding="utf-8")
 
 
-def bundle(*names: str) -> str:
-    """One self-contained ES module: the files one after the other, the last of which exports `render`."""
-    return "\n".join(read(name) for name in names)
+_IMPORT = re.compile(r'^import \{[^}]*\} from "\./(\w+\.js)";\n', re.MULTILINE)
+_NAMED_EXPORT = re.compile(r"^export (?!default)", re.MULTILINE)
+
+
+def bundle(name: str) -> str:
+    """One self-contained ES module: `name` and all that it imports, each file once, behind those that it imports.
+
+    The files share one scope then, so that no two may give a name of their own to different things.
+    """
+    texts: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        if name not in texts:
+            text = read(name)
+            for imported in _IMPORT.findall(text):
+                add(imported)
+            texts[name] = _NAMED_EXPORT.sub("", _IMPORT.sub("", text))
+
+    add(name)
+    return "\n".join(texts.values())
 
 
 class Buffer(t.Bytes):

@@ -59,7 +59,7 @@ class BudgetExplorer(Picture):
         BudgetExplorer: 1 layer of 2 KV heads over 6 entries, budget 50% ...
     """
 
-    _esm = bundle("toolkit.js", "plan.js", "grid.js", "strip.js", "bill.js", "slots.js", "budget_explorer.js")
+    _esm = bundle("budget_explorer.js")
 
     _scores = Buffer().tag(sync=True)
     _shape = t.List(t.Int()).tag(sync=True)

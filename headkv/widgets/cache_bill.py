@@ -51,7 +51,7 @@ class CacheBill(Picture):
         131072
     """
 
-    _esm = bundle("toolkit.js", "bill.js", "cache_bill.js")
+    _esm = bundle("cache_bill.js")
 
     layers = t.Int().tag(sync=True)
     kv_heads = t.Int().tag(sync=True)

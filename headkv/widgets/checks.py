@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from headkv._checks import one_of, whole
+
+__all__ = ["array", "budget_share", "lengths", "one_of", "pair", "share", "strings", "whole"]
+
 
 def array(name: str, values: Any, *, ndim: tuple[int, ...]) -> np.ndarray:
     """`values` as a float array; a torch tensor on any device is taken too.
@@ -33,17 +37,6 @@ def array(name: str, values: Any, *, ndim: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An int in [low, high]."""
-    allowed = f"an int of at least {low}" if high is None else f"an int in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    value = int(value)
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return value
-
-
 def lengths(values: Sequence[Any], rows: int, high: int | None = None) -> list[int]:
     """`lengths` of 1 to `rows` rows, each an int in [1, high]."""
     if not 1 <= len(values) <= rows:
@@ -63,20 +56,16 @@ def share(name: str, value: Any, *, zero: bool = True) -> float:
 
 def budget_share(value: Any, n: int) -> float:
     """A budget, entries a head on average (int) or a share of the prompt (float), as a share of n entries."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise ValueError(f"budget must be a positive int or a share in (0, 1], got {value!r}")
+    allowed = f"budget must be a positive int or a share in (0, 1], got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(allowed)
+    if not float(value) > 0:
+        raise ValueError(allowed)
     if isinstance(value, Integral):
         return min(int(value), n) / n
     if float(value) > 1:
-        raise ValueError(f"budget must be a positive int or a share in (0, 1], got {value!r}")
+        raise ValueError(allowed)
     return float(value)
-
-
-def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """One of a few words."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return str(value)
 
 
 def strings(name: str, values: Sequence[str] | None, length: int) -> list[str]:

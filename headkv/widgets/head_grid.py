@@ -37,7 +37,7 @@ class HeadGrid(Picture):
         HeadGrid: 2 layers of 2 heads; full: 1, streaming: 3.
     """
 
-    _esm = bundle("toolkit.js", "grid.js", "head_grid.js")
+    _esm = bundle("head_grid.js")
 
     _shape = t.List(t.Int()).tag(sync=True)
     values = t.List(t.List()).tag(sync=True)

@@ -32,7 +32,7 @@ class RaggedPool(Picture):
         RaggedPool: 3 rows of lengths 3, 1, 4 in one pool of 14 slots, starting at 0, 5, 8 (head room 2).
     """
 
-    _esm = bundle("toolkit.js", "pool_moves.js", "ragged_pool.js")
+    _esm = bundle("ragged_pool.js")
 
     lengths = t.List(t.Int()).tag(sync=True)
     headroom = t.Int().tag(sync=True)

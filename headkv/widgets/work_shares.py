@@ -59,7 +59,7 @@ class WorkShares(Picture):
         WorkShares: 3 rows of 12, 4, 16 entries on 4 multiprocessors. One program a row ends after 16 entries, equal shares after 8, 2.0 times sooner.
     """  # noqa: E501 (one line is what it prints)
 
-    _esm = bundle("toolkit.js", "work_shares.js")
+    _esm = bundle("work_shares.js")
 
     lengths = t.List(t.Int()).tag(sync=True)
     multiprocessors = t.Int().tag(sync=True)

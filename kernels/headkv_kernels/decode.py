@@ -162,9 +162,10 @@ def ragged_step(
             raise ValueError(f"{name} must be {str(dtype)[6:]} [{number}] on {device}, got {got}")
     if not capacity.is_contiguous():
         raise ValueError(f"capacity must be contiguous, got strides {list(capacity.stride())}")
-    new = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
+    tokens: tuple[Tensor | int, ...]
+    tokens = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
     options = (scale, sliding_window, softcap)
-    return _launch(q, rows, group, capacity, None, ticket, new, options, ahead, config)
+    return _launch(q, rows, group, capacity, None, ticket, tokens, options, ahead, config)
 
 
 def _launch(
@@ -194,8 +195,8 @@ def _launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.
     partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
-    line = (rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number, window or NO_WINDOW)
-    line = (*line, config.gap // UNIT.value)
+    own = (rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number)
+    line = (*own, window or NO_WINDOW, config.gap // UNIT.value)
     shape = {"PAD": padded(rows.number), "G": group, "D": dim, "EARLY": config.early}
     shape |= {"COMPENSATE": rows.count is not None, "APPEND": capacity is not None}
     # Not all targets know launch_pdl.

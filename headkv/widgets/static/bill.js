@@ -1,7 +1,13 @@
 // The bill: one bar, the bytes of the full cache, filled to what is kept. Empty is hatched, never only paler.
 
-/** `update({kept, full, share, note})` in bytes; `marks` are answers measured beforehand. */
-function billBar({ marks = [] }) {
+import { bytesText, h, percent } from "./toolkit.js";
+
+/**
+ * `update` takes bytes; `marks` are answers measured beforehand.
+ * @typedef {{ share: number, right: number, asked: number, text: string, allocator?: string }} Mark
+ * @param {{ marks?: Mark[] }} options
+ */
+export function billBar({ marks = [] }) {
   const fill = h("div.bill-fill");
   const bar = h("div.bill-bar", { role: "img" }, fill);
   const amount = h("strong.bill-amount");
@@ -14,11 +20,16 @@ function billBar({ marks = [] }) {
     const flag = h(`span.bill-mark.${state}`, { "data-tip": mark.text }, sign);
     flag.style.left = `${100 * mark.share}%`;
     flags.append(flag);
-    return [flag, mark];
+    return { flag, mark };
   });
   const track = marks.length ? [bar, flags] : [bar];
   return {
+    bar,
     el: h("div.bill", {}, h("div.bill-line", {}, amount, rest), ...track, note),
+    /**
+     * @param {{ kept: number, full: number, share: number, words: string, text?: string,
+     *   shows?: (mark: Mark) => boolean }} now
+     */
     update({ kept, full, share, words, text, shows = () => true }) {
       fill.style.width = `${100 * share}%`;
       amount.textContent = bytesText(kept);
@@ -27,7 +38,7 @@ function billBar({ marks = [] }) {
       note.hidden = !text;
       bar.setAttribute("aria-label", words);
       bar.dataset.tip = words;
-      drawn.forEach(([flag, mark]) => (flag.hidden = !shows(mark)));
+      drawn.forEach(({ flag, mark }) => (flag.hidden = !shows(mark)));
     },
   };
 }

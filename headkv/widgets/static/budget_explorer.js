@@ -1,5 +1,29 @@
 // BudgetExplorer: who keeps what, as a reader moves the budget. All of it is computed here, in the page.
 
+import {
+  announcer,
+  bytesText,
+  choice,
+  count,
+  follow,
+  h,
+  percent,
+  picker,
+  slider,
+  throttle,
+  times,
+  tooltip,
+  widgetRoot,
+} from "./toolkit.js";
+import { capacityOf, keptMask, makePlan, packKept, Scores } from "./plan.js";
+import { headGrid, paintLevel } from "./grid.js";
+import { overview, textStrip } from "./strip.js";
+import { billBar } from "./bill.js";
+import { slotRace } from "./slots.js";
+
+/** @import { Model } from "./toolkit.js" */
+
+/** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
   const get = (name) => model.get(name);
   const [layers, heads, m] = get("_shape");
@@ -12,8 +36,12 @@ function render({ model, el }) {
   const nameOf = (head) => headNames?.[head] ?? head;
 
   const setting = () => ({
-    budget: get("budget"), safeguard: get("safeguard"), pooling: get("pooling"), kernel: get("kernel_size"),
-    allocator: get("allocator"), window: window_,
+    budget: get("budget"),
+    safeguard: get("safeguard"),
+    pooling: get("pooling"),
+    kernel: get("kernel_size"),
+    allocator: get("allocator"),
+    window: window_,
   });
   const put = (name, value) => {
     model.set(name, value);
@@ -25,70 +53,163 @@ function render({ model, el }) {
   let [layer, head] = get("selected");
   let masks = [];
 
-  const budget = slider({ label: "Budget", name: "budget", min: 0.01, max: 1, step: 0.01, value: now.budget,
-    format: (x) => `${percent(x, Number.isInteger(Math.round(x * 1e6) / 1e4) ? 0 : 1)} · ${count(capacityOf(x, n))} a head`,
-    oninput: (x) => put("budget", x) });
-  const allocator = choice({ label: "Who gets the slots", name: "allocator", value: now.allocator,
-    options: [["uniform", "Uniform", "SnapKV: every head the same"], ["adaptive", "Ada-KV", "the best scores of a layer, whichever head has them"]],
-    onchange: (x) => put("allocator", x) });
-  const safeguard = slider({ label: "Safeguard", name: "safeguard", min: 0, max: 1, step: 0.05,
-    value: now.safeguard, format: (x) => `${percent(x)} evenly`, oninput: (x) => put("safeguard", x) });
-  const pooling = choice({ label: "Pooling of scores", name: "pooling", value: now.pooling,
-    options: [["max", "Max"], ["avg", "Mean"], ["none", "None"]], onchange: (x) => put("pooling", x) });
-  const kernel = slider({ label: "Kernel size", name: "kernel_size", min: 1, max: 31, step: 2, value: now.kernel,
-    format: (x) => times(x, "entry", "entries"), oninput: (x) => put("kernel_size", x) });
+  const budget = slider({
+    label: "Budget",
+    name: "budget",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    value: now.budget,
+    format: (x) =>
+      `${percent(x, Number.isInteger(Math.round(x * 1e6) / 1e4) ? 0 : 1)} · ${count(capacityOf(x, n))} a head`,
+    oninput: (x) => put("budget", x),
+  });
+  const allocator = choice({
+    label: "Who gets the slots",
+    name: "allocator",
+    value: now.allocator,
+    options: [["uniform", "Uniform", "SnapKV: every head the same"], [
+      "adaptive",
+      "Ada-KV",
+      "the best scores of a layer, whichever head has them",
+    ]],
+    onchange: (x) => put("allocator", x),
+  });
+  const safeguard = slider({
+    label: "Safeguard",
+    name: "safeguard",
+    min: 0,
+    max: 1,
+    step: 0.05,
+    value: now.safeguard,
+    format: (x) => `${percent(x)} evenly`,
+    oninput: (x) => put("safeguard", x),
+  });
+  const pooling = choice({
+    label: "Pooling of scores",
+    name: "pooling",
+    value: now.pooling,
+    options: [["max", "Max"], ["avg", "Mean"], ["none", "None"]],
+    onchange: (x) => put("pooling", x),
+  });
+  const kernel = slider({
+    label: "Kernel size",
+    name: "kernel_size",
+    min: 1,
+    max: 31,
+    step: 2,
+    value: now.kernel,
+    format: (x) => times(x, "entry", "entries"),
+    oninput: (x) => put("kernel_size", x),
+  });
 
-  const cells = choice({ label: "Cells show", name: "cells", value: get("cells"),
-    options: [["entries", "Entries", "entries that the head keeps"], ["attention", "Attention", "share of the head's attention that they hold"]],
-    onchange: (x) => put("cells", x) });
+  const cells = choice({
+    label: "Cells show",
+    name: "cells",
+    value: get("cells"),
+    options: [["entries", "Entries", "entries that the head keeps"], [
+      "attention",
+      "Attention",
+      "share of the head's attention that they hold",
+    ]],
+    onchange: (x) => put("cells", x),
+  });
   const controls = { budget, allocator, safeguard, pooling, kernel_size: kernel };
   Object.entries({ ...controls, cells }).forEach(([name, { el }]) => (el.hidden = !get("controls").includes(name)));
   budget.el.classList.add("hk-wide");
 
   const choose = (toLayer, toHead) => put("selected", [toLayer, toHead]);
-  const grid = headGrid({ layers, heads, headNames, label: "What each KV head keeps", onselect: choose,
+  const grid = headGrid({
+    layers,
+    heads,
+    headNames,
+    label: "What each KV head keeps",
+    onselect: choose,
     paint: (cell, l, k) => {
       const [length, held] = [plan.lengths[l][k], plan.held[l][k]];
       const [level, text] = get("cells") === "entries" ? [length / n, count(length)] : [held, percent(held)];
-      paintLevel(cell, level, heads > 12 ? "" : text, `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ` +
-        `${count(n)} entries, ${percent(length / n)}, and ${percent(held)} of its attention`);
-    } });
+      paintLevel(
+        cell,
+        level,
+        heads > 12 ? "" : text,
+        `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ` +
+          `${count(n)} entries, ${percent(length / n)}, and ${percent(held)} of its attention`,
+      );
+    },
+  });
 
-  const layerPick = picker({ label: "Layer", name: "layer", value: layer,
-    options: Array.from({ length: layers }, (_, i) => [i, String(i)]), onchange: (x) => choose(Number(x), head) });
-  const headPick = picker({ label: "head", name: "head", value: head,
-    options: Array.from({ length: heads }, (_, i) => [i, String(nameOf(i))]), onchange: (x) => choose(layer, Number(x)) });
+  const layerPick = picker({
+    label: "Layer",
+    name: "layer",
+    value: layer,
+    options: Array.from({ length: layers }, (_, i) => [i, String(i)]),
+    onchange: (x) => choose(Number(x), head),
+  });
+  const headPick = picker({
+    label: "head",
+    name: "head",
+    value: head,
+    options: Array.from({ length: heads }, (_, i) => [i, String(nameOf(i))]),
+    onchange: (x) => choose(layer, Number(x)),
+  });
   layerPick.el.hidden = layers === 1;
   const caption = h("p.caption");
   const headLine = h("span.head-line");
   const strip = tokens ? textStrip({ n, tokens, facts }) : null;
-  const lines = overview({ n, heads, headNames, facts, onselect: (k) => choose(layer, k),
-    onlocate: (i) => strip?.reveal(i) });
+  const lines = overview({
+    n,
+    heads,
+    headNames,
+    facts,
+    onselect: (k) => choose(layer, k),
+    onlocate: (i) => strip?.reveal(i),
+  });
   const bill = billBar({ marks: get("answers") });
   const race = slotRace({ heads, headNames, m });
   const story = h("p.story");
   const status = announcer();
   const data = h("script.state", { type: "application/json" });
 
-  const raceBox = h("details.more", { ontoggle: () => (raceBox.open ? drawRace() : race.stop()) },
-    h("summary", {}, "Watch the slots of this layer go, one by one"), race.el);
+  const raceBox = h(
+    "details.more",
+    { ontoggle: () => (raceBox.open ? drawRace() : race.stop()) },
+    h("summary", {}, "Watch the slots of this layer go, one by one"),
+    race.el,
+  );
   const title = get("title");
-  const root = widgetRoot("explorer", title || "Budget explorer",
+  const root = widgetRoot(
+    "explorer",
+    title || "Budget explorer",
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.controls", {}, ...Object.values(controls).map((c) => c.el)),
     story,
-    h("div.stage", {},
+    h(
+      "div.stage",
+      {},
       h("div.stage-grid", {}, cells.el, caption, grid.el),
-      h("div.stage-strip", {},
+      h(
+        "div.stage-strip",
+        {},
         h("div.strip-head", {}, layerPick.el, headPick.el, headLine),
-        lines.el, ...(strip ? [strip.el, stripKey(facts, window_)] : []))),
-    bill.el, raceBox, status.el, data);
+        lines.el,
+        ...(strip ? [strip.el, stripKey(facts, window_)] : []),
+      ),
+    ),
+    bill.el,
+    raceBox,
+    status.el,
+    data,
+  );
   el.append(root);
   raceBox.hidden = !get("controls").includes("slots");
 
   function drawRace() {
-    race.update(scores.ranked(layer, now.pooling, now.kernel), { slots: plan.slots, budgets: plan.budgets[layer],
-      allocator: now.allocator, unit: scores.unit });
+    race.update(scores.ranked(layer, now.pooling, now.kernel), {
+      slots: plan.slots,
+      budgets: plan.budgets[layer],
+      allocator: now.allocator,
+      unit: scores.unit,
+    });
   }
 
   function drawHead() {
@@ -100,7 +221,8 @@ function render({ model, el }) {
     strip?.update(masks[head], plan.recent);
     const length = plan.lengths[layer][head];
     const found = facts.filter(([a, b]) => masks[head].subarray(a, b).some(Boolean)).length;
-    headLine.textContent = `keeps ${count(length)} of ${count(n)} entries, ${percent(plan.held[layer][head])} of its attention` +
+    headLine.textContent =
+      `keeps ${count(length)} of ${count(n)} entries, ${percent(plan.held[layer][head])} of its attention` +
       (facts.length ? `, and touches ${found} of ${facts.length} facts` : "");
     if (raceBox.open) drawRace();
   }
@@ -109,11 +231,16 @@ function render({ model, el }) {
     const flat = plan.lengths.flat();
     const who = now.allocator === "uniform" ? "Uniform budgets keep" : "Ada-KV keeps";
     const gain = plan.mass - plan.evenMass;
-    const compare = now.allocator === "uniform" ? "" : Math.abs(gain) < 5e-4 ? "; uniform budgets hold as much" :
-      `; uniform budgets would hold ${percent(plan.evenMass, 1)}`;
+    const compare = now.allocator === "uniform"
+      ? ""
+      : Math.abs(gain) < 5e-4
+      ? "; uniform budgets hold as much"
+      : `; uniform budgets would hold ${percent(plan.evenMass, 1)}`;
     const [least, most] = [Math.min(...flat), Math.max(...flat)];
     return `${who} ${count(plan.kept)} of ${count(plan.total)} entries: ${least < most ? `${count(least)} to ` : ""}` +
-      `${count(most)} a head. They hold ${percent(plan.mass, 1)} of the attention${window_ ? " on entries before the recent window" : ""}${compare}.`;
+      `${count(most)} a head. They hold ${percent(plan.mass, 1)} of the attention${
+        window_ ? " on entries before the recent window" : ""
+      }${compare}.`;
   };
 
   function drawAnswers() {
@@ -125,13 +252,22 @@ function render({ model, el }) {
 
   function drawPlan() {
     plan = makePlan(scores, now);
-    caption.textContent = get("cells") === "entries" ? "Entries kept by each KV head" : "Attention kept by each KV head";
+    caption.textContent = get("cells") === "entries"
+      ? "Entries kept by each KV head"
+      : "Attention kept by each KV head";
     grid.paintAll();
     const entry = get("bytes_per_entry");
     const share = plan.kept / plan.total;
-    bill.update({ kept: plan.kept * entry, full: plan.total * entry, share, text: drawAnswers(),
+    bill.update({
+      kept: plan.kept * entry,
+      full: plan.total * entry,
+      share,
+      text: drawAnswers(),
       shows: (mark) => mark.allocator === now.allocator,
-      words: `${bytesText(plan.kept * entry)} of ${bytesText(plan.total * entry)}: ${percent(share, 1)} of the full cache` });
+      words: `${bytesText(plan.kept * entry)} of ${bytesText(plan.total * entry)}: ${
+        percent(share, 1)
+      } of the full cache`,
+    });
     story.textContent = words();
     status.say(words());
     safeguard.input.disabled = now.allocator === "uniform";
@@ -190,7 +326,7 @@ function render({ model, el }) {
 
   drawPlan();
   // The strip opens at the first fact: once it is laid out, and again whenever that changes, until the reader moves.
-  const opening = new ResizeObserver(() => strip.show(facts[0][0]));
+  const opening = new ResizeObserver(() => strip?.show(facts[0][0]));
   if (strip && facts.length) opening.observe(strip.el);
   for (const event of ["pointerdown", "wheel", "keydown"]) {
     root.addEventListener(event, () => opening.disconnect(), { once: true, passive: true });
@@ -207,9 +343,14 @@ function render({ model, el }) {
 /** How to read the strip, and the facts by number. */
 function stripKey(facts, window_) {
   const sample = (kind, text) => h("span.key-item", {}, h(`span.token.${kind}`, {}, "word"), ` ${text}`);
-  return h("div.key", {}, sample("kept", "kept"), sample("evicted", "evicted"),
+  return h(
+    "div.key",
+    {},
+    sample("kept", "kept"),
+    sample("evicted", "evicted"),
     ...(window_ ? [sample("recent", "recent window")] : []),
-    ...(facts.length ? [h("span.key-item", {}, h("span.fact", {}, "word"), " hidden fact")] : []));
+    ...(facts.length ? [h("span.key-item", {}, h("span.fact", {}, "word"), " hidden fact")] : []),
+  );
 }
 
 export default { render };

@@ -1,8 +1,28 @@
 // CacheBill: what a KV cache costs. Bytes a token by hand, the bill as the context grows, against the weights.
 
+import {
+  announcer,
+  bytesText,
+  choice,
+  count,
+  follow,
+  freshId,
+  h,
+  percent,
+  picker,
+  slider,
+  times,
+  tooltip,
+  widgetRoot,
+} from "./toolkit.js";
+import { billBar } from "./bill.js";
+
 const NAMES = [["layers", "Layers"], ["kv_heads", "KV heads"], ["head_dim", "Head dim"]];
 const BYTES = { float32: 4, bfloat16: 2, float16: 2, int8: 1 };
 
+/** @import { Model } from "./toolkit.js" */
+
+/** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
   const get = (name) => model.get(name);
   const presets = get("presets");
@@ -16,36 +36,76 @@ function render({ model, el }) {
   const asLog = (x) => Math.round(Math.log2(x) * 16) / 16;
   const fields = NAMES.map(([name, label]) => {
     const id = freshId(name);
-    const input = h("input.number", { id, type: "number", min: 1, max: 100000, step: 1, "data-control": name,
+    const input = h("input.number", {
+      id,
+      type: "number",
+      min: 1,
+      max: 100000,
+      step: 1,
+      "data-control": name,
       onchange: () => {
         const value = Math.round(Number(input.value));
         if (value >= 1) put({ [name]: value, weight_bytes: weightsOf({ ...sizes(), [name]: value }) });
         else draw(); // not a size: back to the last one
-      } });
+      },
+    });
     return { name, input, el: h("div.control", {}, h("label", { for: id }, label), input) };
   });
-  const preset = picker({ label: "Model", name: "preset", value: "", options: [["", "your own"],
-    ...presets.map((p, i) => [String(i), p.name])], onchange: (i) => (i === "" ? draw() : put(withoutName(presets[i]))) });
-  const dtype = choice({ label: "Stored as", name: "dtype", value: get("dtype"),
+  const preset = picker({
+    label: "Model",
+    name: "preset",
+    value: "",
+    options: [["", "your own"], ...presets.map((p, i) => [String(i), p.name])],
+    onchange: (i) => (i === "" ? draw() : put(withoutName(presets[i]))),
+  });
+  const dtype = choice({
+    label: "Stored as",
+    name: "dtype",
+    value: get("dtype"),
     options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, `${times(size, "byte")} a number`]),
-    onchange: (x) => put({ dtype: x }) });
-  const context = slider({ label: "Context", name: "context", min: 7, max: 20, step: 1 / 16, value: asLog(get("context")),
-    format: () => `${count(get("context"))} tokens`, oninput: (x) => put({ context: Math.round(2 ** x) }) });
-  const share = slider({ label: "Share kept", name: "share", min: 0.01, max: 1, step: 0.01, value: get("share"),
-    format: (x) => percent(x), oninput: (x) => put({ share: x }) });
+    onchange: (x) => put({ dtype: x }),
+  });
+  const context = slider({
+    label: "Context",
+    name: "context",
+    min: 7,
+    max: 20,
+    step: 1 / 16,
+    value: asLog(get("context")),
+    format: () => `${count(get("context"))} tokens`,
+    oninput: (x) => put({ context: Math.round(2 ** x) }),
+  });
+  const share = slider({
+    label: "Share kept",
+    name: "share",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    value: get("share"),
+    format: (x) => percent(x),
+    oninput: (x) => put({ share: x }),
+  });
   const formula = h("p.formula");
   const bill = billBar({});
   const weightBar = h("div.weight-fill");
   const weightText = h("p.bill-note");
-  const scaled = h("div.scaled", {}, bill.el, h("div.weights", {}, weightText, h("div.weight-bar", {}, weightBar)));
+  const weightFrame = h("div.weight-bar", {}, weightBar);
+  const scaled = h("div.scaled", {}, bill.el, h("div.weights", {}, weightText, weightFrame));
   const story = h("p.story");
   const status = announcer();
   const title = get("title");
-  const root = widgetRoot("cache-bill", title || "What a KV cache costs",
+  const root = widgetRoot(
+    "cache-bill",
+    title || "What a KV cache costs",
     ...(title ? [h("p.title", {}, title)] : []),
     h("div.bill-top", {}, preset.el),
     h("div.controls.sizes", {}, ...fields.map((f) => f.el), dtype.el),
-    h("div.controls.two", {}, context.el, share.el), formula, scaled, story, status.el);
+    h("div.controls.two", {}, context.el, share.el),
+    formula,
+    scaled,
+    story,
+    status.el,
+  );
   el.append(root);
 
   function draw() {
@@ -62,13 +122,18 @@ function render({ model, el }) {
     const match = known(sizes());
     preset.set(match < 0 ? "" : String(match));
 
-    formula.replaceChildren(...termParts(["2", "key and value"], [layers, "layers"], [heads, "KV heads"],
-      [dim, "numbers"], [size, size === 1 ? "byte" : "bytes"]), h("span.term", {}, h("b", {}, `= ${count(token)}`), h("small", {}, "bytes a token")));
+    formula.replaceChildren(
+      ...termParts(["2", "key and value"], [layers, "layers"], [heads, "KV heads"], [dim, "numbers"], [
+        size,
+        size === 1 ? "byte" : "bytes",
+      ]),
+      h("span.term", {}, h("b", {}, `= ${count(token)}`), h("small", {}, "bytes a token")),
+    );
     const widest = Math.max(full, weights);
     const words = `${bytesText(kept)} of ${bytesText(full)} for ${count(get("context"))} tokens`;
-    bill.el.querySelector(".hk-bill-bar").style.width = `${Math.max(0.4, (100 * full) / widest)}%`;
+    bill.bar.style.width = `${Math.max(0.4, (100 * full) / widest)}%`;
     bill.update({ kept, full, share: get("share"), words });
-    weightBar.parentElement.hidden = !weights;
+    weightFrame.hidden = !weights;
     weightText.textContent = weights ? `Weights: ${bytesText(weights)}, drawn to the same scale` : "";
     weightBar.style.width = `${(100 * weights) / widest}%`;
     const meet = weights / token / get("share");
@@ -89,12 +154,13 @@ function render({ model, el }) {
   };
 }
 
-const withoutName = ({ name, ...sizes }) => sizes;
+const withoutName = ({ name: _, ...sizes }) => sizes;
 
 /** 2 x layers x heads x ..., each number with its word under it. */
 function termParts(...terms) {
   return terms.map(([number, word], i) =>
-    h("span.term", {}, h("b", {}, (i ? "× " : "") + count(Number(number))), h("small", {}, word)));
+    h("span.term", {}, h("b", {}, (i ? "× " : "") + count(Number(number))), h("small", {}, word))
+  );
 }
 
 export default { render };

@@ -1,16 +1,26 @@
 // The grid: one cell a KV head, layers downward, heads across. Choosing a cell selects that head everywhere.
 
+import { h } from "./toolkit.js";
+
 /**
  * A grid of cells with roving focus. `paint(cell, layer, head)` fills a cell; `onselect(layer, head)` is called
  * when the reader chooses one by pointer or by arrow keys.
+ * @param {{ layers: number, heads: number, label: string, headNames: string[] | null,
+ *   paint: (cell: HTMLElement, layer: number, head: number) => void,
+ *   onselect: (layer: number, head: number) => void, cornerText?: string }} options
  */
-function headGrid({ layers, heads, label, headNames, paint, onselect, cornerText = "layer" }) {
+export function headGrid({ layers, heads, label, headNames, paint, onselect, cornerText = "layer" }) {
   const compact = heads > 12;
+  /** @type {HTMLElement[][]} */
   const cells = [];
   let chosen = [0, 0];
-  const root = h(`div.grid${compact ? ".compact" : ""}`, { role: "grid", "aria-label": label,
-    "aria-rowcount": layers + 1, "aria-colcount": heads + 1 });
-  root.style.setProperty("--hk-heads", heads);
+  const root = h(`div.grid${compact ? ".compact" : ""}`, {
+    role: "grid",
+    "aria-label": label,
+    "aria-rowcount": layers + 1,
+    "aria-colcount": heads + 1,
+  });
+  root.style.setProperty("--hk-heads", String(heads));
 
   const top = h("div.grid-row", { role: "row" }, h("span.grid-corner", { role: "columnheader" }, cornerText));
   for (let head = 0; head < heads; head++) {
@@ -48,20 +58,25 @@ function headGrid({ layers, heads, label, headNames, paint, onselect, cornerText
     const at = cellOf(event.target);
     if (!at) return;
     select(...at).focus({ preventScroll: true });
-    onselect(...at);
+    onselect(at[0], at[1]);
   });
   root.addEventListener("keydown", (event) => {
     const [layer, head] = chosen;
     const to = {
-      ArrowUp: [layer - 1, head], ArrowDown: [layer + 1, head], ArrowLeft: [layer, head - 1],
-      ArrowRight: [layer, head + 1], Home: [layer, 0], End: [layer, heads - 1],
-      PageUp: [Math.max(0, layer - 10), head], PageDown: [Math.min(layers - 1, layer + 10), head],
+      ArrowUp: [layer - 1, head],
+      ArrowDown: [layer + 1, head],
+      ArrowLeft: [layer, head - 1],
+      ArrowRight: [layer, head + 1],
+      Home: [layer, 0],
+      End: [layer, heads - 1],
+      PageUp: [Math.max(0, layer - 10), head],
+      PageDown: [Math.min(layers - 1, layer + 10), head],
     }[event.key];
     if (!to) return;
     event.preventDefault();
     if (!cells[to[0]]?.[to[1]]) return;
     select(...to).focus();
-    onselect(...to);
+    onselect(to[0], to[1]);
   });
 
   return {
@@ -75,7 +90,7 @@ function headGrid({ layers, heads, label, headNames, paint, onselect, cornerText
 }
 
 /** Fill a cell: `level` in [0, 1] gives its colour AND the length of its bar, `text` its number. */
-function paintLevel(cell, level, text, description) {
+export function paintLevel(cell, level, text, description) {
   cell.style.setProperty("--hk-level", `${(100 * level).toFixed(1)}%`);
   cell.style.setProperty("--hk-shade", `${(6 + 94 * level ** 0.75).toFixed(1)}%`);
   cell.classList.toggle("hk-deep", level > 0.42);

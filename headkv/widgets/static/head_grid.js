@@ -1,7 +1,13 @@
 // HeadGrid: the grid alone, for any number or kind a head has, with all heads in order beside it.
 
+import { announcer, count, follow, h, percent, s, tooltip, widgetRoot } from "./toolkit.js";
+import { headGrid, paintLevel } from "./grid.js";
+
 const MARKS = ["■", "□", "◆", "○", "▲", "✕"];
 
+/** @import { Model } from "./toolkit.js" */
+
+/** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
   const get = (name) => model.get(name);
   const [layers, heads] = get("_shape");
@@ -20,29 +26,51 @@ function render({ model, el }) {
   const wordsOf = (l, k) => {
     const value = values[l][k];
     if (kinds.length) return `layer ${l}, head ${nameOf(k)}: ${kinds[value]}`;
-    return `layer ${l}, head ${nameOf(k)}: ${said(value)}, number ${count(order.indexOf(l * heads + k) + 1)} of ${count(flat.length)}`;
+    return `layer ${l}, head ${nameOf(k)}: ${said(value)}, number ${count(order.indexOf(l * heads + k) + 1)} of ${
+      count(flat.length)
+    }`;
   };
-  const grid = headGrid({ layers, heads, headNames, label: measure, onselect: (l, k) => {
-    model.set("selected", [l, k]);
-    model.save_changes();
-  }, paint: (cell, l, k) => {
-    const value = values[l][k];
-    if (!kinds.length) {
-      return paintLevel(cell, (value - low) / (high - low), heads > 12 ? "" : digits ? value.toFixed(digits) : count(value), wordsOf(l, k));
-    }
-    cell.classList.add("hk-kind", `hk-kind-${value}`);
-    cell.textContent = heads > 12 ? "" : MARKS[value];
-    cell.setAttribute("aria-label", wordsOf(l, k));
-  } });
+  const grid = headGrid({
+    layers,
+    heads,
+    headNames,
+    label: measure,
+    onselect: (l, k) => {
+      model.set("selected", [l, k]);
+      model.save_changes();
+    },
+    paint: (cell, l, k) => {
+      const value = values[l][k];
+      if (!kinds.length) {
+        return paintLevel(
+          cell,
+          (value - low) / (high - low),
+          heads > 12 ? "" : digits ? value.toFixed(digits) : count(value),
+          wordsOf(l, k),
+        );
+      }
+      cell.classList.add("hk-kind", `hk-kind-${value}`);
+      cell.textContent = heads > 12 ? "" : MARKS[value];
+      cell.setAttribute("aria-label", wordsOf(l, k));
+    },
+  });
 
   const chosen = h("p.chosen-line");
   const status = announcer();
   const side = kinds.length ? kindCounts(kinds, flat) : rankedBars(order, flat, low, high, (i) => grid.pick(i));
   const title = get("title");
-  const root = widgetRoot("head-grid", title || measure,
+  const root = widgetRoot(
+    "head-grid",
+    title || measure,
     ...(title ? [h("p.title", {}, title)] : []),
-    h("div.stage", {}, h("div.stage-grid", {}, h("p.caption", {}, measure), grid.el),
-      h("div.stage-side", {}, chosen, side.el)), status.el);
+    h(
+      "div.stage",
+      {},
+      h("div.stage-grid", {}, h("p.caption", {}, measure), grid.el),
+      h("div.stage-side", {}, chosen, side.el),
+    ),
+    status.el,
+  );
   el.append(root);
   grid.paintAll();
 
@@ -59,7 +87,10 @@ function render({ model, el }) {
     status.say(words);
     root.dataset.selected = `${l},${k}`;
   };
-  tooltip(root, (target) => (grid.cellOf(target) ? target.getAttribute("aria-label") : side.describe(target, wordsOf, heads)));
+  tooltip(
+    root,
+    (target) => (grid.cellOf(target) ? target.getAttribute("aria-label") : side.describe(target, wordsOf, heads)),
+  );
   const off = follow(model, ["selected"], draw);
   draw();
   return () => {
@@ -72,16 +103,29 @@ function render({ model, el }) {
 function rankedBars(order, flat, low, high, onpick) {
   const n = flat.length;
   const y = (value) => 100 - (100 * (value - low)) / (high - low);
-  const bars = order.map((i, at) => s("rect.rank-bar", { x: at + 0.1, width: 0.8, y: y(flat[i]),
-    height: Math.max(0.6, 100 - y(flat[i])), "data-rank": i, onclick: () => onpick(i) }));
+  const bars = order.map((i, at) =>
+    s("rect.rank-bar", {
+      x: at + 0.1,
+      width: 0.8,
+      y: y(flat[i]),
+      height: Math.max(0.6, 100 - y(flat[i])),
+      "data-rank": i,
+      onclick: () => onpick(i),
+    })
+  );
   const here = h("span.rank-here", { "aria-hidden": "true" }, "▼");
-  const svg = s("svg.rank-plot", { viewBox: `0 0 ${n} 100`, preserveAspectRatio: "none", role: "img",
-    "aria-label": `All ${n} heads, highest first` }, ...bars);
+  const svg = s("svg.rank-plot", {
+    viewBox: `0 0 ${n} 100`,
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label": `All ${n} heads, highest first`,
+  }, ...bars);
   const sum = flat.reduce((a, b) => a + b, 0);
   const top = Math.max(1, Math.round(n * 0.05));
   const held = low >= 0 && sum > 0 ? order.slice(0, top).reduce((a, i) => a + flat[i], 0) / sum : null;
-  const note = held === null ? "All heads, highest first." :
-    `All ${n} heads, highest first. The top ${top} hold ${percent(held)} of the sum.`;
+  const note = held === null
+    ? "All heads, highest first."
+    : `All ${n} heads, highest first. The top ${top} hold ${percent(held)} of the sum.`;
   return {
     el: h("div.rank", {}, h("div.rank-frame", {}, here, svg), h("p.caption", {}, note)),
     update(i) {
@@ -100,8 +144,12 @@ function rankedBars(order, flat, low, high, onpick) {
 function kindCounts(kinds, flat) {
   const rows = kinds.map((kind, i) => {
     const number = flat.filter((value) => value === i).length;
-    return h("li.kind-row", {}, h("span", { class: `hk-cell hk-kind hk-kind-${i}`, "aria-hidden": "true" }, MARKS[i]),
-      h("span", {}, `${kind}: ${count(number)} of ${count(flat.length)} heads, ${percent(number / flat.length)}`));
+    return h(
+      "li.kind-row",
+      {},
+      h("span", { class: `hk-cell hk-kind hk-kind-${i}`, "aria-hidden": "true" }, MARKS[i]),
+      h("span", {}, `${kind}: ${count(number)} of ${count(flat.length)} heads, ${percent(number / flat.length)}`),
+    );
   });
   return {
     el: h("ul.kinds", {}, ...rows),

@@ -1,7 +1,19 @@
 // The allocation, in plain JavaScript: the same steps, in the same order, as headkv.scorers (pooling)
 // and headkv.allocators (uniform, Ada-KV), so that a page without a kernel shows what the package keeps.
 
-/** Decode little-endian IEEE half floats; exact, as every half is a float32. */
+/**
+ * @typedef {{ best: Uint32Array, mass: Float64Array, filled: number }} RankedHead positions best first, raw mass so far
+ * @typedef {{ m: number, pooled: Float32Array, order: Uint32Array, heads: RankedHead[] }} RankedLayer all entries of a
+ *   layer, best first: pooled [H * m], order [H * m]
+ * @typedef {{ budget: number, safeguard: number, pooling: "max" | "avg" | "none", kernel: number,
+ *   allocator: "uniform" | "adaptive", window: number }} Setting
+ */
+
+/**
+ * Decode little-endian IEEE half floats; exact, as every half is a float32.
+ * @param {DataView} view
+ * @param {number} count
+ */
 function decodeHalf(view, count) {
   const bits = new Uint16Array(view.buffer.slice(view.byteOffset, view.byteOffset + 2 * count));
   const out = new Float32Array(count);
@@ -14,7 +26,12 @@ function decodeHalf(view, count) {
   return out;
 }
 
-/** Pool one row of scores: stride 1, k // 2 padding; the average counts the padding, as torch's does. */
+/**
+ * Pool one row of scores: stride 1, k // 2 padding; the average counts the padding, as torch's does.
+ * @param {Float32Array} row
+ * @param {Setting["pooling"]} kind
+ * @param {number} kernel
+ */
 function poolScores(row, kind, kernel) {
   if (kind === "none" || kernel === 1) return row;
   const half = kernel >> 1;
@@ -31,7 +48,10 @@ function poolScores(row, kind, kernel) {
   return out;
 }
 
-/** Indices of non-negative float32 values, highest first, ties by index: one exact number sort. */
+/**
+ * Indices of non-negative float32 values, highest first, ties by index: one exact number sort.
+ * @param {Float32Array} values
+ */
 function rankDescending(values) {
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
   const keys = new Float64Array(values.length);
@@ -40,21 +60,30 @@ function rankDescending(values) {
   return Uint32Array.from(keys, (key) => key % 2097152);
 }
 
-/** Python's round: halves go to the even neighbour. */
+/** Python's round: halves go to the even neighbour. @param {number} x */
 function roundHalfEven(x) {
   const low = Math.floor(x);
   if (x - low !== 0.5) return Math.round(x);
   return low % 2 ? low + 1 : low;
 }
 
-/** Entries a head keeps on average, window included, for a share of n; at least 1. */
-function capacityOf(share, n) {
+/**
+ * Entries a head keeps on average, window included, for a share of n; at least 1.
+ * @param {number} share
+ * @param {number} n
+ */
+export function capacityOf(share, n) {
   return Math.min(n, Math.max(1, roundHalfEven(share * n)));
 }
 
 const PARTS = 1e9; // of a slot; targets are read to a billionth, so that equal ones stay equal
 
-/** Whole numbers that sum to `total`, none above its cap: whole parts, then one each by largest fraction (ties: first). */
+/**
+ * Whole numbers that sum to `total`, none above its cap: whole parts, then one each by largest fraction (ties: first).
+ * @param {number[]} targets
+ * @param {number} total
+ * @param {number} cap
+ */
 function largestRemainder(targets, total, cap) {
   const parts = targets.map((x) => Math.floor(x * PARTS + 0.5));
   const whole = parts.map((x) => Math.min(Math.floor(x / PARTS), cap));
@@ -71,7 +100,11 @@ function largestRemainder(targets, total, cap) {
   }
 }
 
-/** How many of the best `k` entries of a layer fall in each head; scores equal to the k-th share in proportion. */
+/**
+ * How many of the best `k` entries of a layer fall in each head; scores equal to the k-th share in proportion.
+ * @param {RankedLayer} ranked
+ * @param {number} k
+ */
 function countWinners({ order, pooled, heads, m }, k) {
   if (k === 0) return heads.map(() => 0);
   const threshold = pooled[order[k - 1]];
@@ -85,7 +118,14 @@ function countWinners({ order, pooled, heads, m }, k) {
   return above.map((count, i) => count + (rest * level[i]) / sum(level));
 }
 
-/** Budgets [H], window excluded: sum exactly H * slots. */
+/**
+ * Budgets [H], window excluded: sum exactly H * slots.
+ * @param {RankedLayer} ranked
+ * @param {number} slots
+ * @param {Setting["allocator"]} allocator
+ * @param {number} safeguard
+ * @returns {number[]}
+ */
 function allocate(ranked, slots, allocator, safeguard) {
   const heads = ranked.heads.length;
   if (allocator === "uniform") return new Array(heads).fill(slots);
@@ -94,7 +134,11 @@ function allocate(ranked, slots, allocator, safeguard) {
   return largestRemainder(targets, heads * slots, ranked.m);
 }
 
-/** No head may end with nothing: larger ones give. */
+/**
+ * No head may end with nothing: larger ones give.
+ * @param {number[]} budgets
+ * @param {number} m
+ */
 function atLeastOne(budgets, m) {
   if (!budgets.includes(0)) return budgets;
   const sum = (list) => list.reduce((x, y) => x + y, 0);
@@ -105,21 +149,39 @@ function atLeastOne(budgets, m) {
 }
 
 /** Raw scores [layers, heads, m] with pooled and ranked views of each layer, remembered per setting. */
-class Scores {
+export class Scores {
+  /**
+   * @param {DataView} view
+   * @param {[number, number, number]} shape
+   * @param {number} exponent
+   */
   constructor(view, [layers, heads, m], exponent) {
-    Object.assign(this, { layers, heads, m, unit: 2 ** -exponent });
+    this.layers = layers;
+    this.heads = heads;
+    this.m = m;
+    this.unit = 2 ** -exponent;
     this.raw = decodeHalf(view, layers * heads * m);
-    this.setting = null;
+    this.setting = "";
+    /** @type {RankedLayer[]} */
     this.cache = [];
   }
 
-  /** Raw scores of one head [m]; multiply by `unit` to get attention back. */
+  /**
+   * Raw scores of one head [m]; multiply by `unit` to get attention back.
+   * @param {number} layer
+   * @param {number} head
+   */
   row(layer, head) {
     const from = (layer * this.heads + head) * this.m;
     return this.raw.subarray(from, from + this.m);
   }
 
-  /** { m, pooled [H * m], order: all entries best first, heads: per head its positions best first and raw mass so far }. */
+  /**
+   * One layer, pooled and ranked.
+   * @param {number} layer
+   * @param {Setting["pooling"]} pooling
+   * @param {number} kernel
+   */
   ranked(layer, pooling, kernel) {
     const setting = `${pooling} ${kernel}`;
     if (setting !== this.setting) {
@@ -129,6 +191,12 @@ class Scores {
     return (this.cache[layer] ??= this.rank(layer, pooling, kernel));
   }
 
+  /**
+   * @param {number} layer
+   * @param {Setting["pooling"]} pooling
+   * @param {number} kernel
+   * @returns {RankedLayer}
+   */
   rank(layer, pooling, kernel) {
     const { heads: count, m } = this;
     const pooled = new Float32Array(count * m);
@@ -150,14 +218,32 @@ class Scores {
   }
 }
 
-/** The whole plan for one setting: budgets, lengths and attention held [layers][heads], and the shares they come to. */
-function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, window }) {
+/**
+ * The whole plan for one setting: budgets, lengths and attention held [layers][heads], and the shares they come to.
+ * @typedef {ReturnType<typeof makePlan>} Plan
+ * @param {Scores} scores
+ * @param {Setting} setting
+ */
+export function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, window }) {
   const { layers, heads, m } = scores;
   const n = m + window;
   const capacity = capacityOf(budget, n);
   const recent = Math.min(window, capacity);
   const slots = capacity - recent;
-  const plan = { n, capacity, recent, slots, budgets: [], lengths: [], held: [], kept: 0, mass: 0, evenMass: 0 };
+  const [budgetsOf, lengths, held] = /** @type {number[][][]} */ ([[], [], []]);
+  const plan = {
+    n,
+    capacity,
+    recent,
+    slots,
+    budgets: budgetsOf,
+    lengths,
+    held,
+    kept: 0,
+    mass: 0,
+    evenMass: 0,
+    total: 0,
+  };
   let total = 0;
   for (let layer = 0; layer < layers; layer++) {
     const ranked = scores.ranked(layer, pooling, kernel);
@@ -179,8 +265,15 @@ function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, windo
   return plan;
 }
 
-/** Which of the n entries head (layer, head) keeps: [n] of 0 and 1. */
-function keptMask(scores, plan, setting, layer, head) {
+/**
+ * Which of the n entries head (layer, head) keeps: [n] of 0 and 1.
+ * @param {Scores} scores
+ * @param {Plan} plan
+ * @param {Setting} setting
+ * @param {number} layer
+ * @param {number} head
+ */
+export function keptMask(scores, plan, setting, layer, head) {
   const mask = new Uint8Array(plan.n);
   const { best } = scores.ranked(layer, setting.pooling, setting.kernel).heads[head];
   for (let i = 0; i < plan.budgets[layer][head]; i++) mask[best[i]] = 1;
@@ -188,8 +281,13 @@ function keptMask(scores, plan, setting, layer, head) {
   return mask;
 }
 
-/** All masks, packed 8 entries a byte, first entry in the highest bit (numpy's packbits): [layers * heads * ceil(n / 8)]. */
-function packKept(scores, plan, setting) {
+/**
+ * All masks, packed 8 entries a byte, first entry in the highest bit (numpy's packbits): [layers * heads * ceil(n / 8)].
+ * @param {Scores} scores
+ * @param {Plan} plan
+ * @param {Setting} setting
+ */
+export function packKept(scores, plan, setting) {
   const stride = Math.ceil(plan.n / 8);
   const bytes = new Uint8Array(scores.layers * scores.heads * stride);
   for (let layer = 0; layer < scores.layers; layer++) {

@@ -1,8 +1,10 @@
 // Slots go one by one: each head's pooled scores, best first. Ada-KV gives the next slot to the highest
 // remaining score of any head, so a level sinks over all heads; uniform budgets cut every head at the same rank.
 
+import { count, freshId, h, player, s, slider, times } from "./toolkit.js";
+
 /** `update(ranked, {slots, budgets, allocator})` starts over; the player moves a layer's slots. */
-function slotRace({ heads, headNames, m }) {
+export function slotRace({ heads, headNames, m }) {
   const panels = Array.from({ length: heads }, (_, head) => racePanel(headNames?.[head] ?? head, m));
   const story = h("p.race-story");
   let state = null;
@@ -36,8 +38,9 @@ function slotRace({ heads, headNames, m }) {
     } else {
       const next = ownerOf(given);
       story.textContent = `${count(given)} of ${count(total())} slots given. The next one goes to head ` +
-        `${headNames?.[next] ?? next}` + (state.allocator === "uniform" ? ", as it is its turn." :
-          `, which has the highest remaining score of any head (${(scoreOf(given) * state.unit).toExponential(1)}).`);
+        `${headNames?.[next] ?? next}` + (state.allocator === "uniform"
+          ? ", as it is its turn."
+          : `, which has the highest remaining score of any head (${(scoreOf(given) * state.unit).toExponential(1)}).`);
     }
   };
   const moveTo = (x) => {
@@ -45,15 +48,40 @@ function slotRace({ heads, headNames, m }) {
     draw();
     return given < total();
   };
-  const scrub = slider({ label: "Slots given", min: 0, max: 1, step: 1, value: 0, format: count, name: "slots",
-    oninput: (x) => (controls.pause(), moveTo(x)) });
-  const controls = player({ noun: "give one slot", advance: (steps) => moveTo(given + steps), reset: () => moveTo(0),
-    rate: () => Math.max(1, Math.round(total() / 160)) });
-  const legend = h("p.key", {}, h("span", {}, "Pooled scores, best first, logarithmic height:"), h("span.key-item.key-taken", {}, "slot given"), h("span.key-item.key-level", {}, "sinking level"),
-    h("span.key-item.key-even", {}, "uniform budget"), h("span.key-item.key-safe", {}, "budget after the safeguard"));
+  const scrub = slider({
+    label: "Slots given",
+    min: 0,
+    max: 1,
+    step: 1,
+    value: 0,
+    format: count,
+    name: "slots",
+    oninput: (x) => (controls.pause(), moveTo(x)),
+  });
+  const controls = player({
+    noun: "give one slot",
+    advance: (steps) => moveTo(given + steps),
+    reset: () => moveTo(0),
+    rate: () => Math.max(1, Math.round(total() / 160)),
+  });
+  const legend = h(
+    "p.key",
+    {},
+    h("span", {}, "Pooled scores, best first, logarithmic height:"),
+    h("span.key-item.key-taken", {}, "slot given"),
+    h("span.key-item.key-level", {}, "sinking level"),
+    h("span.key-item.key-even", {}, "uniform budget"),
+    h("span.key-item.key-safe", {}, "budget after the safeguard"),
+  );
   return {
-    el: h("div.race", {}, h("div.race-controls", {}, controls.el, scrub.el), story,
-      h("div.race-panels", {}, ...panels.map((p) => p.el)), legend),
+    el: h(
+      "div.race",
+      {},
+      h("div.race-controls", {}, controls.el, scrub.el),
+      story,
+      h("div.race-panels", {}, ...panels.map((p) => p.el)),
+      legend,
+    ),
     stop: controls.pause,
     update(ranked, setting) {
       const fresh = !state || state.ranked !== ranked || state.allocator !== setting.allocator;
@@ -75,8 +103,15 @@ function racePanel(name, m) {
   const filled = s("path.race-filled", { "clip-path": `url(#${clip})` });
   const level = s("line.race-level", { x1: 0, x2: m });
   const even = s("line.race-even", { y1: 0, y2: 100 });
-  const svg = s("svg.race-plot", { viewBox: `0 0 ${m} 100`, preserveAspectRatio: "none", role: "img" },
-    s("clipPath", { id: clip }, taken), area, filled, even, level);
+  const svg = s(
+    "svg.race-plot",
+    { viewBox: `0 0 ${m} 100`, preserveAspectRatio: "none", role: "img" },
+    s("clipPath", { id: clip }, taken),
+    area,
+    filled,
+    even,
+    level,
+  );
   const safe = h("span.race-safe", { "aria-hidden": "true" }, "▼");
   const title = h("span.race-title");
   let top = 1;
@@ -100,8 +135,8 @@ function racePanel(name, m) {
       taken.setAttribute("width", given);
       level.style.display = score === null ? "none" : "";
       if (score !== null) {
-        level.setAttribute("y1", y(score));
-        level.setAttribute("y2", y(score));
+        level.setAttribute("y1", String(y(score)));
+        level.setAttribute("y2", String(y(score)));
       }
       safe.style.left = `${(100 * budget) / m}%`;
       title.textContent = `head ${name}: ${times(given, "slot")}`;

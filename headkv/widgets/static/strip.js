@@ -1,6 +1,8 @@
 // The strip: the document as running text. Kept entries are solid, evicted ones pale with a hollow mark,
 // the recent window is edged, the hidden facts are underlined. Above it, every head of the layer at a glance.
 
+import { count, h, s } from "./toolkit.js";
+
 /** Facts arrive as [start, end, label]; returns for each of n entries the number of its fact, or -1. */
 function factOfEntry(facts, n) {
   const of = new Int16Array(n).fill(-1);
@@ -9,14 +11,20 @@ function factOfEntry(facts, n) {
 }
 
 /** Running text of n entries; `update(mask, recent)` redraws only what changed. */
-function textStrip({ n, tokens, facts }) {
+export function textStrip({ n, tokens, facts }) {
   const factOf = factOfEntry(facts, n);
-  const root = h(`div.strip${n < 60 ? ".short" : ""}`, { tabindex: 0, role: "region", "aria-label": "The document, entry by entry" });
+  const root = h(`div.strip${n < 60 ? ".short" : ""}`, {
+    tabindex: 0,
+    role: "region",
+    "aria-label": "The document, entry by entry",
+  });
   const spans = [];
+  /** @type {HTMLElement} */
   let parent = root;
   for (let i = 0; i < n; i++) {
     const text = tokens ? tokens[i] : "";
-    const [, space, word] = /^( *)([^]*)$/.exec(text);
+    const word = text.replace(/^ +/, "");
+    const space = text.slice(0, text.length - word.length);
     if (factOf[i] >= 0 && (i === 0 || factOf[i] !== factOf[i - 1])) {
       parent = h("span.fact", { "data-fact": factOf[i] });
       root.append(space, parent); // the blank before a fact is not underlined
@@ -47,7 +55,10 @@ function textStrip({ n, tokens, facts }) {
       }
     },
     /** Scroll entry i into the upper third. */
-    show: (i) => (root.scrollTop += spans[i].getBoundingClientRect().top - root.getBoundingClientRect().top - root.clientHeight / 3),
+    show: (
+      i,
+    ) => (root.scrollTop += spans[i].getBoundingClientRect().top - root.getBoundingClientRect().top -
+      root.clientHeight / 3),
     reveal(i) {
       const target = spans[Math.max(0, Math.min(n - 1, i))];
       this.show(spans.indexOf(target));
@@ -75,13 +86,16 @@ function maskPath(mask) {
 }
 
 /** The whole document on one line a head: a bar where an entry is kept, ticks where the facts are. */
-function overview({ n, heads, headNames, facts, onselect, onlocate }) {
+export function overview({ n, heads, headNames, facts, onselect, onlocate }) {
   const rows = Array.from({ length: heads }, (_, head) => {
     const path = s("path.kept-runs");
     const svg = s("svg.track", { viewBox: `0 0 ${n} 1`, preserveAspectRatio: "none", "aria-hidden": "true" }, path);
     const tally = h("span.track-count");
-    const name = h("button.track-name", { type: "button", onclick: () => onselect(head) },
-      `head ${headNames?.[head] ?? head}`);
+    const name = h(
+      "button.track-name",
+      { type: "button", onclick: () => onselect(head) },
+      `head ${headNames?.[head] ?? head}`,
+    );
     const row = h("div.track-row", { "data-track": head }, name, svg, tally);
     svg.addEventListener("click", (event) => {
       const box = svg.getBoundingClientRect();
@@ -92,12 +106,21 @@ function overview({ n, heads, headNames, facts, onselect, onlocate }) {
   });
   const ticks = h("div.ticks");
   facts.forEach(([start, end, label], f) => {
-    const tick = h("button.tick", { type: "button", onclick: () => onlocate(start),
-      "aria-label": `Show fact ${f + 1}${label ? `: ${label}` : ""}` }, String(f + 1));
+    const tick = h("button.tick", {
+      type: "button",
+      onclick: () => onlocate(start),
+      "aria-label": `Show fact ${f + 1}${label ? `: ${label}` : ""}`,
+    }, String(f + 1));
     tick.style.left = `${(100 * (start + end)) / 2 / n}%`;
     ticks.append(tick);
   });
-  const tickRow = h("div.track-row.tick-row", {}, h("span.track-legend", {}, facts.length ? "facts" : ""), ticks, h("span"));
+  const tickRow = h(
+    "div.track-row.tick-row",
+    {},
+    h("span.track-legend", {}, facts.length ? "facts" : ""),
+    ticks,
+    h("span"),
+  );
   return {
     el: h("div.overview", {}, ...(facts.length ? [tickRow] : []), ...rows.map((r) => r.row)),
     update(masks, lengths, chosen) {

@@ -1,13 +1,31 @@
 // Small shared parts: elements, numbers in words, controls, tooltips, a player. No framework, no network.
 
-/** An HTML element: h("div.name", {attributes, onclick}, children). */
-function h(tag, attributes = {}, ...children) {
+/** @typedef {{ get(name: string): any, set(name: string, value: any): void, save_changes(): void,
+ *   on(event: string, handler: () => void): void, off(event: string, handler: () => void): void }} Model */
+/** @typedef {string | Node | null} Child */
+
+/**
+ * An HTML element: h("div.name", {attributes, onclick}, children).
+ * @template {string} Tag
+ * @param {Tag} tag
+ * @param {Record<string, any>} attributes
+ * @param {Child[]} children
+ * @returns {Tag extends keyof HTMLElementTagNameMap ? HTMLElementTagNameMap[Tag]
+ *   : Tag extends `${infer Name extends keyof HTMLElementTagNameMap}.${string}` ? HTMLElementTagNameMap[Name] : never}
+ */
+export function h(tag, attributes = {}, ...children) {
   const [name, ...classes] = tag.split(".");
   return furnish(document.createElement(name), classes, attributes, children);
 }
 
-/** An SVG element, called in the same way. */
-function s(tag, attributes = {}, ...children) {
+/**
+ * An SVG element, called in the same way.
+ * @param {string} tag
+ * @param {Record<string, any>} attributes
+ * @param {Child[]} children
+ * @returns {SVGElement}
+ */
+export function s(tag, attributes = {}, ...children) {
   const [name, ...classes] = tag.split(".");
   return furnish(document.createElementNS("http://www.w3.org/2000/svg", name), classes, attributes, children);
 }
@@ -22,36 +40,52 @@ function furnish(node, classes, attributes, children) {
   return node;
 }
 
-/** The root of a widget: a named region. Plain keys stay in it, as a notebook would take the arrows of a slider. */
-function widgetRoot(kind, label, ...children) {
-  const onkeydown = (event) => {
+/**
+ * The root of a widget: a named region. Plain keys stay in it, as a notebook would take the arrows of a slider.
+ * @param {string} kind
+ * @param {string} label
+ * @param {Child[]} children
+ */
+export function widgetRoot(kind, label, ...children) {
+  const onkeydown = (/** @type {KeyboardEvent} */ event) => {
     if (!event.ctrlKey && !event.metaKey && !event.altKey && event.key !== "Escape") event.stopPropagation();
   };
-  return h("section", { class: `hk hk-${kind}`, "aria-label": label, "data-lm-suppress-shortcuts": "true", onkeydown },
-    ...children);
+  return h(
+    "section",
+    { class: `hk hk-${kind}`, "aria-label": label, "data-lm-suppress-shortcuts": "true", onkeydown },
+    ...children,
+  );
 }
 
 let idsGiven = 0;
-const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
+/** @param {string} stem */
+export const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
 
-const count = (x) => Math.round(x).toLocaleString("en-US");
-const times = (x, one, many = `${one}s`) => `${count(x)} ${x === 1 ? one : many}`;
-const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)}%`;
+/** @param {number} x */
+export const count = (x) => Math.round(x).toLocaleString("en-US");
+/** @param {number} x @param {string} one */
+export const times = (x, one, many = `${one}s`) => `${count(x)} ${x === 1 ? one : many}`;
+/** @param {number} x */
+export const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)}%`;
 
-/** Decimal units, as bills are written: 46,080 B, 41.5 MB, 17.2 GB. */
-function bytesText(x) {
+/** Decimal units, as bills are written: 46,080 B, 41.5 MB, 17.2 GB. @param {number} x */
+export function bytesText(x) {
   if (x < 1e5) return `${count(x)} B`;
   const step = Math.min(4, Math.floor(Math.log10(x) / 3));
   const value = x / 1000 ** step;
   return `${value.toFixed(value < 100 ? 1 : 0)} ${["B", "kB", "MB", "GB", "TB"][step]}`;
 }
 
-/** A labelled native slider; `format` says the value in words (read out, too). */
-function slider({ label, min, max, step, value, format, oninput, name }) {
+/**
+ * A labelled native slider; `format` says the value in words (read out, too).
+ * @param {{ label: string, min: number, max: number, step: number, value: number, format: (x: number) => string,
+ *   oninput: (x: number) => void, name: string }} options
+ */
+export function slider({ label, min, max, step, value, format, oninput, name }) {
   const id = freshId("slider");
   const output = h("output.value", { for: id });
   const input = h("input.range", { id, type: "range", min, max, step, "data-control": name });
-  const show = (x) => {
+  const show = (/** @type {number} */ x) => {
     const text = format(x);
     output.textContent = text;
     input.setAttribute("aria-valuetext", text);
@@ -61,24 +95,35 @@ function slider({ label, min, max, step, value, format, oninput, name }) {
     show(Number(input.value));
     oninput(Number(input.value));
   });
-  const set = (x) => {
-    input.value = x;
+  const set = (/** @type {number} */ x) => {
+    input.value = String(x);
     show(x);
   };
   set(value);
   const head = h("div.control-head", {}, h("label", { for: id }, label), output);
-  const limit = (top) => (input.max = top);
+  const limit = (/** @type {number} */ top) => (input.max = String(top));
   return { el: h("div.control", {}, head, input), input, set, limit };
 }
 
-/** One of a few: native radio buttons drawn as joined segments. `options` is [[value, label, hint]]. */
-function choice({ label, options, value, onchange, name }) {
+/**
+ * One of a few: native radio buttons drawn as joined segments. `options` is [[value, label, hint]].
+ * @param {{ label: string, options: string[][], value: string, onchange: (value: any) => void, name: string }} options
+ */
+export function choice({ label, options, value, onchange, name }) {
   const group = freshId("choice");
   const inputs = options.map(([key]) =>
-    h("input", { type: "radio", name: group, value: key, id: `${group}-${key}`, "data-control": name,
-      onchange: () => onchange(key) }));
+    h("input", {
+      type: "radio",
+      name: group,
+      value: key,
+      id: `${group}-${key}`,
+      "data-control": name,
+      onchange: () => onchange(key),
+    })
+  );
   const segments = options.map(([key, text, hint], i) =>
-    h("span.segment", { title: hint ?? null }, inputs[i], h("label", { for: `${group}-${key}` }, text)));
+    h("span.segment", { title: hint ?? null }, inputs[i], h("label", { for: `${group}-${key}` }, text))
+  );
   const set = (key) => inputs.forEach((input) => (input.checked = input.value === key));
   set(value);
   return {
@@ -88,19 +133,36 @@ function choice({ label, options, value, onchange, name }) {
   };
 }
 
-/** A labelled native select over whole numbers 0..length-1, or given [value, label] pairs. */
-function picker({ label, options, value, onchange, name }) {
+/**
+ * A labelled native select over [value, label] pairs.
+ * @param {{ label: string, options: [string | number, string][], value: string | number,
+ *   onchange: (value: string) => void, name: string }} options
+ */
+export function picker({ label, options, value, onchange, name }) {
   const id = freshId("picker");
-  const select = h("select.select", { id, "data-control": name, onchange: () => onchange(select.value) },
-    ...options.map(([key, text]) => h("option", { value: key }, text)));
-  select.value = value;
-  return { el: h("span.picker", {}, h("label", { for: id }, label), select), set: (x) => (select.value = x) };
+  const select = h(
+    "select.select",
+    { id, "data-control": name, onchange: () => onchange(select.value) },
+    ...options.map(([key, text]) => h("option", { value: key }, text)),
+  );
+  const set = (/** @type {string | number} */ x) => (select.value = String(x));
+  set(value);
+  return { el: h("span.picker", {}, h("label", { for: id }, label), select), set };
 }
 
-const button = (text, onclick, attributes = {}) => h("button.button", { type: "button", onclick, ...attributes }, text);
+/**
+ * @param {string} text
+ * @param {() => void} onclick
+ */
+export const button = (text, onclick, attributes = {}) =>
+  h("button.button", { type: "button", onclick, ...attributes }, text);
 
-/** One tooltip for a whole widget: `describe(target)` gives the text of what the pointer is over, or null. */
-function tooltip(root, describe) {
+/**
+ * One tooltip for a whole widget: `describe(target)` gives the text of what the pointer is over, or null.
+ * @param {HTMLElement} root
+ * @param {(target: any, event: PointerEvent) => string | null | undefined} describe
+ */
+export function tooltip(root, describe) {
   const tip = h("div.tip", { role: "presentation", hidden: true });
   root.append(tip);
   const hide = () => (tip.hidden = true);
@@ -121,18 +183,22 @@ function tooltip(root, describe) {
 }
 
 /** A sentence for screen readers, said once things have settled. */
-function announcer() {
+export function announcer() {
   const el = h("p.hidden", { role: "status", "aria-live": "polite" });
   let timer = 0;
-  const say = (text) => {
+  const say = (/** @type {string} */ text) => {
     clearTimeout(timer);
     timer = setTimeout(() => (el.textContent = text), 250);
   };
   return { el, say, stop: () => clearTimeout(timer) };
 }
 
-/** Play, pause, one step, back to the start. `advance(steps)` moves on and answers whether there is more. */
-function player({ advance, reset, rate = () => 1, every = 60, noun }) {
+/**
+ * Play, pause, one step, back to the start. `advance(steps)` moves on and answers whether there is more.
+ * @param {{ advance: (steps: number) => boolean, reset: () => void, rate?: () => number, every?: number,
+ *   noun: string }} options
+ */
+export function player({ advance, reset, rate = () => 1, every = 60, noun }) {
   let timer = 0;
   const playing = () => timer !== 0;
   const show = () => {
@@ -162,15 +228,24 @@ function player({ advance, reset, rate = () => 1, every = 60, noun }) {
   return { el: h("div.player", {}, play, step, restart), start, pause };
 }
 
-/** Keep a model's traits and a view in step: handlers are dropped when the view goes. */
-function follow(model, names, handler) {
+/**
+ * Keep a model's traits and a view in step: handlers are dropped when the view goes.
+ * @param {Model} model
+ * @param {string[]} names
+ * @param {() => void} handler
+ */
+export function follow(model, names, handler) {
   const events = names.map((name) => `change:${name}`);
   events.forEach((event) => model.on(event, handler));
   return () => events.forEach((event) => model.off(event, handler));
 }
 
-/** Call `work` at most once per `wait` milliseconds, the last call always counting. */
-function throttle(work, wait) {
+/**
+ * Call `work` at most once per `wait` milliseconds, the last call always counting.
+ * @param {() => void} work
+ * @param {number} wait
+ */
+export function throttle(work, wait) {
   let timer = 0;
   const run = () => {
     timer ||= setTimeout(() => {

@@ -1,12 +1,34 @@
 // WorkShares: multiprocessors over time. One program a row against equal shares, cut as the Triton kernel cuts them if there is no gap between rows.
 
+import {
+  announcer,
+  choice,
+  count,
+  follow,
+  h,
+  percent,
+  s,
+  slider,
+  throttle,
+  times,
+  tooltip,
+  widgetRoot,
+} from "./toolkit.js";
+
 const UNIT = 4; // shares are whole units of entries
 const MOST = 132;
 
-/** For each program the segments [row, begin, end] of its share: see `equal_shares` in work_shares.py. */
+/** @typedef {[row: number, begin: number, end: number]} Segment */
+
+/**
+ * For each program the segments of its share: see `equal_shares` in work_shares.py.
+ * @param {number[]} lengths
+ * @param {number} programs
+ */
 function equalShares(lengths, programs) {
   const units = lengths.map((n) => Math.max(1, Math.ceil(n / UNIT)));
   const share = Math.ceil(units.reduce((a, b) => a + b) / programs);
+  /** @type {Segment[][]} */
   const served = Array.from({ length: programs }, () => []);
   let first = 0;
   lengths.forEach((length, row) => {
@@ -21,8 +43,13 @@ function equalShares(lengths, programs) {
   return served;
 }
 
-/** Whole rows, one after another, each to the multiprocessor that is free first. */
+/**
+ * Whole rows, one after another, each to the multiprocessor that is free first.
+ * @param {number[]} lengths
+ * @param {number} processors
+ */
 function wholeRows(lengths, processors) {
+  /** @type {Segment[][]} */
   const served = Array.from({ length: processors }, () => []);
   const busy = served.map(() => 0);
   lengths.forEach((length, row) => {
@@ -33,7 +60,11 @@ function wholeRows(lengths, processors) {
   return served;
 }
 
-/** Lengths between equal (0) and as given (1), with about the same sum. */
+/**
+ * Lengths between equal (0) and as given (1), with about the same sum.
+ * @param {number[]} lengths
+ * @param {number} skew
+ */
 function skewed(lengths, skew) {
   const total = lengths.reduce((a, b) => a + b);
   const powers = lengths.map((n) => n ** skew);
@@ -43,6 +74,9 @@ function skewed(lengths, skew) {
 
 const readBy = (segments) => segments.reduce((sum, [, begin, end]) => sum + end - begin, 0);
 
+/** @import { Model } from "./toolkit.js" */
+
+/** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
   const get = (name) => model.get(name);
   const put = (name, value) => {
@@ -51,31 +85,71 @@ function render({ model, el }) {
   };
   const sync = throttle(() => model.save_changes(), 150);
   let zoomed = false;
-  const processors = slider({ label: "Multiprocessors", name: "multiprocessors", min: 4, max: MOST, step: 4,
-    value: get("multiprocessors"), format: count, oninput: (x) => put("multiprocessors", x) });
-  const skew = slider({ label: "Row lengths", name: "skew", min: 0, max: 1, step: 0.05, value: get("skew"),
-    format: (x) => (x === 0 ? "equal" : x === 1 ? "as they are" : `${percent(x)} skewed`), oninput: (x) => put("skew", x) });
-  const axis = choice({ label: "Time axis", name: "axis", value: "same",
-    options: [["same", "Shared", "The same scale above and below"], ["own", "Each its own", "Both drawn to full width"]],
+  const processors = slider({
+    label: "Multiprocessors",
+    name: "multiprocessors",
+    min: 4,
+    max: MOST,
+    step: 4,
+    value: get("multiprocessors"),
+    format: count,
+    oninput: (x) => put("multiprocessors", x),
+  });
+  const skew = slider({
+    label: "Row lengths",
+    name: "skew",
+    min: 0,
+    max: 1,
+    step: 0.05,
+    value: get("skew"),
+    format: (x) => (x === 0 ? "equal" : x === 1 ? "as they are" : `${percent(x)} skewed`),
+    oninput: (x) => put("skew", x),
+  });
+  const axis = choice({
+    label: "Time axis",
+    name: "axis",
+    value: "same",
+    options: [["same", "Shared", "The same scale above and below"], [
+      "own",
+      "Each its own",
+      "Both drawn to full width",
+    ]],
     onchange: (x) => {
       zoomed = x === "own";
       draw();
-    } });
+    },
+  });
   const panels = ["One program a row", "Equal shares of all entries"].map((name) => {
     const facts = h("span");
     const plot = s("svg.work-plot", { preserveAspectRatio: "none", role: "img" });
     const ticks = h("div.work-ticks");
-    return { name, facts, plot, ticks, el: h("div.work-panel", {}, h("p.work-head", {}, h("b", {}, name), " ", facts), plot, ticks) };
+    return {
+      name,
+      facts,
+      plot,
+      ticks,
+      el: h("div.work-panel", {}, h("p.work-head", {}, h("b", {}, name), " ", facts), plot, ticks),
+    };
   });
   const story = h("p.story");
   const status = announcer();
   const title = get("title");
-  const root = widgetRoot("work-shares", title || "Who works, who waits",
+  const root = widgetRoot(
+    "work-shares",
+    title || "Who works, who waits",
     ...(title ? [h("p.title", {}, title)] : []),
-    h("div.controls", {}, processors.el, skew.el, axis.el), story, ...panels.map((p) => p.el),
-    h("div.key", {}, h("span.key-item.key-works", {}, "works; rows alternate in shade"),
-      h("span.key-item.key-waits", {}, "waits for the slowest"), h("span.key-item.key-ended", {}, "launch ended")),
-    status.el);
+    h("div.controls", {}, processors.el, skew.el, axis.el),
+    story,
+    ...panels.map((p) => p.el),
+    h(
+      "div.key",
+      {},
+      h("span.key-item.key-works", {}, "works; rows alternate in shade"),
+      h("span.key-item.key-waits", {}, "waits for the slowest"),
+      h("span.key-item.key-ended", {}, "launch ended"),
+    ),
+    status.el,
+  );
   el.append(root);
 
   function draw() {
@@ -84,11 +158,18 @@ function render({ model, el }) {
     const ways = [wholeRows(lengths, number), equalShares(lengths, number)];
     const ends = ways.map((served) => Math.max(...served.map(readBy)));
     const total = lengths.reduce((a, b) => a + b);
-    ways.forEach((served, i) => drawPanel(panels[i], served, ends[i], zoomed ? ends[i] : Math.max(...ends), total / number / ends[i]));
+    ways.forEach((served, i) =>
+      drawPanel(panels[i], served, ends[i], zoomed ? ends[i] : Math.max(...ends), total / number / ends[i])
+    );
     const gain = ends[0] / ends[1];
-    story.textContent = `${times(lengths.length, "row")}, ${count(total)} entries. Equal shares end ${gain.toFixed(gain < 10 ? 1 : 0)} ` +
+    story.textContent =
+      `${times(lengths.length, "row")}, ${count(total)} entries. Equal shares end ${gain.toFixed(gain < 10 ? 1 : 0)} ` +
       "times sooner: the longest row alone decides above, the sum of all below.";
-    status.say(`${number} multiprocessors. ${panels.map((p) => `${p.name}: ${p.facts.textContent}`).join(" ")} ${story.textContent}`);
+    status.say(
+      `${number} multiprocessors. ${
+        panels.map((p) => `${p.name}: ${p.facts.textContent}`).join(" ")
+      } ${story.textContent}`,
+    );
     model.set("state", { lengths, rows: ways[0], shares: ways[1], ends });
     root.dataset.state = JSON.stringify({ lengths, ends });
     processors.set(number);
@@ -113,22 +194,37 @@ function drawPanel({ name, facts, plot, ticks }, served, end, width, busy) {
   const rects = served.flatMap((segments, p) => {
     let at = 0;
     return segments.map(([row, begin, stop]) => {
-      const rect = s(`rect.work-${row % 2 ? "odd" : "even"}`, { x: x(at), y: p + (1 - lane) / 2, width: x(stop - begin), height: lane,
-        "data-tip": `multiprocessor ${p}: row ${row}, entries ${count(begin)} to ${count(stop)}` });
+      const rect = s(`rect.work-${row % 2 ? "odd" : "even"}`, {
+        x: x(at),
+        y: p + (1 - lane) / 2,
+        width: x(stop - begin),
+        height: lane,
+        "data-tip": `multiprocessor ${p}: row ${row}, entries ${count(begin)} to ${count(stop)}`,
+      });
       at += stop - begin;
       return rect;
     });
   });
   plot.setAttribute("viewBox", `0 0 1000 ${served.length}`);
   plot.style.height = `${Math.min(200, 16 * served.length)}px`;
-  const waits = s("rect.work-waits", { x: 0, y: 0, width: x(end), height: served.length, "data-tip": "waits for the slowest" });
+  const waits = s("rect.work-waits", {
+    x: 0,
+    y: 0,
+    width: x(end),
+    height: served.length,
+    "data-tip": "waits for the slowest",
+  });
   plot.replaceChildren(waits, ...rects);
   plot.style.setProperty("--hk-end", `${(100 * end) / width}%`);
   const working = served.filter((segments) => segments.length).length;
   facts.textContent = `${working} of ${served.length} work; they are busy ${percent(busy)} of the time until the end.`;
   plot.setAttribute("aria-label", `${name}: ${facts.textContent} The slowest reads ${count(end)} entries.`);
   const share = end / width;
-  const mark = h(`span.work-tick${share > 0.7 ? ".work-tick-left" : ""}`, {}, `${share > 0.7 ? "" : "▲ "}ends after ${count(end)} entries${share > 0.7 ? " ▲" : ""}`);
+  const mark = h(
+    `span.work-tick${share > 0.7 ? ".work-tick-left" : ""}`,
+    {},
+    `${share > 0.7 ? "" : "▲ "}ends after ${count(end)} entries${share > 0.7 ? " ▲" : ""}`,
+  );
   mark.style[share > 0.7 ? "right" : "left"] = share > 0.7 ? `${100 * (1 - share)}%` : `${100 * share}%`;
   ticks.replaceChildren(mark);
 }

@@ -1,0 +1,220 @@
+"""Questions unseen: every method at the same shares, on SmolLM2 as it is or tuned.
+
+    python benchmarks/unseen.py --model tuned --documents ruler.json --lengths 4096
+    python benchmarks/unseen.py --model plain --needles 16
+
+The text is compressed before any question is known. Documents are RULER's as lm-evaluation-harness writes them
+(`ruler_documents.py`), needles are `headkv.data.needles`, the validation part. A score is the mean share of the answers
+that stand in the reply; the share stored is counted in entries, without head room. All methods of a text decode
+together, from one reading of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headkv
+from headkv.allocators import AdaptiveAllocator, ProfileAllocator, UniformAllocator
+from headkv.data.haystacks import chat_frame
+from headkv.data.needles import needle_texts
+from headkv.evaluation.unseen import Question, Remembered, judge
+from headkv.heads import HeadProfile
+from headkv.methods import ScoredMethod
+from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer
+
+# As lm-evaluation-harness 0.4.13 limits the replies; needles of RULER end sooner than its 128.
+NEW_TOKENS = {"ruler_vt": 30, "ruler_cwe": 120, "ruler_fwe": 50, "niah_multikey_3": 48}
+REQUEST = "\n\nRepeat the text above, word for word."
+
+
+def configurations(
+    share: float,
+    length: int,
+    request: Sequence[int],
+    profiles: dict[str, HeadProfile],
+    only: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Every method at `share` of a text of `length` tokens."""
+    snap = SnapKVScorer(32, kernel_size=21)
+    zips = {
+        "KVzip": Remembered(KVzipScorer(request, 512, window=32)),
+        "KVzip w8": Remembered(KVzipScorer(request, 512, window=8)),
+        "KVzip w2": Remembered(KVzipScorer(request, 512, sinks=2, window=2)),
+        "KVzip 2000": Remembered(KVzipScorer(request, 2000, window=8)),
+        "KVzip no request": Remembered(KVzipScorer((), 512, window=8)),
+    }
+    made: dict[str, Any] = {
+        "SnapKV": headkv.SnapKV(share, snap),
+        "AdaKV": headkv.AdaKV(share, snap),
+        "AdaKV, model": headkv.AdaKV(share, snap, scope="model"),
+        "DefensiveKV": headkv.DefensiveKV(share),
+        "Layer-DefensiveKV": headkv.DefensiveKV(share, scope="model"),
+        "CriticalAdaKV": headkv.CriticalKV(share, snap, adaptive=True),
+        "Expected Attention": ScoredMethod(share, ExpectedAttentionScorer(epsilon=0.02)),
+        "Expected Attention, AdaKV": ScoredMethod(
+            share, ExpectedAttentionScorer(epsilon=0.02), AdaptiveAllocator()
+        ),
+        "KeyDiff": ScoredMethod(share, KeyDiffScorer()),
+        "StreamingLLM": headkv.StreamingLLM(share),
+    }
+    for name, scorer in zips.items():
+        made[f"{name}, uniform"] = ScoredMethod(share, scorer, UniformAllocator())
+        made[f"{name}, layer"] = ScoredMethod(share, scorer, AdaptiveAllocator(0.2))
+        for safeguard in (0.0, 0.1, 0.2):
+            made[f"{name}, model s{safeguard}"] = ScoredMethod(
+                share, scorer, AdaptiveAllocator(safeguard), scope="model"
+            )
+    for kind, profile in profiles.items():
+        for beta in (1.1, 1.3, 2.0):
+            allocator = ProfileAllocator(profile.scores.clamp(min=0), beta, reduce="max")
+            made[f"SnapKV by {kind} b{beta}"] = ScoredMethod(share, snap, allocator)
+            for name, scorer in zips.items():
+                made[f"{name} by {kind} b{beta}"] = ScoredMethod(share, scorer, allocator)
+            for power in (0.5,):
+                flat = ProfileAllocator(profile.scores.clamp(min=0), beta, power, reduce="max")
+                made[f"KVzip w8 by {kind} b{beta} p{power}"] = ScoredMethod(share, zips["KVzip w8"], flat)
+        for safeguard in (0.3, 0.6):
+            for beta in (1.1, 1.5):
+                base = ProfileAllocator(profile.scores.clamp(min=0), beta, reduce="max")
+                made[f"KVzip w8, model + {kind} b{beta} s{safeguard}"] = ScoredMethod(
+                    share, zips["KVzip w8"], AdaptiveAllocator(safeguard, base), scope="model"
+                )
+        made[f"DuoAttention by {kind}"] = headkv.DuoAttention.for_share(share, length, profile)
+        made[f"Duo16 by {kind}"] = headkv.DuoAttention.for_share(
+            share, length, profile, sinks=4, recent=max(8, round(share / 4 * length))
+        )
+    if only:
+        made = {name: method for name, method in made.items() if any(part in name for part in only)}
+    return made
+
+
+def texts(
+    given: argparse.Namespace, tokenizer: Any
+) -> Iterator[tuple[torch.Tensor, list[tuple[str, Question]]]]:
+    """Every text, `context_ids` `[1, n]`, with its questions and what each is called."""
+
+    def ids(text: str) -> torch.Tensor:
+        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+    def question(needle: Any) -> Question:
+        answer = str(tokenizer.decode(needle.answer_ids[0])).strip()
+        return Question(needle.question_ids, (answer,), needle.answer_ids.shape[1] + 4)
+
+    for length in given.lengths if given.needles else ():
+        for text in needle_texts(tokenizer, texts=given.needles, lengths=[length], split="validation"):
+            needles = [needle for needle in text.needles if not given.kinds or needle.kind in given.kinds]
+            yield text.context_ids, [(f"{needle.kind}@{length}", question(needle)) for needle in needles]
+    if not given.documents:
+        return
+    header, footer = chat_frame(tokenizer)
+    for name, documents in json.loads(given.documents.read_text(encoding="utf-8"))["documents"].items():
+        task, _, length = name.partition("@")
+        if int(length) not in given.lengths or (given.tasks and task not in given.tasks):
+            continue
+        mark = "What is" if task.startswith("niah") else "Question:"
+        for document in documents[: given.count]:
+            at = document["input"].rindex(mark)
+            asked_ids = ids(document["input"][at:] + footer + document["gen_prefix"])
+            asked = Question(asked_ids, tuple(document["outputs"]), NEW_TOKENS.get(task, 16))
+            yield ids(header + document["input"][:at]), [(name, asked)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print one row a method."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model", choices=("plain", "tuned"), default="plain")
+    options.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    options.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    options.add_argument("--needles", type=int, default=0, help="texts of each length, of all kinds")
+    options.add_argument("--kinds", nargs="+", help="of needles (default: all)")
+    options.add_argument("--documents", type=Path, help="what ruler_documents.py wrote")
+    options.add_argument("--tasks", nargs="+", help="of the documents (default: all)")
+    options.add_argument("--count", type=int, default=100, help="documents of each task and length")
+    options.add_argument(
+        "--profiles", nargs="*", default=[], help="NAME=FILE of head profiles, or shipped names"
+    )
+    options.add_argument("--only", nargs="+", help="methods whose name holds one of these")
+    options.add_argument("--weights", type=Path, help="low-rank weights in place of the shipped ones")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    options.add_argument("--json", type=Path)
+    given = options.parse_args(arguments)
+    if given.weights:
+        from headkv.models.tuned import add_low_rank
+
+        model, tokenizer = headkv.load_smollm2()
+        add_low_rank(model, given.weights)
+    else:
+        model, tokenizer = headkv.load_smollm2(tuned=given.model == "tuned")
+    model = model.to(given.device)
+    profiles = {}
+    for entry in given.profiles:
+        name, _, file = entry.partition("=")
+        profiles[name] = HeadProfile.load(file) if file else HeadProfile.builtin(name)
+    profiles = {name: profile.renamed(model.config._name_or_path) for name, profile in profiles.items()}
+    request = tokenizer(REQUEST + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    stored: dict[str, list[float]] = defaultdict(list)
+    begin, asked = time.monotonic(), 0
+    for context, named in texts(given, tokenizer):
+        if time.monotonic() - begin > given.seconds:
+            break
+        n, methods = context.shape[1], {}
+        for share in given.shares:
+            made = configurations(share, n, request, profiles, given.only)
+            if share != given.shares[0]:  # read again once, whatever the share
+                made = {name: shared(method, methods, given.shares[0], name) for name, method in made.items()}
+            methods |= {f"{name} @{share:g}": method for name, method in made.items()}
+        answered = judge(model, tokenizer, context, [question for _, question in named], methods)
+        for (what, _), verdicts in zip(named, answered, strict=True):
+            for verdict in verdicts:
+                found[verdict.method][what].append(verdict.found)
+                stored[verdict.method].append(verdict.stored_share)
+        asked += len(named)
+        print(f"{what}: {asked} questions, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    print_table(found, stored)
+    device = torch.cuda.get_device_name() if given.device.startswith("cuda") else "CPU"
+    took = time.monotonic() - begin
+    print(f"SmolLM2 {given.model}, {asked} questions, {took:.0f} s on {device}, torch {torch.__version__}")
+    if given.json:
+        given.json.write_text(json.dumps({"found": found, "stored": stored}), encoding="utf-8")
+    return 0
+
+
+def shared(method: Any, methods: dict[str, Any], share: float, name: str) -> Any:
+    """`method` with the scorer of the one that has its name at the first share, so that a text is read again once."""
+    if not isinstance(method, ScoredMethod) or not isinstance(method.scorer, Remembered):
+        return method
+    first = methods[f"{name} @{share:g}"]
+    return ScoredMethod(method.budget, first.scorer, method.allocator, method.scope)
+
+
+def print_table(found: dict[str, dict[str, list[float]]], stored: dict[str, list[float]]) -> None:
+    """One row a method and share: what was found in each kind of text, the mean, and that over the full cache's."""
+    kinds = list(found["full"])
+    full = sum(sum(found["full"][kind]) / len(found["full"][kind]) for kind in kinds) / len(kinds)
+    print(
+        "| method | stored | "
+        + " | ".join(f"{kind} ({len(found['full'][kind])})" for kind in kinds)
+        + " | mean | of full |"
+    )
+    for name, by_kind in found.items():
+        means = [sum(by_kind[kind]) / len(by_kind[kind]) for kind in kinds]
+        mean, share = sum(means) / len(means), sum(stored[name]) / len(stored[name])
+        cells = " | ".join(f"{m:.2f}" for m in means)
+        print(f"| {name} | {share:.1%} | {cells} | {mean:.2f} | {mean / max(full, 1e-9):.2f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

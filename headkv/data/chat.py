@@ -1,0 +1,32 @@
+"""Where a message stands in a chat: what comes before it, and what comes between it and the answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "{message}"
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What stands before the user's message, and what between it and the answer.
+
+    A tokenizer without a chat template has its first token and a line break for them.
+
+    Raises:
+        ValueError: a template that does not repeat the message.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer.bos_token or "", "\n"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,  # templates that can think aloud know this word, others ignore it
+    )
+    header, found, footer = str(chat).partition(_MARK)
+    if not found:
+        raise ValueError(f"tokenizer must have a chat template that repeats the message, got {chat!r}")
+    return header, footer

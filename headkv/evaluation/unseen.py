@@ -1,0 +1,161 @@
+"""Questions that nobody knew of when the text was compressed: many methods over one text, answering side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headkv.cache import RaggedLayer
+from headkv.evaluation.reading import Reading
+from headkv.integrations.cache import RaggedCache
+from headkv.integrations.hook import NAME
+from headkv.methods import FullCache
+from headkv.models.attention import chosen_attention
+from headkv.scorers import PromptScorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headkv.methods.base import Method, PromptMethod
+    from headkv.prefill import Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question about a text, and what its answer must say.
+
+    Attributes:
+        ids: `[1, m]` int64: the question, the chat's turn, the beginning of the answer.
+        answers: all that the answer must say, in any order.
+        max_new_tokens: of the answer.
+    """
+
+    ids: Tensor
+    answers: tuple[str, ...]
+    max_new_tokens: int = 16
+
+    def found_in(self, text: str) -> float:
+        """The share of the answers that stand in `text`, in any case: RULER's measure, arXiv 2404.06654."""
+        return sum(answer.casefold() in text.casefold() for answer in self.answers) / len(self.answers)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one method made of one question.
+
+    Attributes:
+        method: its name.
+        stored_share: stored entries over those of a full cache, after the compression, without head room.
+        nbytes: of the compressed cache.
+        found: share of the answers found.
+        text: what the model wrote.
+    """
+
+    method: str
+    stored_share: float
+    nbytes: int
+    found: float
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """A scorer of whole prompts that reads each prompt once, however many methods and budgets ask.
+
+    Args:
+        scorer: the scorer.
+    """
+
+    scorer: PromptScorer
+    _known: dict[int, list[Tensor]] = field(default_factory=dict)
+    _prompts: list[Any] = field(default_factory=list)  # kept, so that no other prompt gets the same number
+
+    @property
+    def window(self) -> int:
+        """The scorer's window."""
+        return self.scorer.window
+
+    @property
+    def observed_queries(self) -> int | None:
+        """What the scorer needs."""
+        return self.scorer.observed_queries
+
+    def score_prompt(self, prompt: Prompt) -> list[Tensor]:
+        """The scorer's scores, of the last prompt without asking again."""
+        if id(prompt) not in self._known:
+            self._known.clear()
+            self._prompts[:] = [prompt]
+            self._known[id(prompt)] = self.scorer.score_prompt(prompt)
+        return self._known[id(prompt)]
+
+
+@torch.inference_mode()
+def judge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context_ids: Tensor,
+    questions: Sequence[Question],
+    methods: Mapping[str, Method | PromptMethod],
+) -> list[list[Verdict]]:
+    """Read a text once, compress it by every method, and ask all questions.
+
+    The caches of all methods decode together, as the sequences of one batch: a ragged cache does not mind that they
+    are of different lengths.
+
+    Args:
+        model, tokenizer: of one decoder.
+        context_ids: `[1, n]` int64.
+        questions: about this text; each meets the compressed text alone.
+        methods: by name; "full" is added.
+
+    Returns:
+        For each question a verdict on each method, the full cache first.
+    """
+    context_ids = context_ids.to(model.device)
+    # A reading holds the last token back, which here is the first of a question: all of the text is compressed.
+    reading = Reading(model, torch.cat([context_ids, questions[0].ids[:, :1].to(model.device)], 1))
+    n, names = context_ids.shape[1], ["full", *methods]
+    caches = [reading.compressed(method) for method in (FullCache(), *methods.values())]
+    shares = [float(cache.lengths().double().mean()) / n for cache in caches]
+    sizes = [cache.nbytes for cache in caches]
+    layers = [RaggedLayer.join([c.layers[i].filled() for c in caches]) for i in range(len(caches[0].layers))]
+    together = caches[0]
+    for layer, joined in zip(together.layers, layers, strict=True):
+        layer.restore(joined)
+    del caches, layers
+    saved, verdicts = together.snapshot(), []
+    with chosen_attention(model, NAME):
+        for question in questions:
+            together.restore(saved)
+            texts = _answers(model, tokenizer, question, together, len(names))
+            found = [question.found_in(text) for text in texts]
+            verdicts.append(list(map(Verdict, names, shares, sizes, found, texts)))
+    return verdicts
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    cache: RaggedCache,
+    rows: int,
+) -> list[str]:
+    """Greedy decoding of all sequences, until each has written its end token or enough."""
+    end, tokens = tokenizer.eos_token_id, question.ids.to(model.device).expand(rows, -1)
+    written: list[Tensor] = []
+    ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
+    for _ in range(question.max_new_tokens):
+        tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        written.append(tokens)
+        ended |= tokens[:, 0] == end
+        if bool(ended.all()):
+            break
+    texts = []
+    for ids in torch.cat(written, 1).tolist():
+        until = ids.index(end) if end in ids else len(ids)
+        texts.append(str(tokenizer.decode(ids[:until], skip_special_tokens=True)))
+    return texts

@@ -1,0 +1,288 @@
+"""The ragged cache as a transformers cache, which any decoder takes as its `past_key_values`."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from headkv._figure import grid_figure
+from headkv._grid import grid_html
+from headkv.attention.api import Backend
+from headkv.cache import LayerSnapshot, RaggedLayer
+from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.calls import (
+    Hooks,
+    Told,
+)
+from headkv.integrations.hook import NAME
+from headkv.integrations.layer import RaggedCacheLayer
+from headkv.integrations.planning import ROLLBACK, Observation
+from headkv.integrations.prompt import CachedPrompt, WaitingLayer
+from headkv.integrations.support import (
+    CacheOptions,
+    check_method,
+    is_whole_prompt,
+    parts_of,
+    supported_config,
+    supported_model,
+)
+from headkv.integrations.text import TextMemory
+from headkv.models.attention import choose_attention, decoder_attention
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
+
+    from headkv.methods.base import Method, PromptMethod
+
+
+class RaggedCache(Cache):
+    """A transformers cache that stores, for every KV head, only the entries that a method keeps.
+
+    Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
+
+    A forward call that fails, e.g. for want of memory, leaves its tokens in the layers that it came through. Take them
+    out before the call is repeated: `cache.crop(n)`, with n the tokens seen before it; `cache.reset()` if it was the
+    prompt.
+    """
+
+    layers: list[RaggedCacheLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: list[RaggedCacheLayer]):
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.told = self._untold()
+        self._model: PreTrainedModel | None = (
+            None  # whose hooks tell of calls, for as long as the cache lives
+        )
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        method: Method | PromptMethod,
+        *,
+        backend: Backend = "auto",
+        headroom: int = MIN_HEADROOM,
+        rollback: int = ROLLBACK,
+        chunked_prefill: bool = False,
+    ) -> RaggedCache:
+        """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
+
+        That attention is transformers' own sdpa for every other cache, so it may stay; `headkv.compress` puts the
+        former one back on exit.
+
+        Args:
+            model: a decoder of transformers whose attention goes through its attention interface.
+            method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
+            backend: of attention after the prefill; see `headkv.ragged_decode`.
+            headroom: free slots behind each row after the prefill; it grows by itself when they are used up.
+            rollback: how many tokens windowed rows can take back (`crop`, assisted generation); they store as many
+                entries more than they attend to.
+            chunked_prefill: the prompt comes in several forward calls (`prefill_chunk_size`): wait with compression
+                until the first call with a single token, or until `finalize_prefill()`. Heads that stream while the
+                prompt is read (`streaming_prefill=True` of a method) do not wait: they never hold more than a chunk
+                and their window.
+
+        Raises:
+            TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
+        """
+        options = CacheOptions(backend, headroom, rollback, chunked_prefill)
+        model = supported_model(model)
+        check_method(method, model, chunked_prefill)
+        cache = cls.unattached(model, method, options)
+        cache._listen(model)
+        if decoder_attention(model) != NAME:
+            choose_attention(model, NAME)
+        return cache
+
+    @classmethod
+    def unattached(
+        cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
+    ) -> RaggedCache:
+        """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
+        parts = parts_of(model)
+        where = [(method, i, len(parts), options, parts[i]) for i in range(len(parts))]
+        return cls([RaggedCacheLayer(*arguments) for arguments in where])
+
+    @classmethod
+    def around(cls, model: PreTrainedModel, layers: list[RaggedCacheLayer]) -> RaggedCache:
+        """The cache of which these are the layers, e.g. those of a copy; see `unattached`.
+
+        Raises:
+            ValueError: they wait for the rest of a prompt, or are another model's.
+        """
+        if any(layer.observed is not None for layer in layers):
+            raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
+        if len(layers) != (n := supported_config(model).num_hidden_layers):
+            raise ValueError(f"past_key_values must have the model's {n} layers, got {len(layers)}")
+        return cls(layers)
+
+    def _listen(self, model: PreTrainedModel) -> None:
+        """Let hooks on `model` tell of calls over this cache, until it is gone."""
+        this = weakref.ref(self)
+        hooks = Hooks(model, lambda arguments: _same(this(), arguments.get("past_key_values")))
+        weakref.finalize(self, hooks.remove)
+        self._model = model
+
+    def _untold(self) -> Told:
+        return Told(TextMemory() if is_whole_prompt(self.layers[0].method) else None)
+
+    @property
+    def listens(self) -> bool:
+        """Whether hooks on a model tell this cache of calls; otherwise whoever made it does."""
+        return self._model is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """A copy to go on with by itself; the method and the model are shared."""
+        twin = RaggedCache(copy.deepcopy(self.layers, memo))
+        twin.told = self.told.copy()
+        if self._model is not None:
+            twin._listen(self._model)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written to a file: no model, nor text that waits to be read again."""
+        return {**vars(self), "_model": None, "told": self._untold()}
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hand the new tokens of one layer to the attention function; see `RaggedCacheLayer.update`.
+
+        Raises:
+            RuntimeError: an earlier call got through some of the layers only; the message says what to do.
+        """
+        if layer_idx == 0:
+            self.check_even()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_even(self) -> None:
+        """All layers have seen the same tokens.
+
+        Raises:
+            RuntimeError: they have not, as a forward call failed on its way; the message says what to do.
+        """
+        seen = {layer.get_seq_length() for layer in self.layers}
+        if len(seen) == 1:
+            return
+        least = min(seen)
+        prompt = least == 0 or self.waiting
+        cure = "cache.reset()" if prompt else f"cache.crop({least})"
+        raise RuntimeError(
+            f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
+            f"call {cure}, then repeat that call"
+        )
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far, also those no longer stored."""
+        return self.get_seq_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold from the allocator, with head room and bookkeeping."""
+        return sum(layer.ragged.nbytes for layer in self.layers if layer.ragged is not None)
+
+    def lengths(self) -> Tensor:
+        """Stored entries, `[layers, B, H]` int64."""
+        return torch.stack([layer.filled().lengths().cpu() for layer in self.layers])
+
+    def finalize_prefill(self) -> None:
+        """End a chunked prefill now; see `for_model`. All or nothing where the method decides for all layers at once.
+
+        Raises:
+            ValueError: a method that answers for another number of layers.
+        """
+        if self.told.memory is None or not self.waiting:
+            for layer in self.layers:
+                layer.finalize_prefill()
+            return
+        method, chosen = cast("PromptMethod", self.layers[0].method), []
+        for prompt in self.prompts():
+            keeps = list(method.plan_prompt(prompt))
+            if len(keeps) != len(self.layers):
+                got = f"{len(self.layers)} layers, got {len(keeps)}"
+                raise ValueError(f"plan_prompt of {type(method).__name__} must answer for {got}")
+            chosen.append(keeps)
+        # All of them first: where memory runs out the whole prompt is still there.
+        by_layer = zip(self.layers, zip(*chosen, strict=True), strict=True)
+        stored = [layer.compressed(keeps) for layer, keeps in by_layer]
+        for layer, ragged in zip(self.layers, stored, strict=True):
+            layer.restore(ragged)
+        self.told.memory.forget()
+
+    def prompts(self) -> list[CachedPrompt]:
+        """The prompt that waits for a method which sees it whole: one for each sequence of the batch."""
+        if (memory := self.told.memory) is None or not self.waiting:
+            raise RuntimeError("no prompt waits: the method decides layer by layer, or has decided already")
+        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.layers]
+        decoder, text = memory.decoder_and_text()
+        return [CachedPrompt(decoder, waiting, text, b) for b in range(waiting[0].ragged.batch_size)]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a prompt is stored that is not compressed yet."""
+        return any(layer.observed is not None for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        if self.told.memory is not None:
+            self.told.memory.forget()
+
+    def snapshot(self) -> tuple[LayerSnapshot, ...]:
+        """A copy of the whole cache: one compressed context answers many questions."""
+        if self.waiting:
+            raise RuntimeError(
+                "cannot take a snapshot during a chunked prefill; call finalize_prefill() first"
+            )
+        return tuple(layer.filled().snapshot() for layer in self.layers)
+
+    def restore(self, snapshot: tuple[LayerSnapshot, ...]) -> None:
+        """Become what the cache was when `snapshot` was taken."""
+        if len(snapshot) != len(self.layers):
+            raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
+        for layer, taken in zip(self.layers, snapshot, strict=True):
+            layer.restore(RaggedLayer.from_snapshot(taken))
+
+    def __repr__(self) -> str:
+        return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
+
+    def _repr_html_(self) -> str:
+        if self.seen == 0:
+            return f"<p>{self}</p>"
+        return grid_html(self._stored(), f"{self}{self._whose()}", unit="entries", heads="KV head", low=0)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the entries that each KV head stores: layers downward, heads across.
+
+        Raises:
+            RuntimeError: before the first prompt.
+            ImportError: there is no matplotlib; the message says how to install it.
+        """
+        title = f"{self.seen:,} tokens seen{self._whose()}"
+        return grid_figure(self._stored(), title, unit="entries stored", heads="KV head", low=0)
+
+    def _stored(self) -> Tensor:
+        """Entries of each head, `[layers, H]`: of the one sequence, or the mean of several."""
+        lengths = self.lengths()
+        return lengths[:, 0] if lengths.shape[1] == 1 else lengths.double().mean(1)
+
+    def _whose(self) -> str:
+        sequences = self.layers[0].filled().batch_size
+        return "" if sequences == 1 else f"; mean of {sequences} sequences"
+
+
+def _observed(layer: RaggedCacheLayer) -> Observation:
+    assert layer.observed is not None
+    return layer.observed
+
+
+def _same(cache: RaggedCache | None, given: Any) -> RaggedCache | None:
+    return cache if cache is not None and cache is given else None

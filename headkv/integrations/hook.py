@@ -1,0 +1,180 @@
+"""How a model's attention becomes headkv's, without patching anything of transformers.
+
+Two functions registered under the name "headkv" carry it. A cache of ours hands the new keys and values on, wrapped in
+`NewTokens`, to whatever attention function the model calls: here that is `attention_forward`, which asks the layer that
+sent them to store them and to attend. `padding_mask` passes the padding mask on as it came. With any other cache, or
+none, the attention is transformers' own sdpa.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from headkv.integrations.precision import in_one_dtype
+from headkv.logits import Rule
+
+NAME = "headkv"
+
+
+class Attends(Protocol):
+    """A layer of a cache that stores new tokens, and attends over all."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of what is stored; None before the first token."""
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+        """`q` `[B, HQ, T, D]`, `keys`, `values` `[B, H, T, D]`, `valid` `[B, T]` bool or None -> `[B, HQ, T, D]`."""
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """One chunk's keys and values `[B, H, T, D]` on the way from a cache layer to the attention function."""
+
+    layer: Attends
+    keys: Tensor
+    values: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(
+            f"this model reads `{name}` of the keys of a headkv cache before attention. Either its attention "
+            f"implementation is not {NAME!r} (use headkv.compress, or model.set_attn_implementation({NAME!r})), or "
+            "headkv does not support its attention"
+        )
+
+
+def attends(cache: Any) -> bool:
+    """Whether `cache` hands tokens to layers of ours."""
+    layers = getattr(cache, "layers", None) or [None]
+    return hasattr(layers[0], "attend")
+
+
+class UnsupportedMask(ValueError, AttributeError):
+    """A mask is not used as attention does; an AttributeError too, so that `hasattr` answers False."""
+
+
+@dataclass(frozen=True)
+class PaddingMask:
+    """What transformers says about masking a forward call, kept as it was said.
+
+    `valid` is `[B, T]` bool, which of the new tokens are text, None for all; `dense()` builds the mask that sdpa would
+    have got.
+    """
+
+    valid: Tensor | None
+    only_causal: bool
+    dense: Callable[[], Tensor | None]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PaddingMask:
+        """The same for a layer on another device, as accelerate asks for where a model is spread."""
+        move = functools.partial(_moved, device=device, non_blocking=non_blocking)
+        return replace(self, valid=move(self.valid), dense=lambda: move(self.dense()))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedMask(
+            f"something reads `{name}` of the attention mask before attention: static caches, compiled decoding and "
+            f"models that change their masks are not supported with the attention implementation {NAME!r}"
+        )
+
+
+def _moved(mask: Tensor | None, device: torch.device | str | int, non_blocking: bool) -> Tensor | None:
+    return None if mask is None else mask.to(device, non_blocking=non_blocking)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | NewTokens,
+    value: Tensor | NewTokens,
+    attention_mask: PaddingMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function "headkv": `query` `[B, HQ, T, D]` -> `[B, T, HQ, D]` and no weights."""
+    if not isinstance(key, NewTokens):
+        mask = attention_mask.dense() if isinstance(attention_mask, PaddingMask) else attention_mask
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            cast(Tensor, value),
+            mask,
+            dropout=dropout,
+            scaling=scaling,
+            softcap=softcap,
+            **kwargs,
+        )
+    for option in ("s_aux", "position_bias", "cache"):
+        if kwargs.get(option) is not None:
+            raise ValueError(
+                f"{option} is not supported by headkv's attention (model class {type(module).__name__})"
+            )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
+        )
+    if dropout:
+        raise ValueError(f"dropout must be 0 with a ragged cache, got {dropout}; call model.eval()")
+    valid = None
+    if isinstance(attention_mask, PaddingMask):
+        valid = _moved(attention_mask.valid, query.device, False)
+        if not attention_mask.only_causal:
+            raise ValueError(
+                "attention_mask must be causal: masks that join blocks of tokens are not supported"
+            )
+    elif attention_mask is not None:
+        raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
+    rule = Rule.of(query.shape[-1], scaling, sliding_window, softcap)
+    return _attend(query, key, valid, rule).transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _attend(query: Tensor, tokens: NewTokens, valid: Tensor | None, rule: Rule) -> Tensor:
+    with in_one_dtype(query, tokens.keys, tokens.values, tokens.layer.stored_dtype) as (tensors, result):
+        return tokens.layer.attend(*tensors, valid, rule).to(result)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> PaddingMask:
+    """transformers' mask function "headkv": keeps the new tokens' padding and how to build a dense mask, if need be."""
+
+    def build() -> Tensor | None:
+        # Fewer keyword arguments than sdpa's own, as some came only with later releases.
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
+
+    valid = None
+    if attention_mask is not None:
+        valid = attention_mask[:, kv_length - q_length : kv_length].bool()
+        valid = None if bool(valid.all()) else valid
+    return PaddingMask(valid, only_causal=not use_vmap, dense=build)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, padding_mask)

@@ -1,0 +1,329 @@
+"""One layer of the ragged cache, as transformers' caches have layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from headkv.attention import api, dense
+from headkv.attention.api import Backend
+from headkv.cache import RaggedLayer
+from headkv.integrations.calls import PLAIN
+from headkv.integrations.gradients import without_gradients
+from headkv.integrations.hook import NewTokens
+from headkv.integrations.planning import (
+    Observation,
+    all_padding,
+    keep_entries,
+    prefill_windows,
+    storage_of,
+    texts_of,
+)
+from headkv.integrations.support import CacheOptions, is_whole_prompt
+from headkv.logits import Rule
+from headkv.prefill import Parts
+
+if TYPE_CHECKING:
+    from headkv.methods.base import Keep, Method, PromptMethod
+
+
+class RaggedCacheLayer(CacheLayerMixin):
+    """One layer of a `RaggedCache`: empty until its first prompt, then a `RaggedLayer` at `.ragged`.
+
+    Args:
+        method: what each head keeps of a prompt.
+        layer_idx, num_layers: this layer.
+        options: backend of attention after the prefill, head room and rollback of the rows. With `chunked_prefill`, as
+            for a method that decides for all layers at once, the prompt is not compressed when its first call has been
+            read, but by `finalize_prefill`.
+        parts: of the layer's attention, for methods that look at weights.
+    """
+
+    is_croppable = True
+
+    def __init__(
+        self,
+        method: Method | PromptMethod,
+        layer_idx: int,
+        num_layers: int,
+        options: CacheOptions,
+        parts: Parts = Parts(),  # noqa: B008  (frozen)
+    ):
+        super().__init__()
+        self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
+        self.options, self.parts = options, parts
+        self.ragged: RaggedLayer | None = None
+        self.call = PLAIN  # what is known of the forward call that is under way
+        # The next token's position on the device, while a `DecodeGraph` records a step.
+        self.clock: Tensor | None = None
+        self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
+        self._streams = False  # and whether heads stream in it
+
+    # -- the new tokens' way ----------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Wrap the new tokens for the attention function, which stores them."""
+        tokens = NewTokens(self, key_states, value_states)
+        return tokens, tokens
+
+    @property
+    def backend(self) -> Backend:
+        """Of attention after the prefill."""
+        return self.options.backend
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return None if self.ragged is None else self.ragged.dtype
+
+    @torch.compiler.disable
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+        """Store T new tokens and attend over everything kept: `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
+
+        The first call is the prefill: dense attention, then the method chooses what stays, and only that is stored.
+        Where heads stream in a chunked prefill, their rows are windowed from its first chunk on. Drafts that come with
+        the prompt are no part of it: they are stored behind what stays, and attend to that.
+        """
+        drafts = self.call.drafts
+        if not drafts or not self.reads_prompt:
+            return self._attend(q, keys, values, valid, rule)
+        end = q.shape[2] - drafts
+        prompt, new = (
+            (q[:, :, part], keys[:, :, part], values[:, :, part], None if valid is None else valid[:, part])
+            for part in (slice(None, end), slice(end, None))
+        )
+        out = self._attend(*prompt, rule)
+        self.finalize_prefill()
+        return torch.cat([out, self._attend(*new, rule)], 2)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+        if self.ragged is None:
+            return self._prefill(q, keys, values, valid, rule)
+        if q.shape[2] == 1 and self.call.remaining is None:
+            self.finalize_prefill()
+        add = partial(self._add, self.ragged, valid=valid, rule=rule)
+        return without_gradients(add, q, keys, values)
+
+    def _add(
+        self, ragged: RaggedLayer, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule
+    ) -> Tensor:
+        """Store new tokens behind others, and attend over all."""
+        if q.shape[2] == 1 and valid is None and self._observed is None:
+            return self._step(q, keys, values, ragged, rule)
+        ragged.rollback = max(ragged.rollback, self.call.drafts)
+        ragged.append(keys, values, valid)
+        if self._observed is not None:
+            self._observed = self._observed.extend(q, valid)
+        return api.extend(q, ragged, rule, self.backend)
+
+    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+        waits = self.options.chunked_prefill or is_whole_prompt(self.method) or bool(self.call.remaining)
+        windows = self._windows(keys, valid, rule.sliding_window, waits)
+        out = dense.prefill(q, keys, values, rule, valid=valid, **(windows or {}))
+        q, keys, values = q.detach(), keys.detach(), values.detach()
+        observed = Observation.of(q, valid, self.method.observed_queries, rule)
+        if waits:
+            empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
+            ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
+            if windows is not None:
+                ragged.rollback = self.options.rollback
+                ragged.set_windows(**{name: x.to(keys.device) for name, x in windows.items()})
+            ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
+            self.ragged, self._observed, self._streams = ragged, observed, windows is not None
+        else:
+            self.ragged = self._compressed(keys, values, valid, observed)
+        self.is_initialized = True
+        return out
+
+    def _step(self, q: Tensor, keys: Tensor, values: Tensor, ragged: RaggedLayer, rule: Rule) -> Tensor:
+        new = q[:, :, 0], keys[:, :, 0], values[:, :, 0], ragged, rule, self.backend
+        if self.clock is None:
+            return api.step(*new)[:, :, None]
+        return api.recorded_step(*new, seen=self.clock)[:, :, None]  # those of one layer lie a model apart
+
+    def _windows(
+        self, keys: Tensor, valid: Tensor | None, sliding_window: int | None, waits: bool
+    ) -> dict[str, Tensor] | None:
+        """What heads see while this prompt is read, if the method says that they stream."""
+        batch_size, num_kv_heads, n, _ = keys.shape
+        lengths: list[int | None] = [None if waits else n] * batch_size
+        if valid is not None and not waits and hasattr(self.method, "prefill_windows"):
+            lengths = valid.sum(1).tolist()  # waits for the device
+        return prefill_windows(
+            self.method,
+            lengths,
+            layer_idx=self.layer_idx,
+            num_layers=self.num_layers,
+            num_kv_heads=num_kv_heads,
+            sliding_window=sliding_window,
+        )
+
+    # -- what stays of a prompt -------------------------------------------------------------------------------------
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what comes next is a prompt, or more of one."""
+        return self.ragged is None or self._observed is not None
+
+    @property
+    def observed(self) -> Observation | None:
+        """The last queries of a prefill that waits for `finalize_prefill`; None when none does."""
+        return self._observed
+
+    def finalize_prefill(self, chosen: Sequence[Keep] | None = None) -> None:
+        """End a prefill that waits: choose what stays of everything stored so far. Does nothing when that is done.
+
+        Where heads stream, that is chosen already; what windowed rows hide then goes.
+        """
+        if self.ragged is None or self._observed is None:
+            return
+        if self._streams:
+            if bool((self.ragged.length == 0).any()):
+                raise all_padding(int((self.ragged.length == 0).nonzero()[0]) // self.ragged.num_kv_heads)
+            self.ragged.trim(self.options.headroom)
+        else:
+            self.ragged = self.compressed(chosen)
+        self._observed = None
+
+    def compressed(self, chosen: Sequence[Keep] | None = None, *, rollback: int | None = None) -> RaggedLayer:
+        """What will be stored of a prompt that waits; the layer stays as it is.
+
+        Args:
+            chosen: what to keep, for each sequence; default: the method is asked for this layer.
+            rollback: in place of the layer's own.
+        """
+        assert self._observed is not None
+        return self._compressed(*self.filled().to_dense(), self._observed, chosen, rollback)
+
+    def _compressed(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        observed: Observation,
+        chosen: Sequence[Keep] | None = None,
+        rollback: int | None = None,
+    ) -> RaggedLayer:
+        """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
+        headroom = self.options.headroom
+        rollback = self.options.rollback if rollback is None else rollback
+        if chosen is None:
+            where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+            where["parts"] = self.parts
+            method: Any = self.method
+            stored = keep_entries(method, observed, keys, values, valid, rollback=rollback, **where)
+        else:
+            window, texts = observed.rule.sliding_window, texts_of(valid, keys.shape[0])
+            stored = storage_of(chosen, texts, keys, valid, sliding_window=window, rollback=rollback)
+        return RaggedLayer.from_dense(
+            keys, values, valid=valid, headroom=headroom, rollback=rollback, **stored
+        )
+
+    # -- what transformers asks of a cache layer ----------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the batch; absent before the first prompt, as transformers expects."""
+        if self.ragged is None:
+            raise AttributeError("batch_size: this layer has not seen a prompt yet")
+        return self.ragged.batch_size
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first prompt says what to store."""
+
+    def get_seq_length(self) -> int:
+        """Tokens SEEN, also those no longer stored: positions and masks follow from it."""
+        return 0 if self.ragged is None else self.ragged.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks speak of the text, not of the store: (tokens seen and new, offset 0)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # the older name
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.ragged = self._observed = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; older transformers give the length to keep, a positive number."""
+        if self.ragged is None:
+            return
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.ragged.seen - tokens_to_remove)
+        if remove and self._observed is not None:
+            raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
+        self.ragged.crop(remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Batch entry `i` becomes a copy of batch entry `beam_idx[i]`."""
+        if self.ragged is not None:
+            self.ragged.reorder(beam_idx)
+            if self._observed is not None:
+                self._observed = self._observed.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these batch entries (int indices, or a bool mask)."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch entry."""
+        if self.ragged is not None:
+            every = torch.arange(self.ragged.batch_size, device=self.ragged.device)
+            self.reorder_cache(every.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Move the layer to the CPU."""
+        if self.ragged is not None:
+            self.ragged_device = self.ragged.device
+            self.ragged.to("cpu")
+
+    def prefetch(self) -> None:
+        """Move an offloaded layer back."""
+        if self.ragged is not None and hasattr(self, "ragged_device"):
+            self.ragged.to(self.ragged_device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCacheLayer:
+        """A copy to go on with by itself; the method is shared."""
+        copy = RaggedCacheLayer(self.method, self.layer_idx, self.num_layers, self.options, self.parts)
+        if self.ragged is not None:
+            copy.restore(RaggedLayer.from_snapshot(self.ragged.snapshot()))
+        copy._observed, copy._streams = self._observed, self._streams  # replaced, never changed
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written to a file: nothing of the model."""
+        return {**vars(self), "parts": Parts()}
+
+    # -- for the reader -----------------------------------------------------------------------------------------------
+
+    def restore(self, ragged: RaggedLayer) -> None:
+        """Hold `ragged`, a prompt that was compressed before."""
+        self.ragged, self._observed, self.is_initialized = ragged, None, True
+
+    def filled(self) -> RaggedLayer:
+        """The layer's store.
+
+        Raises:
+            RuntimeError: before the first prompt.
+        """
+        if self.ragged is None:
+            raise RuntimeError("the cache is empty: run the model on a prompt first")
+        return self.ragged
+
+    def row(self, batch: int, head: int) -> Any:
+        """Keys, values and positions of one row; see `RaggedLayer.row`."""
+        return self.filled().row(batch, head)
+
+    def __repr__(self) -> str:
+        return f"RaggedCacheLayer({self.layer_idx}: {'empty' if self.ragged is None else self.ragged})"

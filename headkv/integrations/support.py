@@ -1,0 +1,161 @@
+"""Which models headkv can serve, and with what."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headkv import _checks
+from headkv._config import kv_heads
+from headkv._wrappers import unwrapped
+from headkv.attention.api import BACKENDS, Backend
+from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.planning import ROLLBACK, prefill_windows
+from headkv.prefill import Parts
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from headkv.methods.base import Method, PromptMethod
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a `RaggedCache` is stored and attended to, whatever its method: see `RaggedCache.for_model`.
+
+    Raises:
+        TypeError, ValueError: naming the option that is off.
+    """
+
+    backend: Backend = "auto"
+    headroom: int = MIN_HEADROOM
+    rollback: int = ROLLBACK
+    chunked_prefill: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.one_of("backend", self.backend, BACKENDS)
+        _checks.whole("headroom", self.headroom)
+        _checks.whole("rollback", self.rollback)
+        _checks.flag("chunked_prefill", self.chunked_prefill)
+
+
+def supported_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside `model`, which may be wrapped, if headkv can serve it.
+
+    Raises:
+        TypeError, ValueError: naming what is not supported.
+    """
+    from transformers import PreTrainedModel
+
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        parts = inner.named_children() if isinstance(inner, torch.nn.Module) else ()
+        inside = [f".{name}" for name, part in parts if isinstance(part, PreTrainedModel)]
+        hint = f"; pass the one inside it, {' or '.join(inside)}" if inside else ""
+        raise TypeError(f"model must be a transformers model, got {type(inner).__name__}{hint}")
+    name = type(inner).__name__
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise ValueError(f"model {name} is an encoder-decoder; headkv supports decoders only")
+    if not getattr(inner, "_supports_attention_backend", False):
+        raise ValueError(
+            f"model {name} does not call its attention through transformers' attention interface"
+        )
+    config = inner.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ValueError(
+            f"model {name} has layers of kind {', '.join(sorted(kinds))}; allowed: full and sliding attention"
+        )
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        raise ValueError(f"model {name} shares keys and values between layers, which headkv does not support")
+    return inner
+
+
+def supported_config(model: Any) -> PreTrainedConfig:
+    """The configuration of the decoder in `model`, if headkv can serve it; see `supported_model`."""
+    return supported_model(model).config.get_text_config(decoder=True)
+
+
+# Rotary embeddings whose angles follow from the position alone; others depend on how long a text is.
+FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
+
+
+def decoder_of(model: PreTrainedModel) -> Module:
+    """The part of `model` that hands a cache to the layers: the decoder without its head."""
+    decoder: Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder
+
+
+def parts_of(model: PreTrainedModel) -> list[Parts]:
+    """What each layer's attention has besides queries, keys and values; see `headkv.prefill.Parts`."""
+    decoder, config = decoder_of(model), supported_config(model)
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    parts = [Parts()] * config.num_hidden_layers
+    for module in decoder.modules():
+        index, output = getattr(module, "layer_idx", None), _output_weight(module)
+        if isinstance(index, int) and output is not None and 0 <= index < len(parts):
+            parts[index] = Parts(output, _rotary(decoder, module, kinds[index]))
+    return parts
+
+
+def _output_weight(attention: Module) -> Tensor | None:
+    for name in ("o_proj", "out_proj", "dense"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+            return weight.detach()
+    return None
+
+
+def _rotary(
+    decoder: Module, attention: Module, kind: str | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """Cosines and sines by position, where they follow from the position alone and turn halves against each other."""
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    types = getattr(rotary, "rope_type", "default")
+    rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
+    if rotary is None or rotate_half is None:
+        return None
+    if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    if not {types} <= FIXED if isinstance(types, str) else not set(types.values()) <= FIXED:
+        return None
+    more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+
+    def at(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(torch.zeros(1, device=positions.device), positions[None], *more)
+        return cos[0].float(), sin[0].float()
+
+    return at
+
+
+def is_whole_prompt(method: Method | PromptMethod) -> bool:
+    """Whether `method` decides once the whole prompt is read."""
+    return bool(getattr(method, "whole_prompt", False))
+
+
+def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_prefill: bool) -> None:
+    """A method that can serve this model.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit.
+    """
+    moment = "plan_prompt" if is_whole_prompt(method) else "plan"
+    if isinstance(method, type) or not callable(getattr(method, moment, None)):
+        raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
+    for profile in getattr(method, "profiles", ()):
+        profile.check_model(model)
+    if chunked_prefill:
+        check_chunks(method, supported_config(model))
+
+
+def check_chunks(method: Method | PromptMethod, config: PreTrainedConfig) -> None:
+    """A method that must know a prompt's length before it is read says so here, not at the first chunk."""
+    shape = {"layer_idx": 0, "num_layers": config.num_hidden_layers, "num_kv_heads": kv_heads(config)}
+    prefill_windows(method, [None], **shape, sliding_window=None)
