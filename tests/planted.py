@@ -36,7 +36,9 @@ def planted_model() -> PreTrainedModel:
             embedding[token, _IS_ANSWER] = embedding[token, _WHICH + number] = 1
             vocabulary[token, _WRITTEN + number] = 1
         attention = model.model.layers[layer].self_attn
-        query, key, value = (p.weight.view(-1, 16, 64) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        query, key, value = (
+            p.weight.view(-1, 16, 64) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         query[2 * head, 7, _IS_QUESTION] = 2
         key[head, 7, _IS_ANSWER] = 2
         for number in range(len(ANSWERS)):

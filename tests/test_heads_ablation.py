@@ -175,7 +175,9 @@ def test_a_journal_of_another_run_is_refused(content: str, message: str, tmp_pat
 def test_a_model_that_answers_nothing_can_not_be_scored() -> None:
     model = planted_model()
     text = planted_text(0)
-    wrong = NeedleText(text.context_ids, (Needle("words", text.needles[0].question_ids, torch.tensor([[4]])),))
+    wrong = NeedleText(
+        text.context_ids, (Needle("words", text.needles[0].question_ids, torch.tensor([[4]])),)
+    )
     with pytest.raises(RuntimeError, match="the model answered none of 1 questions"):
         ablate(model, [wrong], STREAM)
     tiny = tiny_model("llama", max_position_embeddings=2048)
@@ -206,7 +208,10 @@ def test_the_options_are_checked(profiler, options: dict[str, object], message: 
 def test_the_rate_rises_and_falls() -> None:
     rates = [rate(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == rates[66] == 1
-    assert rates[-1] == pytest.approx(0.03) and rates == sorted(rates[:5]) + rates[5:67] + sorted(rates[67:])[::-1]
+    assert (
+        rates[-1] == pytest.approx(0.03)
+        and rates == sorted(rates[:5]) + rates[5:67] + sorted(rates[67:])[::-1]
+    )
 
 
 @pytest.mark.slow
