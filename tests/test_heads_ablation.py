@@ -14,7 +14,7 @@ from headkv.data import Needle, NeedleText
 from headkv.heads import ablation
 from headkv.heads.ablation import FLOOR, ablate, hold, profile_ablation, worth
 from headkv.heads.cached_gates import learn_gates, profile_cached_gates, rate
-from headkv.heads.choice import add_heads, gates_of, swap_heads
+from headkv.heads.choice import add_heads, gates_of
 from headkv.heads.contexts import Stream, asking, read
 from headkv.heads.gates import frozen
 from headkv.heads.journal import Journal
@@ -117,13 +117,11 @@ def pairwise(gates: torch.Tensor) -> torch.Tensor:
     return 3 * flat[:, 0] * flat[:, 5] + flat[:, 2] + 0.1 * flat[:, 1] + 0.01 * flat[:, 3]
 
 
-def test_heads_are_added_and_swapped_as_they_are_worth_together() -> None:
+def test_heads_are_added_as_they_are_worth_together() -> None:
     order = list(add_heads(pairwise, (3, 2), HEADS, 3))
     assert [head for head, _ in order] == [(1, 0), (0, 1), (1, 1)]
     assert [value for _, value in order] == pytest.approx([1, 1.1, 1.11])
     assert [head for head, _ in add_heads(pairwise, (3, 2), HEADS, 3, [(0, 0)])] == [(2, 1), (1, 0)]
-    *_, (best, value) = swap_heads(pairwise, (3, 2), HEADS, [(0, 0), (0, 1), (2, 1)], 20)
-    assert sorted(best) == [(0, 0), (1, 0), (2, 1)] and value == pytest.approx(4)
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 5])
