@@ -84,9 +84,12 @@ def test_info_says_how_to_install_what_is_missing(module, monkeypatch, capsys):
 
 BAD = {
     "share 0": (["demo", "--share", "0"], "--share must be in (0, 1], got 0.0"),
-    "one token": (["demo", "--new-tokens", "1"], "--new-tokens must be at least 2"),
+    "no text": (["demo", "--texts", "0"], "--texts must be at least 1, got 0"),
     "no room for the facts": (["demo", "--tokens", "20"], "num_tokens"),
-    "unknown method": (["demo", "--tokens", "300", "--methods", "Magic"], "--methods must be of AdaKV"),
+    "unknown method": (
+        ["demo", "--tokens", "300", "--methods", "Magic"],
+        "--methods must be of StreamingLLM, SnapKV",
+    ),
     "no such folder": (
         ["profile", "--kind", "echo", "--out", "no/such/folder/x.json"],
         "--out must be a file in a folder that exists, got no/such/folder/x.json",
@@ -262,22 +265,25 @@ def test_the_shipped_profiles_are_what_their_commands_make(repository):
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
-    """Two methods on a short document: real shares, bytes that follow them, a picture where one is asked for."""
+    """Uniform and head-specific budgets on a short text: real shares, bytes that follow them, lines as they come."""
     monkeypatch.chdir(tmp_path)
     picture = tmp_path / "demo.png"
-    arguments = ["demo", "--tokens", "400", "--methods", "AdaKV", "DuoAttention", "--new-tokens", "4"]
+    arguments = ["demo", "--tokens", "400", "--texts", "1", "--share", "0.2", "--methods", "SnapKV", "KVzip"]
     assert main([*arguments, "--picture", str(picture), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    full, ada, duo = summary["results"]
-    assert full["stored_share"] == 1 and full["right"] == 3, full["answers"]
-    assert ada["stored_share"] == pytest.approx(0.2, abs=0.01)
-    assert duo["stored_share"] == pytest.approx(0.2, abs=0.03)
+    full, snap, zipped = summary["results"]
+    assert full["stored_share"] == 1 and full["unseen"]["right"] == full["seen"]["right"] == 2
+    assert [x["stored_share"] for x in (snap, zipped)] == pytest.approx([0.2, 0.2], abs=0.01)
     # 80 entries a head and head room for 64 more, against 400
-    assert ada["nbytes"] < 0.4 * full["nbytes"]
+    assert max(snap["nbytes"], zipped["nbytes"]) < 0.45 * full["nbytes"]
+    assert zipped["unseen"]["right"] > snap["unseen"]["right"]
+    low, high = zipped["unseen"]["interval"]
+    assert 0 <= low < zipped["unseen"]["right"] / 2 <= high <= 1
     assert picture.stat().st_size > 10_000
     picture.unlink()
-    assert main([*arguments[:4], "AdaKV", "--new-tokens", "2"]) == 0
-    assert "against full" in capsys.readouterr().out
+    assert main([*arguments[:-1]]) == 0
+    shown = capsys.readouterr().out
+    assert "question unseen" in shown and shown.count(" of 2 ") == 4
     assert list(tmp_path.iterdir()) == [], "no picture unasked"
 
 
