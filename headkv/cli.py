@@ -62,19 +62,26 @@ def parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser(
         "demo",
-        help="every method on one prompt with hidden facts: memory, speed, answers",
-        description="Hide facts in a text, compress SmolLM2's cache by every method, and ask for the facts.",
+        help="which head keeps matters: every method at equal bytes, the question seen and unseen",
+        description="Hide facts in a few texts, compress SmolLM2's cache by every method to the same share, and ask "
+        "for the facts: with the question at the end of the compressed prompt (seen), and after a text that was "
+        "compressed before anybody asked (unseen).",
     )
     show.add_argument(
-        "--tokens", type=int, default=4000, metavar="N", help="length of the context (default: 4000)"
+        "--model",
+        choices=("plain", "tuned"),
+        default="plain",
+        help="SmolLM2 as it is, or tuned to find needles (default: plain)",
+    )
+    show.add_argument("--tokens", type=int, default=800, metavar="N", help="of each text (default: 800)")
+    show.add_argument(
+        "--texts", type=int, default=6, metavar="N", help="each with two questions (default: 6)"
     )
     show.add_argument(
-        "--share", type=float, default=0.2, metavar="X", help="share of the cache to keep (default: 0.2)"
+        "--share", type=float, default=0.1, metavar="X", help="share of the cache to keep (default: 0.1)"
     )
-    show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. AdaKV SnapKV")
-    show.add_argument(
-        "--new-tokens", type=int, default=12, metavar="N", help="tokens of each answer (default: 12)"
-    )
+    show.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods, e.g. SnapKV KVzip")
+    show.add_argument("--seed", type=int, default=0, metavar="N", help="of the texts (default: 0)")
     show.add_argument("--picture", type=Path, metavar="FILE", help="draw each head's entries to this file")
     show.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     show.set_defaults(run=demo)
@@ -179,44 +186,57 @@ def demo(options: argparse.Namespace) -> None:
     """`headkv demo`."""
     from tqdm import tqdm
 
-    from headkv.data import haystack
-    from headkv.evaluation.compare import compare, smollm2_methods
+    from headkv.data.chat import chat_frame
+    from headkv.data.needles import needle_texts
+    from headkv.evaluation.compare import compare, smollm2_methods, steps
     from headkv.evaluation.plots import plot_lengths
 
     if not 0 < options.share <= 1:
         raise ValueError(f"--share must be in (0, 1], got {options.share}")
-    if options.new_tokens < 2:
-        raise ValueError(f"--new-tokens must be at least 2, got {options.new_tokens}")
-    model, tokenizer = headkv.load_smollm2()
-    document = haystack(tokenizer, options.tokens)
-    n = document.context_ids.shape[1]
-    methods = smollm2_methods(options.share, n)
-    if unknown := set(options.methods or ()) - set(methods):
-        raise ValueError(f"--methods must be of {', '.join(methods)}, got {', '.join(sorted(unknown))}")
-    chosen = {name: m for name, m in methods.items() if not options.methods or name in options.methods}
-    results = []
-    # The full cache comes first: what the others are compared with.
-    with tqdm(total=len(chosen) + 1, leave=False) as bar:
-        for result in compare(
-            model,
-            tokenizer,
-            document,
-            chosen,
-            max_new_tokens=options.new_tokens,
-            on_step=bar.set_description,
-        ):
-            results.append(result)
+    if options.texts < 1:
+        raise ValueError(f"--texts must be at least 1, got {options.texts}")
+    tuned = options.model == "tuned"
+    model, tokenizer = headkv.load_smollm2(tuned=tuned)
+    request = "\n\nRepeat the text above, word for word." + chat_frame(tokenizer)[1]
+    entries = smollm2_methods(
+        options.share, tokenizer(request, add_special_tokens=False)["input_ids"], tuned=tuned
+    )
+    if unknown := set(options.methods or ()) - set(entries):
+        raise ValueError(f"--methods must be of {', '.join(entries)}, got {', '.join(sorted(unknown))}")
+    entries = {name: x for name, x in entries.items() if not options.methods or name in options.methods}
+    texts = needle_texts(
+        tokenizer,
+        texts=options.texts,
+        lengths=[options.tokens],
+        kinds=("words", "numbers"),
+        seed=options.seed,
+        split="validation",
+    )
+    tokens, questions = texts[0].context_ids.shape[1], sum(len(text.needles) for text in texts)
+    print(
+        f"SmolLM2-135M-Instruct, {options.model}: {questions} questions about {len(texts)} texts of about {tokens} "
+        f"tokens, {options.share:.0%} of the cache kept\n",
+        file=sys.stderr,
+    )
+    results: list[Result] = []
+    with tqdm(total=steps(texts, entries), leave=False, file=sys.stderr) as bar:
+
+        def on_step(what: str) -> None:
+            bar.set_description(what)
             bar.update()
+
+        for result in compare(model, texts, entries, on_step=on_step):
+            results.append(result)
+            if not options.json:
+                bar.clear()
+                for line in _demo_lines(result, results[0], first=len(results) == 1):
+                    print(line, flush=True)
     if options.picture is not None:
-        plot_lengths(results, n).savefig(options.picture, dpi=150)
-    if options.json:
-        picture = None if options.picture is None else str(options.picture)
-        summary = {"tokens": n, "share": options.share, "picture": picture}
-        print(json.dumps({**summary, "results": [result.to_json() for result in results]}, indent=2))
-    else:
-        _print_table(results, document.facts, n)
-    if options.picture is not None:
+        plot_lengths(results, tokens).savefig(options.picture, dpi=150)
         print(f"Entries of each head: {options.picture}", file=sys.stderr)
+    if options.json:
+        about = {name: getattr(options, name) for name in ("model", "share", "seed")}
+        print(json.dumps({**about, "tokens": tokens, "results": [x.to_json() for x in results]}, indent=2))
 
 
 def profile(options: argparse.Namespace) -> None:
@@ -295,25 +315,28 @@ def show_info(options: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if options.json else as_text(found))
 
 
-def _print_table(results: Sequence[Result], facts: Sequence[Any], tokens: int) -> None:
-    full = results[0]
-    answers = "answers: " + ", ".join(fact.answer for fact in facts)
-    rows = [
-        {
-            "method": result.name,
-            "stored": f"{result.stored_share:.1%}",
-            "our count": f"{result.nbytes / 1e6:.1f} MB",
-            "resident": "-" if result.resident_bytes is None else f"{result.resident_bytes / 1e6:.1f} MB",
-            "decode": f"{1000 / result.decode_ms:.1f} tok/s",
-            "against full": f"{full.decode_ms / result.decode_ms:.2f} x",
-            "right": f"{result.right} / {result.asked}",
-            "question unseen": f"{result.right_unseen} / {result.asked}",
-            answers: " | ".join(answer.split("\n")[0][:12] for answer in result.answers),
-        }
-        for result in results
-    ]
-    print(f"SmolLM2-135M-Instruct, {tokens} tokens, {full.asked} hidden facts\n")
-    print(table(rows, words=("method", answers)))
+def _demo_lines(result: Result, full: Result, first: bool) -> list[str]:
+    """A result as a line of a table, under a heading if it is the first: columns are as wide as they will ever be."""
+    from headkv.evaluation.compare import interval
+
+    def right(found: Sequence[bool]) -> str:
+        low, high = interval(sum(found), len(found))
+        return f"{sum(found):>2} of {len(found)}  ({low:.0%} to {high:.0%})"
+
+    cells = {
+        "method": f"{result.name:<24}",
+        "heads": f"{result.heads:<13}",
+        "stored": f"{result.stored_share:>6.1%}",
+        "cache": f"{result.nbytes / 1e6:>6.1f} MB",
+        "decode": f"{full.decode_ms / result.decode_ms:>5.2f} x",
+        "question seen": f"{right(result.seen):<21}",
+        "question unseen": f"{right(result.unseen):<21}",
+    }
+    line = "  ".join(cells.values())
+    if not first:
+        return [line]
+    heading = "  ".join(name.ljust(len(cell)) for name, cell in cells.items())
+    return [heading, "─" * len(heading), line]
 
 
 def _print_comparison(cells: Sequence[Cell], pairs: Sequence[dict[str, Any]]) -> None:

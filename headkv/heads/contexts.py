@@ -28,25 +28,25 @@ _CPU_ROOM = 1 << 30  # bytes of a batch where the memory that is free can not be
 
 @dataclass(frozen=True)
 class Stream:
-    """What a streaming head keeps of a text of n tokens: the first `sinks` and the last `recent * n`, 16 at least.
+    """What a streaming head keeps of a text of n tokens: the first `sinks`, the last `recent_share * n`, 16 at least.
 
     Question and answer come after the text, and every head sees them.
     """
 
     sinks: int = 16
-    recent: float = 0.06
+    recent_share: float = 0.06
 
     def __post_init__(self) -> None:
         _checks.whole("sinks", self.sinks)
-        _checks.between("recent", self.recent, 0, 1)
+        _checks.between("recent_share", self.recent_share, 0, 1)
 
     def far(self, n: int) -> slice:
         """The entries that a streaming head does not keep.
 
-        >>> Stream(sinks=16, recent=0.06).far(1000)
+        >>> Stream(sinks=16, recent_share=0.06).far(1000)
         slice(16, 940, None)
         """
-        return slice(min(self.sinks, n), max(min(self.sinks, n), n - max(16, round(self.recent * n))))
+        return slice(min(self.sinks, n), max(min(self.sinks, n), n - max(16, round(self.recent_share * n))))
 
 
 @dataclass(frozen=True, eq=False)
