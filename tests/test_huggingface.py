@@ -317,9 +317,9 @@ def test_bad_input_is_named(call, error, message):
 
 OFF = {
     "budget": (0.2, TypeError, "unexpected keyword argument 'budget'"),
-    "backend": ("cuda", ValueError, "backend must be one of auto, reference, rust, triton, got 'cuda'"),
+    "backend": ("cuda", ValueError, "backend must be one of 'auto', 'reference', 'rust', 'triton', got 'cuda'"),
     "headroom": (-1, ValueError, "headroom must be an int of at least 0, got -1"),
-    "rollback": (1.5, ValueError, "rollback must be an int of at least 0, got 1.5"),
+    "rollback": (1.5, TypeError, "rollback must be an int of at least 0, got 1.5"),
     "chunked_prefill": ("yes", TypeError, "chunked_prefill must be True or False, got 'yes'"),
     "cuda_graph": (1, TypeError, "cuda_graph must be True or False, got 1"),
     "compile_layers": (True, ValueError, "compile_layers must be False without cuda_graph=True, got True"),

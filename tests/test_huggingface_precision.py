@@ -190,21 +190,60 @@ def test_what_needs_none_is_right() -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["FullCache", "AdaKV"])
-def test_gradients_of_a_prompt_are_right(name: str) -> None:
-    """It is read densely, whatever is stored of it: a loss on one call inside the block trains as outside."""
-    inputs, found = prompts(), []
+def prompt_gradients(model: Any, method: Any) -> dict[str, Tensor]:
+    inputs = prompts()
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    for method in (None, METHODS[name]):
-        model = tiny_model("llama")
-        with nullcontext() if method is None else headkv.compress(model, method):
-            out = model(**inputs, labels=labels)
-            out.loss.backward()
-        found.append(weights(model))
-    for key, want in found[0].items():
-        torch.testing.assert_close(found[1][key], want, rtol=1e-3, atol=1e-5)
-    layers = out.past_key_values.layers
+    with nullcontext() if method is None else headkv.compress(model, method):
+        out = model(**inputs, labels=labels)
+        out.loss.backward()
+    layers = [] if method is None else out.past_key_values.layers
     assert not any(layer.filled().keys.requires_grad for layer in layers)
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", ["FullCache", "AdaKV"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+def test_gradients_of_a_prompt_are_right(family: str, name: str) -> None:
+    """It is read densely, whatever is stored of it: a loss on one call inside the block trains as outside."""
+    want, got = (prompt_gradients(tiny_model(family), method) for method in (None, METHODS[name]))
+    for key, gradient in want.items():
+        torch.testing.assert_close(got[key], gradient, rtol=1e-3, atol=1e-5)
+
+
+STREAMING = headkv.DuoAttention(
+    profile=METHODS["DuoAttention"].profile, sparsity=0.5, sinks=1, recent=5, streaming_prefill=True
+)
+
+
+@pytest.mark.parametrize(
+    "family, method",
+    [
+        ("llama", STREAMING),
+        *((family, METHODS["FullCache"]) for family in ("mistral-sliding", "gemma2", "gemma3")),
+    ],
+)
+def test_heads_that_stream_or_slide_are_refused(family: str, method: Any) -> None:
+    """Reading such a prompt with a graph is no error, training on it is."""
+    model = tiny_model(family)
+    with headkv.compress(model, method):
+        model(**prompts())
+        with pytest.raises(RuntimeError, match="nor through heads that stream or slide"):
+            model(**prompts()).logits.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "rust"])
+def test_attention_of_ones_own_is_refused(backend: Any) -> None:
+    """The functions alike: what was stored knows nothing of what made it, and stays without a graph."""
+    q, keys, values = (torch.randn(1, heads, 3, 16, requires_grad=True) for heads in (4, 2, 2))
+    layer = headkv.RaggedLayer.from_dense(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16))
+    layer.append(keys, values)
+    out = headkv.ragged_extend(q, layer, backend=backend)
+    step = headkv.ragged_step(q[:, :, 0], keys[:, :, 0], values[:, :, 0], layer, backend=backend)
+    decoded = headkv.ragged_decode(q[:, :, 0], layer, backend=backend)
+    assert not (layer.keys.requires_grad or layer.values.requires_grad)
+    for result in (out, step, decoded):
+        with pytest.raises(RuntimeError, match="gradients do not pass through a ragged cache"):
+            result.sum().backward()
 
 
 def test_drafts_with_a_graph() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import METHODS, prompts
+from generation_cases import METHODS, SCORER, prompts
+from letters import letters
 from torch import nn
 
 import headkv
 from headkv._wrappers import unwrapped
 from headkv.heads import HeadProfile
-from headkv.models.tiny import tiny_model
+from headkv.models.tiny import FAMILIES, tiny_model
 
 ADA = METHODS["AdaKV"]
 LENGTH: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -24,6 +25,7 @@ LENGTH: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample":
 
 def lora(model: Any) -> Any:
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    torch.manual_seed(0)
     shape = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**shape)).eval()
     with torch.no_grad():  # fresh adapters change nothing
@@ -160,6 +162,18 @@ def test_distributed_wrappers(wrap: str) -> None:
     assert float(session.cache.lengths().float().mean()) == 30
 
 
+def test_our_pipeline_over_a_wrapper() -> None:
+    """headkv.pipeline reads and answers with what it is given, adapters and all."""
+    model, tokenizer = tiny_model("llama"), letters()
+    answers = []
+    for given in (lora(model), lora(tiny_model("llama")).merge_and_unload()):
+        pipe = headkv.pipeline(given, tokenizer, device="cpu", max_new_tokens=6)
+        answers.append(
+            pipe("the quick brown fox jumps", question="who?", method=headkv.StreamingLLM(9))["answer"]
+        )
+    assert answers[0] == answers[1]
+
+
 def test_profiles_look_inside() -> None:
     profile = HeadProfile(model="tiny", kind="gate", heads="kv", scores=torch.rand(4, 2))
     for wrap in (compiled, nn.DataParallel):
@@ -287,6 +301,25 @@ def test_spread_models(spread: str, way: str, name: str, tmp_path: Path) -> None
         got = model.generate(**inputs, **LENGTH, **WAYS[way])
     assert torch.equal(got, want)
     assert torch.equal(session.cache.lengths(), lengths)
+
+
+def test_weights_that_are_on_disk(tmp_path: Path) -> None:
+    """A method that looks at them is told that they are not there."""
+    method = headkv.CriticalKV(20, scorer=SCORER)
+    model = all_on_disk(tiny_model("llama"), tmp_path)
+    message = "needs the output projection of the model's attention"
+    with headkv.compress(model, method), pytest.raises(ValueError, match=message):
+        model(**prompts(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spread_families(family: str, tmp_path: Path) -> None:
+    whole, inputs = tiny_model(family), prompts()
+    with headkv.compress(whole, ADA):
+        want = whole.generate(**inputs, **LENGTH)
+    model = all_on_disk(tiny_model(family), tmp_path)
+    with headkv.compress(model, ADA):
+        assert torch.equal(model.generate(**inputs, **LENGTH), want)
 
 
 def test_a_spread_model_without_our_cache(tmp_path: Path) -> None:

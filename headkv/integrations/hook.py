@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from headkv.integrations.precision import in_one_dtype
+from headkv.integrations.precision import Together, in_one_dtype
 from headkv.logits import Rule
 
 NAME = "headkv"
@@ -144,8 +144,12 @@ def attention_forward(
 
 @torch.compiler.disable
 def _attend(query: Tensor, tokens: NewTokens, valid: Tensor | None, rule: Rule) -> Tensor:
-    with in_one_dtype(query, tokens.keys, tokens.values, tokens.layer.stored_dtype) as (tensors, result):
-        return tokens.layer.attend(*tensors, valid, rule).to(result)
+    layer, device = tokens.layer, query.device.type
+    together, result = in_one_dtype(Together(query, tokens.keys, tokens.values), layer.stored_dtype)
+    if not torch.is_autocast_enabled(device):
+        return layer.attend(*together, valid, rule).to(result)
+    with torch.autocast(device, enabled=False):  # so that nothing is rounded again
+        return layer.attend(*together, valid, rule).to(result)
 
 
 def padding_mask(

@@ -12,9 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headkv.attention import api, dense
 from headkv.attention.api import Backend
+from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
 from headkv.integrations.calls import PLAIN
-from headkv.integrations.gradients import without_gradients
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import (
     Observation,
@@ -82,7 +82,6 @@ class RaggedCacheLayer(CacheLayerMixin):
         """Of keys and values; None before the first token."""
         return None if self.ragged is None else self.ragged.dtype
 
-    @torch.compiler.disable
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         """Store T new tokens and attend over everything kept: `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,24 +18,26 @@ class Together(NamedTuple):
     values: Tensor
 
 
-@contextmanager
-def in_one_dtype(
-    q: Tensor, keys: Tensor, values: Tensor, stored: torch.dtype | None
-) -> Iterator[tuple[Together, torch.dtype]]:
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this kind of device; None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def in_one_dtype(tensors: Together, stored: torch.dtype | None) -> tuple[Together, torch.dtype]:
     """What attention is to be computed with, and the dtype that the model expects of it.
 
     Under autocast that is autocast's, as it is for torch's own attention; rotary embeddings leave queries and keys in
     float32 there. What joins rows that are stored already takes their dtype: a prompt may be read under autocast, and
-    its answer written without. Inside, autocast is off, so that nothing is rounded again.
+    its answer written without.
 
     Args:
-        q, keys, values: of the new tokens.
+        tensors: of the new tokens.
         stored: what the rows hold; None before the first token.
     """
-    device = q.device.type
-    autocast = torch.is_autocast_enabled(device)
-    result = torch.get_autocast_dtype(device) if autocast and q.dtype in DTYPES else q.dtype
+    q = tensors.q
+    autocast = autocast_dtype(q.device.type)
+    result = autocast if autocast is not None and q.dtype in DTYPES else q.dtype
     wanted = result if stored is None else stored
-    tensors = (x.to(wanted) if x.dtype in DTYPES and wanted in DTYPES else x for x in (q, keys, values))
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        yield Together(*tensors), result
+    if wanted not in DTYPES:
+        return tensors, result
+    return Together(*(x.to(wanted) if x.dtype in DTYPES else x for x in tensors)), result

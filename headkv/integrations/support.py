@@ -109,7 +109,7 @@ def _output_weight(attention: Module) -> Tensor | None:
     for name in ("o_proj", "out_proj", "dense"):
         weight = getattr(getattr(attention, name, None), "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-            return weight.detach()
+            return None if weight.is_meta else weight.detach()  # offloaded: it is nowhere between two calls
     return None
 
 

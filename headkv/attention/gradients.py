@@ -1,4 +1,4 @@
-"""Gradients end, with an error, at what a ragged cache stores."""
+"""Gradients end, with an error, where attention is not recorded: at a ragged cache, and where heads stream."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            "gradients do not pass through a ragged cache, which stores keys and values without what made them: train "
-            "over a prefix in a transformers DynamicCache, or read all of the text in one call; for inference, call "
-            "the model under torch.no_grad()"
+            "gradients do not pass through a ragged cache, which stores keys and values without what made them, nor "
+            "through heads that stream or slide: train over a prefix in a transformers DynamicCache, or outside "
+            "headkv.compress; for inference, call the model under torch.no_grad()"
         )
 
 
