@@ -221,11 +221,10 @@ def test_smollm2_says_which_head_it_needs(tmp_path: Path) -> None:
     from headkv.heads import HeadProfile
 
     out = tmp_path / "heads.json"
-    options = {"lengths": (250,), "texts": 1, "kinds": ("numbers", "words")}
+    options = {"lengths": (200,), "texts": 1, "kinds": ("numbers",)}
     profile = run_profile("ablation", out=out, progress=False, **options)
     assert divmod(int(profile.scores.argmax()), 3) == (18, 2) and profile.scores.min() == 0
-    assert profile.parameters["samples"] == {"words": 1, "numbers": 1}
-    assert sum(profile.parameters["samples_counted"].values()) >= 1
+    assert profile.parameters["samples"] == profile.parameters["samples_counted"] == {"numbers": 1}
     assert torch.equal(HeadProfile.load(out).scores, profile.scores)
     assert [path.name for path in tmp_path.iterdir()] == ["heads.json"], "the notes are gone"
     assert json.loads(out.read_text())["parameters"]["greedy"] == 0
