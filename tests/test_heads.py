@@ -208,7 +208,7 @@ def test_a_profile_measures_itself(kind: str) -> None:
         ("echo", {"steps": 3}, TypeError, "options of kind 'echo' must be of num_tokens, repeats, seeds, got steps"),
         ("retrieval", {"reasoning": True}, TypeError, "options of kind 'retrieval' must be of lengths, depths, got reasoning"),
         ("gate", {"steps": True}, TypeError, "steps must be an int of at least 1, got True"),
-        ("gate", {"lengths": (400.0, 500)}, TypeError, "lengths must be an int of at least 0, got 400.0"),
+        ("gate", {"lengths": (400.0, 500)}, TypeError, "lengths must be an int of at least 1, got 400.0"),
         ("echo", {"num_tokens": 16.0}, TypeError, r"num_tokens must be an int in \[2, 97\], got 16.0"),
         ("echo", {"num_tokens": 16, "seeds": ["1"]}, TypeError, "seeds must be an int of at least 0, got '1'"),
     ],

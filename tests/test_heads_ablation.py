@@ -20,7 +20,7 @@ from headkv.heads.gates import frozen
 from headkv.heads.journal import Journal
 from headkv.models import tiny_model
 
-STREAM = Stream(sinks=2, recent=0.1)
+STREAM = Stream(sinks=2, recent_share=0.1)
 
 
 def known_text(model, seed: int, length: int = 60) -> NeedleText:
@@ -190,8 +190,8 @@ def test_a_model_that_answers_nothing_can_not_be_scored() -> None:
     [
         (profile_ablation, {"greedy": -1}, "greedy must be an int of at least 0, got -1"),
         (profile_ablation, {"kinds": ("poems",)}, "kinds must be of words, numbers, .*, got 'poems'"),
-        (profile_ablation, {"texts": 0}, "texts and each must be at least 1, got 0 and 1"),
-        (profile_ablation, {"recent_share": 2.0}, r"recent must be a number in \[0, 1\], got 2.0"),
+        (profile_ablation, {"texts": 0}, "texts must be an int of at least 1, got 0"),
+        (profile_ablation, {"recent_share": 2.0}, r"recent_share must be a number in \[0, 1\], got 2.0"),
         (profile_cached_gates, {"steps": 0}, "steps must be an int of at least 1, got 0"),
         (profile_cached_gates, {"penalties": ()}, "penalties must hold at least one number, got none"),
         (profile_cached_gates, {"penalties": (-1.0,)}, "penalties must be a number of at least 0, got -1.0"),
@@ -221,11 +221,10 @@ def test_smollm2_says_which_head_it_needs(tmp_path: Path) -> None:
     from headkv.heads import HeadProfile
 
     out = tmp_path / "heads.json"
-    options = {"lengths": (250,), "texts": 1, "kinds": ("numbers", "words")}
+    options = {"lengths": (200,), "texts": 1, "kinds": ("numbers",)}
     profile = run_profile("ablation", out=out, progress=False, **options)
     assert divmod(int(profile.scores.argmax()), 3) == (18, 2) and profile.scores.min() == 0
-    assert profile.parameters["samples"] == {"words": 1, "numbers": 1}
-    assert sum(profile.parameters["samples_counted"].values()) >= 1
+    assert profile.parameters["samples"] == profile.parameters["samples_counted"] == {"numbers": 1}
     assert torch.equal(HeadProfile.load(out).scores, profile.scores)
     assert [path.name for path in tmp_path.iterdir()] == ["heads.json"], "the notes are gone"
     assert json.loads(out.read_text())["parameters"]["greedy"] == 0
