@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from generation_cases import METHODS, RAZOR, prompts
 from masked_oracle import oracle_cache
+from packaging.version import Version
 from transformers import GenerationConfig
 
 import headkv
@@ -171,7 +173,13 @@ def test_chunks_of_a_later_turn_are_stored_whole() -> None:
         want = cache.lengths()
         assert torch.equal(want, before + 40)
         cache = model(**inputs).past_key_values
-        model.generate(more, past_key_values=cache, max_new_tokens=1, prefill_chunk_size=9)
+        try:
+            model.generate(more, past_key_values=cache, max_new_tokens=1, prefill_chunk_size=9)
+        except ValueError as error:
+            if Version(transformers.__version__) >= Version("5.17"):
+                raise
+            assert "this release of transformers would send that text again" in str(error)
+            return
     assert torch.equal(session.cache.lengths(), want)
 
 

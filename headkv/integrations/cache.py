@@ -77,16 +77,16 @@ class RaggedCache(Cache):
         former one back on exit.
 
         Args:
-            model: a decoder of transformers whose attention goes through its attention interface.
+            model: a decoder of transformers, wrapped or not, whose attention goes through its attention interface.
             method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
             backend: of attention after the prefill; see `headkv.ragged_decode`.
             headroom: free slots behind each row after the prefill; it grows by itself when they are used up.
-            rollback: how many tokens windowed rows can take back (`crop`, assisted generation); they store as many
-                entries more than they attend to.
-            chunked_prefill: the prompt comes in several forward calls (`prefill_chunk_size`): wait with compression
-                until the first call with a single token, or until `finalize_prefill()`. Heads that stream while the
-                prompt is read (`streaming_prefill=True` of a method) do not wait: they never hold more than a chunk
-                and their window.
+            rollback: how many tokens windowed rows can take back (`crop`); they store as many entries more than they
+                attend to. Assisted generation gets what it needs by itself.
+            chunked_prefill: the prompt comes in several forward calls of your own: wait with compression until the
+                first call with a single token, or until `finalize_prefill()`. (`generate(prefill_chunk_size=…)` is seen
+                by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
+                wait: they never hold more than a chunk and their window.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
@@ -194,7 +194,7 @@ class RaggedCache(Cache):
         return torch.stack([layer.filled().lengths().cpu() for layer in self.layers])
 
     def finalize_prefill(self) -> None:
-        """End a chunked prefill now; see `for_model`. All or nothing where the method decides for all layers at once.
+        """End a prefill in chunks now; see `for_model`. All or nothing where the method decides for all layers at once.
 
         Raises:
             ValueError: a method that answers for another number of layers.
