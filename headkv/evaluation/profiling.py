@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import headkv
+from headkv._version import find_version
 from headkv.heads.profile import HeadProfile
 from headkv.heads.profilers import PROFILERS, WAYS, check_options, measure, profile_options
 
@@ -70,7 +70,7 @@ def _versions(device: str) -> dict[str, str]:
 
     chip = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
     return {
-        "headkv": headkv.__version__,
+        "headkv": find_version(Path(__file__).resolve().parents[1]),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": chip,
