@@ -20,6 +20,7 @@ from headkv._config import kv_heads
 from headkv.data import Needle
 from headkv.heads.gated import gated_attention
 from headkv.heads.observe import exchanged_attention
+from headkv.logits import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -232,9 +233,8 @@ class Asker:
         assert self._context is not None and self._gates is not None, "only `ask` runs the model in here"
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         keys, values = self._context.keys[layer], self._context.values[layer]  # [H, n, D]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = gated_attention(
-            query.unflatten(1, (keys.shape[0], -1)) * scale,
+            query.unflatten(1, (keys.shape[0], -1)),
             key,
             value,
             keys,
@@ -242,7 +242,6 @@ class Asker:
             far=slice(0, 0) if sliding_window is not None else self.stream.far(keys.shape[1]),
             gates=self._gates[:, layer],
             opened=self._open[layer],
-            window=sliding_window,
-            softcap=softcap,
+            rule=Rule.of(query.shape[-1], scaling, sliding_window, softcap),
         )
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headkv.logits import Rule
+
 
 def gated_attention(
     queries: Tensor,
@@ -23,42 +25,37 @@ def gated_attention(
     far: slice,
     gates: Tensor,
     opened: Sequence[int],
-    window: int | None = None,
-    softcap: float | None = None,
+    rule: Rule,
 ) -> Tensor:
     """Attend to a text that all rows share, and to each row's own new tokens, which see each other causally.
 
     Logits and softmax are float32 at least.
 
     Args:
-        queries: [R, H, G, T, D] of the new tokens, scaled.
+        queries: [R, H, G, T, D] of the new tokens.
         key, value: [R, H, T, D] of the new tokens.
         keys, values: [H, n, D] of the text; of a sliding layer what its window can still see.
         far: entries of the text that a streaming head does not keep; none for a sliding layer.
         gates: [R, H].
         opened: heads whose gate is not 0 in all rows; the others' far entries are not touched.
-        window: a query sees this many last positions, itself included; None: all.
-        softcap: cap of the logits, c * tanh(logit / c); None: none.
+        rule: how queries meet keys.
 
     Returns:
         [R, H, G, T, D].
     """
-    new = queries.shape[3]
+    new, queries = queries.shape[3], queries * rule.scale
     near_keys, near_values = (torch.cat([x[:, : far.start], x[:, far.stop :]], dim=1) for x in (keys, values))
     columns = near_keys.shape[1]
     logits = torch.cat([_products(queries, near_keys), queries @ key[:, :, None].mT], dim=-1)
-    at = torch.arange(columns, columns + new, device=queries.device)[:, None]
-    column = torch.arange(columns + new, device=queries.device)
-    hidden = column > at
-    if window is not None:
-        hidden = hidden | (column <= at - window)
-    logits = _capped(logits, softcap).masked_fill(hidden, -torch.inf)  # [R, H, G, T, columns + T]
+    at = torch.arange(columns + new, device=queries.device)
+    hidden = rule.hides(at[columns:, None], at)
+    logits = rule.cap(_precise(logits)).masked_fill(hidden, -torch.inf)  # [R, H, G, T, columns + T]
     weights = logits.softmax(-1).to(value.dtype)
     output = _weighted(weights[..., :columns], near_values) + weights[..., columns:] @ value[:, :, None]
     if far.stop == far.start or not opened:
         return output
     some = slice(None) if len(opened) == len(keys) else list(opened)
-    far_logits = _capped(_products(queries[:, some], keys[some, far]), softcap)
+    far_logits = rule.cap(_precise(_products(queries[:, some], keys[some, far])))
     share = torch.sigmoid(
         far_logits.logsumexp(-1) - logits[:, some].logsumexp(-1)
     )  # of what is far, [R, H, G, T]
@@ -83,6 +80,5 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     return flat.view(heads, rows, group, new, -1).transpose(0, 1)
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
