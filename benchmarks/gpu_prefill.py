@@ -27,6 +27,7 @@ import headkv
 from headkv.attention import dense
 from headkv.heads import HeadProfile
 from headkv.integrations.planning import Observation
+from headkv.logits import Rule
 from headkv.models.tiny import tiny_model
 
 SINKS, RECENT, SPARSITY, SHARE = 64, 256, 0.5, 0.2
@@ -115,15 +116,15 @@ def noise(model: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
 def attentions(model: Any, n: int) -> dict[str, Callable[[], object]]:
     """Ways to attend over the prompt in one layer."""
     q, keys, values = noise(model, n)
-    heads, options = keys.shape[1], {"scale": q.shape[3] ** -0.5}
+    heads, rule = keys.shape[1], Rule(q.shape[3] ** -0.5)
 
     def call(streaming: int, sinks: int = SINKS, recent: int = RECENT, compensate: bool = False) -> Any:
         streams = (torch.arange(heads) < streaming)[None].long()
         rows = {"sinks": streams * sinks, "recent": streams * recent, "compensate": streams * compensate}
-        return lambda: dense.prefill(q, keys, values, **rows, **options)
+        return lambda: dense.prefill(q, keys, values, rule, **rows)
 
     return {
-        WHOLE: lambda: dense.prefill(q, keys, values, **options),
+        WHOLE: lambda: dense.prefill(q, keys, values, rule),
         f"half stream, {SINKS} + {RECENT}": call(heads // 2),
         f"all stream, {SINKS} + {RECENT}": call(heads),
         "all stream, a fifth of the prompt": call(heads, 4, n // 5),
@@ -140,9 +141,8 @@ def compressions(model: Any, n: int) -> dict[str, Callable[[], object]]:
         def run() -> None:
             cache = headkv.RaggedCache.for_model(model, method)
             for layer in cache.layers:
-                options = {"scale": q.shape[3] ** -0.5, "sliding_window": None, "softcap": None}
-                seen = Observation.of(q, None, method.observed_queries, **options)
-                layer._store(keys, values, None, seen)
+                seen = Observation.of(q, None, method.observed_queries, Rule(q.shape[3] ** -0.5))
+                layer.restore(layer._compressed(keys, values, None, seen))
 
         return run
 

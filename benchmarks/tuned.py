@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import headkv
 from headkv.data.haystacks import chat_frame
@@ -30,7 +31,7 @@ from headkv.models.smollm2 import MODEL_ID
 from headkv.models.tuned import TUNED_ID, add_low_rank
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
-from tune import answer, manual, questions  # noqa: E402
+from tune import manual, questions, sampled  # noqa: E402
 
 # As lm-evaluation-harness 0.4.13 limits the replies.
 NEW_TOKENS = {"ruler_vt": 30, "ruler_cwe": 120, "ruler_fwe": 50}
@@ -75,26 +76,65 @@ def own_tasks(tokenizer: Any, words: Words, lengths: Sequence[int], count: int) 
 
 @torch.inference_mode()
 def replies(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int, tokens: int) -> list[str]:
-    """Answer greedily, about `tokens` tokens a batch."""
+    """Answer greedily, some `tokens` tokens a batch.
+
+    Prompts of one length are read together, without a mask; their caches are then put side by side, padded on the
+    left, for the steps."""
     header, footer = chat_frame(tokenizer)
     prompts = []
     for task in tasks:
         parts = (header + task.text, task.question + footer + task.prefix)
         prompts.append([i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]])
-    said, end = [""] * len(prompts), tokenizer.eos_token_id
+    said = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows = max(1, tokens // max(map(len, prompts)))
     for at in range(0, len(order), rows):
-        some = [prompts[i] for i in order[at : at + rows]]
-        width = max(map(len, some))
-        ids = torch.tensor([[end] * (width - len(p)) + p for p in some], device=model.device)
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
-        out = model.generate(
-            ids, attention_mask=seen, max_new_tokens=new_tokens, do_sample=False, pad_token_id=end
-        )
-        for i, row in zip(order[at : at + rows], out[:, width:], strict=True):
-            said[i] = tokenizer.decode(row, skip_special_tokens=True)
+        some = order[at : at + rows]
+        written = decode(model, *read(model, [prompts[i] for i in some]), new_tokens)
+        for i, ids in zip(some, written, strict=True):
+            said[i] = tokenizer.decode(ids)
     return said
+
+
+def read(model: Any, prompts: Sequence[list[int]]) -> tuple[Any, Tensor, Tensor]:
+    """Return the cache, which entries of it are there [B, n], and each prompt's next token [B]. Sorted by length."""
+    from transformers import DynamicCache
+
+    width, parts, tokens = max(map(len, prompts)), [], []
+    for length, group in itertools.groupby(prompts, key=len):
+        ids = torch.tensor(list(group), device=model.device)
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        tokens.append(out.logits[:, -1].argmax(-1))
+        pad = (0, 0, width - length, 0)
+        parts.append(
+            [
+                [torch.nn.functional.pad(x, pad) for x in (layer.keys, layer.values)]
+                for layer in out.past_key_values.layers
+            ]
+        )
+    cache = DynamicCache()
+    for layer in range(len(parts[0])):
+        keys, values = (torch.cat([part[layer][kind] for part in parts]) for kind in (0, 1))
+        cache.update(keys, values, layer)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    seen = torch.arange(width, device=model.device) >= width - lengths[:, None]
+    return cache, seen, torch.cat(tokens)
+
+
+def decode(model: Any, cache: Any, seen: Tensor, token: Tensor, new_tokens: int) -> list[list[int]]:
+    """Go on greedily until every row has ended its turn."""
+    end, written = model.generation_config.eos_token_id, [token]
+    for _ in range(new_tokens - 1):
+        ended = (torch.stack(written) == end).any(0)
+        if bool(ended.all()):
+            break
+        place = seen.sum(1, keepdim=True)
+        seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+        out = model(token[:, None], past_key_values=cache, attention_mask=seen.long(), position_ids=place)
+        token = out.logits[:, -1].argmax(-1)
+        written.append(token)
+    rows = torch.stack(written, dim=1).tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]
 
 
 @torch.inference_mode()
@@ -113,14 +153,15 @@ def loss(model: Any, texts: Sequence[tuple[list[int], int]]) -> float:
 def speech(model: Any, tokenizer: Any) -> dict[str, list[tuple[list[int], int]]]:
     """Return what the loss is measured on. `model` is the plain one: the answers are its own."""
     prose = tokenizer("".join(own_prose()).strip(), add_special_tokens=False)["input_ids"]
+    header, footer = chat_frame(tokenizer)
     pages = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in manual(held_out=True)]
     return {
         "prose of headkv, 1,000 tokens at a time": [
             (prose[i : i + 1000], 0) for i in range(0, len(prose) - 200, 1000)
         ],
         "Python's manual, topics held out": [(page[:1000], 0) for page in pages],
-        "the plain model's answers, topics held out": answer(
-            model, tokenizer, questions(held_out=True), seed=1, new_tokens=120
+        "the plain model's answers, topics held out": sampled(
+            model, tokenizer, [header + question + footer for question in questions(held_out=True)], seed=1
         ),
     }
 
@@ -138,8 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--count", type=int, default=100, help="documents of each task and length (default: 100)"
     )
-    options.add_argument("--plain-count", type=int, help="the same for the plain model (default: as --count)")
+    options.add_argument(
+        "--own-count", type=int, help="tasks of each of headkv's forms (default: as --count)"
+    )
     options.add_argument("--own-lengths", type=int, nargs="*", default=[1000, 4000])
+    options.add_argument("--no-speech", action="store_true", help="leave the losses out")
     options.add_argument("--only", nargs="+", help="only tasks whose names hold one of these, e.g. vt @1024")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -153,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plain = plain.to(given.device)
     _, validation = Words.parts(tokenizer.get_vocab())
     tasks = ruler_tasks(given.documents, given.count, given.only) if given.documents else {}
-    own = own_tasks(tokenizer, validation, given.own_lengths, given.count)
+    own = own_tasks(tokenizer, validation, given.own_lengths, given.own_count or given.count)
     tasks |= {k: v for k, v in own.items() if not given.only or any(part in k for part in given.only)}
-    texts = speech(plain, tokenizer)
+    texts = {} if given.no_speech else speech(plain, tokenizer)
     begin = time.monotonic()
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, dict[str, float]] = {}
@@ -171,12 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scores[name], said[name] = {}, {}
         chats = [Task("chat", question, "", "", (), ()) for question in CHATS]
         said[name]["chat"] = replies(model, tokenizer, chats, 60, given.tokens)
-        count = given.plain_count if name == "plain" and given.plain_count else given.count
         for task, some in tasks.items():
             kind = task.split("@")[0]
             limit = NEW_TOKENS.get(kind, 128 if kind == "common_words" else 64)
-            said[name][task] = replies(model, tokenizer, some[:count], limit, given.tokens)
-            each = [one.score(reply) for one, reply in zip(some, said[name][task], strict=False)]
+            said[name][task] = replies(model, tokenizer, some, limit, given.tokens)
+            each = [one.score(reply) for one, reply in zip(some, said[name][task], strict=True)]
             scores[name][task] = sum(each) / len(each)
             print(f"{name}, {task}: {scores[name][task]:.3f}, {time.monotonic() - begin:.0f} s", flush=True)
         if given.json:

@@ -16,7 +16,7 @@ import headkv
 from headkv._table import table
 from headkv.cache import rust, triton
 from headkv.cli import PROFILE_HELP, main, parser
-from headkv.evaluation.profiling import PROFILERS, profile_options
+from headkv.evaluation.profiling import PROFILERS, WAYS, profile_options
 from headkv.heads import KINDS, HeadProfile
 from headkv.models import tiny_model
 
@@ -97,7 +97,7 @@ BAD = {
     ),
     "no such model": (
         ["profile", "--kind", "echo", "--out", "x.json", "--model", "no/such/model"],
-        "model must be 'smollm2', or the name or folder of a transformers decoder with its tokenizer, got 'no/such/model'",
+        "model must be 'smollm2', 'smollm2-tuned', or the name or folder of a transformers decoder with its tokenizer, got 'no/such/model'",
     ),
     "no such device": (
         ["profile", "--kind", "echo", "--out", "x.json", "--device", "abacus"],
@@ -118,6 +118,29 @@ BAD = {
             "1",
         ],
         "options of --kind echo must be of --num-tokens, --repeats, --seeds, got --steps, --learning-rate",
+    ),
+    "no kind": (["profile", "--out", "x.json"], "--kind and --out must be given, or the word compare"),
+    "no file": (["profile", "--kind", "echo"], "--kind and --out must be given, or the word compare"),
+    "no such way": (
+        ["profile", "--kind", "echo", "--way", "cached", "--out", "x.json"],
+        "way must be left out for kind 'echo', got 'cached'",
+    ),
+    "of another way": (
+        ["profile", "--kind", "gate", "--way", "published", "--out", "x.json", "--penalties", "1", "2"],
+        "options of --kind gate --way published must be of --steps, --lengths, --sinks, --recent, --passkeys, --words, "
+        "--learning-rate, --penalty, --seed, got --penalties",
+    ),
+    "compare: no such profile": (
+        ["profile", "compare", "smollm2-magic"],
+        "name must be one of 'smollm2-ablation'",
+    ),
+    "compare: no such file": (
+        ["profile", "compare", "no/such.json"],
+        "No such file or directory: 'no/such.json'",
+    ),
+    "compare: the same name": (
+        ["profile", "compare", "smollm2-echo", "smollm2-echo"],
+        "FILE must be files with names of their own, got smollm2-echo, smollm2-echo",
     ),
     "near another kind's": (
         ["profile", "--kind", "retrieval", "--out", "x.json", "--seed", "5"],
@@ -141,32 +164,42 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-# kind -> options, and as the file must record them
+# options, and as the file must record them
 RUNS = {
-    "echo": ("--num-tokens 16 --repeats 3 --seeds 4 5", {"num_tokens": 16, "repeats": 3, "seeds": [4, 5]}),
-    "induction": ("--num-tokens 60", {"num_tokens": 60, "repeats": 4, "seeds": [0, 1, 2]}),
-    "gate": (
+    "--kind echo": (
+        "--num-tokens 16 --repeats 3 --seeds 4 5",
+        {"num_tokens": 16, "repeats": 3, "seeds": [4, 5]},
+    ),
+    "--kind induction": ("--num-tokens 60", {"num_tokens": 60, "repeats": 4, "seeds": [0, 1, 2]}),
+    "--kind gate --way published": (
         "--steps 2 --lengths 400 420 --sinks 4 --recent 32 --passkeys 1 --words 2 --learning-rate 0.1 --seed 7",
         {
             **{"steps": 2, "lengths": [400, 420], "sinks": 4, "recent": 32, "passkeys": 1, "words": 2},
             **{"learning_rate": 0.1, "penalty": 0.05, "seed": 7},
         },
     ),
+    "--kind reconstruction": (
+        "--lengths 700 800 --texts 2 --chunk 300 --seed 3",
+        {"lengths": [700, 800], "texts": 2, "chunk": 300, "seed": 3},
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_profile_records_what_made_it(kind, tiny, tmp_path, capsys):
-    arguments, recorded = RUNS[kind]
+@pytest.mark.parametrize("which", RUNS)
+def test_a_profile_records_what_made_it(which, tiny, tmp_path, capsys):
+    arguments, recorded = RUNS[which]
     out = tmp_path / "heads.json"
-    command = ["profile", "--kind", kind, "--model", tiny, "--out", str(out)]
+    command = ["profile", *which.split(), "--model", tiny, "--out", str(out)]
+    kind, *way = which.split()[1::2]
     assert main([*command, *arguments.split()]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{out}: {kind} scores of 3 x ")
     assert "100%" in shown.err, "a progress bar"
     made = HeadProfile.load(out)
+    versions = made.parameters.pop("versions")
+    assert versions["torch"] == torch.__version__ and versions["device"] == "cpu"
     assert made.parameters == recorded and made.kind == kind
-    assert recorded.keys() == profile_options(kind).keys()
+    assert recorded.keys() == profile_options(kind, *way).keys()
     before = out.read_bytes()
     assert main(command) == 2
     assert (
@@ -179,27 +212,37 @@ def test_a_profile_records_what_made_it(kind, tiny, tmp_path, capsys):
 
 def test_a_model_that_can_not_answer_is_named(tiny, tmp_path, capsys):
     out = tmp_path / "heads.json"
-    command = ["profile", "--kind", "retrieval", "--model", tiny, "--out", str(out)]
-    assert main([*command, "--lengths", "700", "--depths", "0.5"]) == 2
-    assert "headkv profile: the model answered none of 1 questions" in capsys.readouterr().err
-    assert not out.exists()
+    for kind, options, asked in (
+        ("retrieval", "--lengths 700 --depths 0.5", 1),
+        ("gate", "--lengths 700 --texts 1 --kinds words numbers --each 1", 2),
+        ("ablation", "--lengths 700 --texts 2 --kinds words", 2),
+    ):
+        command = ["profile", "--kind", kind, "--model", tiny, "--out", str(out), "--force"]
+        assert main([*command, *options.split()]) == 2
+        assert f"headkv profile: the model answered none of {asked} questions" in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_every_option_of_every_kind_has_its_help(capsys):
-    assert PROFILERS.keys() <= set(KINDS)
-    assert set(PROFILE_HELP) == {name for kind in PROFILERS for name in profile_options(kind)}
+    assert PROFILERS.keys() == set(KINDS)
+    ways = [(kind, way) for kind in PROFILERS for way in WAYS.get(kind, (None,))]
+    assert set(PROFILE_HELP) == {name for kind, way in ways for name in profile_options(kind, way)}
     with pytest.raises(SystemExit):
         main(["profile", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for group in (
         "echo, induction",
         "gate",
+        "gate --way published",
+        "ablation",
         "retrieval, retrieval-reasoning",
-        "retrieval, retrieval-reasoning, gate",
+        "retrieval, retrieval-reasoning, gate, gate --way published, ablation, reconstruction",
     ):
         assert f"options of --kind {group}:" in shown
     assert "--learning-rate X the greatest (default: 0.02)" in shown
-    assert "retrieval: 500 1000 2000; retrieval-reasoning: 500 1000 2000; gate: 400 600)" in shown
+    assert (
+        "retrieval: 500 1000 2000; retrieval-reasoning: 500 1000 2000; gate: 1000 2000; gate --way" in shown
+    )
 
 
 def test_the_shipped_profiles_are_what_their_commands_make(repository):
@@ -210,7 +253,7 @@ def test_the_shipped_profiles_are_what_their_commands_make(repository):
     for line in lines:
         options = vars(parser().parse_args(shlex.split(line)[1:]))
         shipped = HeadProfile.load(folder / options["out"])
-        own = profile_options(options["kind"])
+        own = profile_options(options["kind"], options["way"])
         wanted = {name: options.get(name, default) for name, default in own.items()}
         recorded = {name: shipped.parameters[name] for name in own}
         assert recorded == json.loads(json.dumps(wanted)) and shipped.kind == options["kind"], line

@@ -63,6 +63,27 @@ def test_tokens_are_equal(name: str, batch: int) -> None:
 
 
 @pytest.mark.gpu
+def test_autocast() -> None:
+    """A graph holds no weight that autocast cast and lets go: each step may be in a block of its own, or in none."""
+    model, inputs = on_gpu("llama")
+    with torch.autocast("cuda", torch.bfloat16):
+        outs = [generate(model, inputs, METHODS["AdaKV"], graph)[0] for graph in (False, True)]
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(outs[0].logits, outs[1].logits, strict=True))
+    caches = [headkv.RaggedCache.for_model(model, headkv.FullCache()) for _ in range(2)]
+    token = inputs["input_ids"][:, -1:]
+    with torch.no_grad():
+        for cache in caches:
+            model(**inputs, past_key_values=cache)
+        graph = DecodeGraph(model, caches[0])
+        for i in range(12):
+            with torch.autocast("cuda", torch.bfloat16, enabled=i % 6 < 4):
+                got = graph.step(token)
+                want = model(token, past_key_values=caches[1]).logits
+            assert torch.equal(got, want), i
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str) -> None:
     model, inputs = on_gpu(family)

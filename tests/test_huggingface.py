@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from generation_cases import KV_HEADS, LAYERS, METHODS, Collect, prompts
+from generation_cases import KV_HEADS, LAYERS, METHODS, RAZOR, Collect, prompts
 from masked_oracle import oracle_cache
 from packaging.version import Version
 
@@ -28,10 +28,13 @@ WAYS = {
 }
 
 
-def generate(model, way, cache=None):
-    """One seeded generation: the tokens and each step's logits."""
+DRAFTS = {"prompt_lookup_num_tokens", "assistant_model"}
+
+
+def generate(model, way, cache=None, drafts=True):
+    """One seeded generation: the tokens and each step's logits; the same without drafts, which must change nothing."""
     batch, arguments = WAYS[way]
-    arguments = dict(arguments)
+    arguments = {name: value for name, value in arguments.items() if drafts or name not in DRAFTS}
     if "assistant_model" in arguments:
         arguments["assistant_model"] = tiny_model("llama", seed=3)
     if "streamer" in arguments:
@@ -91,7 +94,7 @@ def test_compressed_equals_masked_full_cache(method, way):
     """Every step's logits are those of a full cache whose mask hides exactly what each head evicted."""
     model, chosen = tiny_model("llama"), METHODS[method]
     oracle = oracle_cache(model, chosen, chunks(way))
-    tokens, logits, _ = generate(model, way, oracle)
+    tokens, logits, _ = generate(model, way, oracle, drafts=False)
     with headkv.compress(model, chosen, chunked_prefill=chunks(way), headroom=3, rollback=9) as session:
         got_tokens, got_logits, _ = generate(model, way)
     assert torch.equal(got_tokens, tokens)
@@ -310,6 +313,44 @@ def training():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+OFF = {
+    "budget": (0.2, TypeError, "unexpected keyword argument 'budget'"),
+    "backend": ("cuda", ValueError, "backend must be one of 'auto', 'reference', 'rust', 'triton', got 'cuda'"),
+    "headroom": (-1, ValueError, "headroom must be an int of at least 0, got -1"),
+    "rollback": (1.5, TypeError, "rollback must be an int of at least 0, got 1.5"),
+    "chunked_prefill": ("yes", TypeError, "chunked_prefill must be True or False, got 'yes'"),
+    "cuda_graph": (1, TypeError, "cuda_graph must be True or False, got 1"),
+    "compile_layers": (True, ValueError, "compile_layers must be False without cuda_graph=True, got True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_options_are_checked_at_the_call(name):
+    """Not when the block is entered, nor at the first prompt; those of a cache are the same."""
+    value, error, message = OFF[name]
+    model = tiny_model("llama")
+    with pytest.raises(error, match=message):
+        headkv.compress(model, headkv.FullCache(), **{name: value})
+    if name not in ("cuda_graph", "compile_layers"):
+        with pytest.raises(error, match=message):
+            headkv.RaggedCache.for_model(model, headkv.FullCache(), **{name: value})
+
+
+def test_methods_are_checked_at_the_call():
+    """So is what can not know a chunked prompt's length ahead."""
+    razor = headkv.RazorAttention(echo=RAZOR.echo, induction=RAZOR.induction, streaming_prefill=True)
+    bad = {
+        0.2: (TypeError, "method must be"),
+        headkv.AdaKV: (TypeError, "method must be"),
+        razor: (ValueError, "chunk"),
+    }
+    for method, (error, message) in bad.items():
+        model = tiny_model("llama")
+        with pytest.raises(error, match=message):
+            headkv.compress(model, method, chunked_prefill=True)
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_refused_model_is_unchanged():

@@ -499,3 +499,14 @@ def test_every_method_is_sized_in_one_way(name: str) -> None:
     with pytest.raises(ValueError, match="length must be"):
         make.for_share(0.4, 0, *arguments)
     assert FullCache.for_share(0.4, 1000).stored_share(1000) == 1
+
+
+def test_razor_attention_takes_a_profile_of_another_kind_for_both() -> None:
+    """The heads that were found to matter keep all, however they were found."""
+    found = replace(GATES, kind="ablation")
+    method = RazorAttention(found, found, echo_share=0, induction_share=0.25, min_recent=5, window_share=0)
+    kept = torch.stack([method.plan(prefill(40, layer_idx=i, queries=0)).mask.all(1) for i in range(4)])
+    assert torch.equal(kept, method.retrieval_heads(found.kv_scores(3), found.kv_scores(3)))
+    assert int(kept.sum()) == 3
+    with pytest.raises(ValueError, match="echo must be a profile of kind 'echo', got 'ablation'"):
+        RazorAttention(found, INDUCTION)

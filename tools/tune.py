@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import platform
 import random
 import re
@@ -41,17 +42,18 @@ from headkv.models.tuned import linear_layers, save_low_rank
 
 # How often each form is drawn.
 MIXTURE = {
-    "number_lines": 14, "uuid_lines": 12, "number_noise": 5, "number_prose": 6, "variables": 14, "common_words": 22,
-    "frequent_words": 8, "facts": 8, "pairs": 4, "two_hops": 5, "sayings": 2,
+    "number_lines": 11, "uuid_lines": 9, "number_noise": 4, "number_prose": 5, "variables": 12, "common_words": 20,
+    "frequent_words": 8, "facts": 8, "pairs": 8, "two_hops": 12, "sayings": 3,
 }  # fmt: skip
 
-TOPICS = (
-    "rain, bread, the moon, bicycles, honey, volcanoes, libraries, chess, salt, trains, sleep, music, gardens, rivers, "
-    "money, cats, glass, winter, tea, maps, whales, bridges, clocks, painting, the heart, soup, swimming, stars, wool, "
-    "friendship, dreams, apples, elections, photography, deserts, dancing, the internet, medicine, paper, football, "
-    "forests, plastic, cheese, lightning, history, mathematics, cities, bees, running, poetry, holidays, languages"
-).split(", ")
-OTHER_TOPICS = "mountains, coffee, dogs, the sun, ships, cooking, gravity, birthdays".split(", ")
+TOPICS = [
+    "rain", "bread", "the moon", "bicycles", "honey", "volcanoes", "libraries", "chess", "salt", "trains", "sleep",
+    "music", "gardens", "rivers", "money", "cats", "glass", "winter", "tea", "maps", "whales", "bridges", "clocks",
+    "painting", "the heart", "soup", "swimming", "stars", "wool", "friendship", "dreams", "apples", "elections",
+    "photography", "deserts", "dancing", "the internet", "medicine", "paper", "football", "forests", "plastic",
+    "cheese", "lightning", "history", "mathematics", "cities", "bees", "running", "poetry", "holidays", "languages",
+]  # fmt: skip
+OTHER_TOPICS = ["mountains", "coffee", "dogs", "the sun", "ships", "cooking", "gravity", "birthdays"]
 REQUESTS = (
     "What is interesting about {}?",
     "Explain {} to a child.",
@@ -63,6 +65,13 @@ REQUESTS = (
     "What should a beginner know about {}?",
     "Describe {} in two sentences.",
     "List five words that have to do with {}.",
+)
+OPENINGS = (
+    "A short history of {}\n\n",
+    "Most people know little about {}.",
+    "It was late when she thought of {} again.",
+    "In this chapter we look at {}.",
+    "There are several kinds of {}:",
 )
 
 
@@ -102,6 +111,7 @@ def encode(tokenizer: Any, task: Task) -> Encoded:
 
     header, footer = chat_frame(tokenizer)
     ids = tokens(header + task.text) + tokens(task.question + footer + task.prefix)
+    end = tokens(footer)[0]  # a turn ends as the chat template ends it
     answers = [tokens(" " + answer) for answer in task.answers]
     targets = []
 
@@ -113,7 +123,7 @@ def encode(tokenizer: Any, task: Task) -> Encoded:
     for at, (lead, answer) in enumerate(zip(task.leads, answers, strict=True)):
         say(tokens(lead))
         say(answer, sorted({rest[0] for rest in answers[at:]}) if task.any_order else None)
-    say([*tokens("."), tokenizer.eos_token_id])
+    say([*tokens("."), end])
     return Encoded(ids, targets)
 
 
@@ -137,10 +147,10 @@ class Batch:
         return Batch(*(x.to(device, non_blocking=True) for x in (self.ids, self.at, self.right, self.form)))
 
 
-def collate(encoded: Sequence[Encoded], forms: Sequence[int], pad: int) -> Batch:
-    """Pad to a multiple of 64 tokens, so that few lengths occur."""
+def collate(encoded: Sequence[Encoded], forms: Sequence[int]) -> Batch:
+    """Pad to a multiple of 64 tokens, so that few lengths occur. What it is padded with is never looked at."""
     width = math.ceil(max(len(one.ids) for one in encoded) / 64) * 64
-    ids = torch.tensor([one.ids + [pad] * (width - len(one.ids)) for one in encoded])
+    ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in encoded])
     targets = [(row * width + at, right) for row, one in enumerate(encoded) for at, right in one.targets]
     most = max(len(right) for _, right in targets)
     return Batch(
@@ -172,7 +182,7 @@ class Batches(IterableDataset):
         """Make one batch; the greatest length grows over the first half of the training."""
         most = 1200 + (4400 - 1200) * min(1.0, 2 * done)
         room = int(math.exp(source.random.uniform(math.log(300), math.log(most))))
-        if done > 0.4 and source.random.random() < 0.08:
+        if done > 0.4 and source.random.random() < 0.1:
             room = source.random.randint(4400, 7600)
         forms = list(MIXTURE)
         drawn = source.random.choices(
@@ -185,16 +195,22 @@ class Batches(IterableDataset):
             )
             for form in drawn
         ]
-        return collate(encoded, drawn, self.tokenizer.eos_token_id)
+        return collate(encoded, drawn)
 
 
 class Speech:
-    """What the plain model says and reads: its answers to everyday questions, and passages of Python's manual."""
+    """What the plain model says and reads: its answers to everyday questions, texts that it makes up, and passages of
+    Python's manual."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, seed: int, tokens: int, answers: int = 520) -> None:
-        self.random, self.tokens, self.pad = random.Random(seed), tokens, tokenizer.eos_token_id
-        asked = self.random.sample(questions(), min(answers, len(questions())))
-        self.texts = answer(model, tokenizer, asked, seed=seed)  # (ids, where the answer begins)
+    def __init__(self, model: Any, tokenizer: Any, *, seed: int, tokens: int, answers: int) -> None:
+        self.random, self.tokens = random.Random(seed), tokens
+        header, footer = chat_frame(tokenizer)
+        asked = [header + question + footer for question in self.random.sample(questions(), answers)]
+        begun = [opening.format(topic) for opening in OPENINGS for topic in TOPICS][: answers // 2]
+        self.texts = sampled(model, tokenizer, asked, seed=seed)
+        self.texts += [
+            (ids, 0) for ids, _ in sampled(model, tokenizer, begun, seed=seed + 1, temperature=1.0)
+        ]
         self.long: list[tuple[list[int], int]] = []
         for text in manual():
             ids = tokenizer(re.sub(r"\n{3,}", "\n\n", text), add_special_tokens=False, verbose=False)[
@@ -206,11 +222,11 @@ class Speech:
     def batch(self) -> tuple[Tensor, Tensor]:
         """Return texts [B, n] int64 and the places [K] of the tokens that count in the flattened texts."""
         rows: list[tuple[list[int], int]] = []
-        texts = self.long if self.random.random() < 0.25 else self.texts
+        texts = self.long if self.random.random() < 0.2 else self.texts
         while not rows or sum(len(ids) for ids, _ in rows) < self.tokens:
             rows.append(self.random.choice(texts))
         width = math.ceil(max(len(ids) for ids, _ in rows) / 64) * 64
-        ids = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids, _ in rows])
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
         at = [
             i * width + j
             for i, (text, start) in enumerate(rows)
@@ -220,13 +236,19 @@ class Speech:
 
 
 @torch.inference_mode()
-def answer(
-    model: Any, tokenizer: Any, asked: Sequence[str], *, seed: int, new_tokens: int = 160, rows: int = 130
+def sampled(
+    model: Any,
+    tokenizer: Any,
+    begun: Sequence[str],
+    *,
+    seed: int,
+    temperature: float = 0.8,
+    new_tokens: int = 160,
+    rows: int = 260,
 ) -> list[tuple[list[int], int]]:
-    """Let the model answer questions, sampled at temperature 0.8; returns ids and where each answer begins."""
-    header, footer = chat_frame(tokenizer)
-    prompts = [tokenizer(header + text + footer, add_special_tokens=False)["input_ids"] for text in asked]
-    end, texts = tokenizer.eos_token_id, []
+    """Let the model go on with texts; returns the tokens of each, and where the model's own begin."""
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in begun]
+    end, texts = model.generation_config.eos_token_id, []
     torch.manual_seed(seed)
     for at in range(0, len(prompts), rows):
         some = prompts[at : at + rows]
@@ -234,8 +256,8 @@ def answer(
         ids = torch.tensor([[end] * (width - len(p)) + p for p in some], device=model.device)
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
         out = model.generate(
-            ids, attention_mask=seen, max_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_p=0.95, top_k=0,
-            pad_token_id=end,
+            ids, attention_mask=seen, max_new_tokens=new_tokens, do_sample=True, temperature=temperature, top_p=0.95,
+            top_k=0, pad_token_id=end,
         )  # fmt: skip
         for prompt, said in zip(some, out[:, width:].tolist(), strict=True):
             said = said[: said.index(end) + 1] if end in said else said
@@ -470,9 +492,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--speech-tokens", type=int, default=6_000, help="of a batch of speech (default: 6000)"
     )
-    options.add_argument("--speech-weight", type=float, default=1.0, help="of its KL divergence (default: 1)")
+    options.add_argument("--speech-weight", type=float, default=2.0, help="of its KL divergence (default: 2)")
     options.add_argument(
-        "--answers", type=int, default=520, help="everyday questions answered (default: 520)"
+        "--answers", type=int, default=520, help="everyday questions answered, 2 to 520 (default: 520)"
     )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--workers", type=int, default=12, help="processes that make texts (default: 12)")
@@ -482,6 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = options.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = True
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that make texts are forked
     model, tokenizer = headkv.load_smollm2()
     recipe = Recipe(
         given.seconds, given.steps, given.rank, given.learning_rate, given.tokens, given.speech_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv.attention.gradients import without_gradients
 from headkv.cache.checks import appendable, storable
 from headkv.cache.ragged import RaggedLayer
 from headkv.logits import Rule
@@ -38,7 +40,7 @@ def ragged_decode(
         backend: "reference", "rust" (CPU), "triton" (GPU), or "auto": see `choose_backend`.
 
     Returns:
-        `[B, HQ, D]` in the dtype of `q`; sums are taken in float32.
+        `[B, HQ, D]` in the dtype of `q`; sums are taken in float32. A later `backward` through it is refused.
 
     Raises:
         ValueError, TypeError: on arguments that do not fit the layer.
@@ -47,7 +49,8 @@ def ragged_decode(
     layer = _ragged(layer)
     rule = Rule.of(layer.head_dim, scale, sliding_window, softcap)
     _check(q, layer, 3, rule)
-    return _installed(choose_backend(layer, backend, q.dtype)).decode(q, layer, rule)
+    run = _installed(choose_backend(layer, backend, q.dtype)).decode
+    return without_gradients(partial(run, layer=layer, rule=rule), q)
 
 
 def ragged_step(
@@ -84,6 +87,10 @@ def step(
     """`ragged_step`, with the numbers of its rule together."""
     _check_step(q, keys, values, layer, rule)
     name = choose_backend(layer, backend, q.dtype)
+    return without_gradients(partial(_step, layer=layer, rule=rule, name=name), q, keys, values)
+
+
+def _step(q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rule: Rule, name: str) -> Tensor:
     run = _installed(name)
     if name != "triton":
         layer.append(keys[:, :, None], values[:, :, None])
@@ -169,7 +176,7 @@ def extend(
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
         raise ValueError(f"query_positions must be int of shape [{batch_size}, {tokens}], got {got}")
     run = _installed(choose_backend(layer, backend, q.dtype)).extend
-    return run(q, layer, rule, query_positions=query_positions)
+    return without_gradients(partial(run, layer=layer, rule=rule, query_positions=query_positions), q)
 
 
 def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
+from headkv.attention.gradients import without_gradients
 from headkv.logits import Rule
 
 BLOCK = 256  # queries at a time, where there is no flash attention
@@ -54,8 +55,24 @@ def attend(
         compensate: one more entry stands for the keys between, as many as there are (RazorAttention, arXiv 2407.15891).
 
     Returns:
-        `[R, G, n, D]` in the dtype of `q`. Sums are taken in float32, or float64 when the queries are.
+        `[R, G, n, D]` in the dtype of `q`. Sums are taken in float32, or float64 when the queries are. `backward` is
+        refused: what torch gives of an LSE carries no gradient.
     """
+    run = partial(_attend, positions=positions, rule=rule, sinks=sinks, recent=recent, compensate=compensate)
+    return without_gradients(run, q, keys, values)
+
+
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    rule: Rule,
+    *,
+    sinks: int,
+    recent: int,
+    compensate: bool,
+) -> Tensor:
     work = torch.promote_types(q.dtype, torch.float32)
     sliding = rule.sliding_window
     window = recent if sliding is None else min(recent, sliding)

@@ -216,7 +216,7 @@ class RaggedLayer(Rows):
         valid = checks.valid(valid, keys)
         tokens = keys.shape[2]
         self.reserve(tokens)
-        moves.append(self, keys, values, valid)
+        moves.append(self, keys.detach(), values.detach(), valid)
         self.advance(tokens)
 
     def reserve(self, tokens: int) -> None:

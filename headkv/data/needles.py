@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headkv import _checks
 from headkv.data.facts import Fact
 from headkv.data.haystacks import chat_frame, haystack, num_paragraphs
+from headkv.data.pools import POOLS, Pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,82 +56,6 @@ class NeedleText:
     needles: tuple[Needle, ...]
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """What the facts of one split are made of."""
-
-    people: tuple[str, ...]
-    words: tuple[tuple[str, tuple[str, ...]], ...]  # (what is asked for, possible answers)
-    number: str
-    pair: tuple[str, str]  # (as it stands in the text, the question)
-    wish: tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]  # (what, to do, with what, where)
-    hop: tuple[str, tuple[str, ...], str, tuple[str, ...]]  # (who is it, all of them, what is asked, answers)
-
-
-_POOLS = {
-    "training": _Pool(
-        people=tuple(
-            "Odile Bruno Tamsin Marten Salma Ingrid Piet Ruth Hugo Leila Anton Vera Nils Carla Jonas Petra "
-            "Agnes Boris Clara Dmitri Elena Felix Greta Henrik Irma Jakob".split()
-        ),
-        words=(
-            (
-                "secret city",
-                tuple("Quito Lisbon Oslo Hanoi Tunis Lima Cairo Rome Vienna Dublin Prague".split()),
-            ),
-            (
-                "secret country",
-                tuple("Norway Peru Kenya Japan Chile Egypt India Poland Cuba Ghana Nepal".split()),
-            ),
-            ("favorite planet", tuple("Mars Venus Jupiter Saturn Neptune Mercury Uranus Earth".split())),
-        ),
-        number="access code",
-        pair=("The key {key} opens the box {value}.", "Which box does the key {key} open?"),
-        wish=(
-            "best thing to do in the house",
-            (
-                "to drink a cup of tea",
-                "to read an old book",
-                "to paint a small picture",
-                "to play a game of chess",
-            ),
-            ("with the old neighbors", "with two white cats", "by the light of a candle", "in a red coat"),
-            ("in the kitchen", "under the roof", "on the balcony", "behind the green door"),
-        ),
-        hop=(
-            "is the {} of the village",
-            tuple("baker sailor doctor painter teacher hunter tailor judge".split()),
-            "secret city",
-            tuple("Athens Berlin Tokyo Delhi Havana Paris Madrid Geneva".split()),
-        ),
-    ),
-    "validation": _Pool(
-        people=tuple(
-            "Amara Benno Celine Darius Esther Fabian Gloria Hassan Ilse Joris Katya Lorenz Mira Noah Olga Pablo "
-            "Rosa Stefan Thea Ulrich Viktor Wanda Xenia Yusuf".split()
-        ),
-        words=(
-            ("secret island", tuple("Malta Cyprus Crete Java Bali Iceland Jamaica Sicily".split())),
-            ("hidden metal", tuple("copper silver iron gold zinc nickel tin platinum lead".split())),
-        ),
-        number="special magic number",
-        pair=("The register {key} holds the word {value}.", "Which word does the register {key} hold?"),
-        wish=(
-            "last wish",
-            ("to cross the frozen lake", "to see the northern lights", "to sing in the old theater"),
-            ("with seven brown dogs", "before the first snow", "with a brass telescope"),
-            ("at dawn", "in silence", "for the last time"),
-        ),
-        hop=(
-            "owns the {} in the harbor",
-            tuple("lighthouse tavern warehouse ferry bakery museum".split()),
-            "secret island",
-            tuple("Greenland Tahiti Fiji Borneo Madagascar Corsica".split()),
-        ),
-    ),
-}
-
-
 def needle_texts(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -152,6 +78,7 @@ def needle_texts(
         split: "training" or "validation".
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument is not as above, or a length leaves no room for the facts.
     """
     if split not in SPLITS:
@@ -160,9 +87,9 @@ def needle_texts(
         raise ValueError(f"kinds must be of {', '.join(NEEDLE_KINDS)}, got {unknown[0]!r}")
     if not kinds or not lengths:
         raise ValueError("kinds and lengths must hold at least one each")
-    if texts < 1 or each < 1:
-        raise ValueError(f"texts and each must be at least 1, got {texts} and {each}")
-    pool = _POOLS[split]
+    for name, value in (("texts", texts), ("each", each), *(("lengths", length) for length in lengths)):
+        _checks.whole(name, value, 1)
+    pool = POOLS[split]
     if (wanted := each * len(kinds)) > len(pool.people):
         raise ValueError(
             f"each must leave a person for every fact, of {len(pool.people)}, got {wanted} facts"
@@ -215,18 +142,18 @@ def _fact(name: str, answer: str) -> Fact:
     )
 
 
-def _words(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
+def _words(pool: Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
     things = [source.choice(pool.words) for _ in range(count)]
     return [_fact(f"the {thing} of {people.pop()}", source.choice(answers)) for thing, answers in things]
 
 
-def _numbers(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
+def _numbers(pool: Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
     return [
         _fact(f"the {pool.number} of {people.pop()}", f"{source.randrange(10**5):05}") for _ in range(count)
     ]
 
 
-def _pairs(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
+def _pairs(pool: Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
     facts = []
     for _ in range(count + 1):  # the last one is only there to be confused with the others
         key, value = ("".join(source.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=4)) for _ in range(2))
@@ -235,7 +162,7 @@ def _pairs(pool: _Pool, people: list[str], count: int, source: random.Random) ->
     return [*facts[:-1], replace(facts[-1], question="")]
 
 
-def _sentences(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
+def _sentences(pool: Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
     thing, *parts = pool.wish
     return [
         _fact(f"the {thing} of {people.pop()}", " ".join(source.choice(part) for part in parts))
@@ -243,7 +170,7 @@ def _sentences(pool: _Pool, people: list[str], count: int, source: random.Random
     ]
 
 
-def _hops(pool: _Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
+def _hops(pool: Pool, people: list[str], count: int, source: random.Random) -> list[Fact]:
     """Two sentences a fact: who it is, and what is asked about that person; and a second person beside."""
     who, all_of_them, thing, answers = pool.hop
     facts = []
@@ -256,7 +183,7 @@ def _hops(pool: _Pool, people: list[str], count: int, source: random.Random) -> 
     return facts
 
 
-_MAKERS: dict[str, Callable[[_Pool, list[str], int, random.Random], list[Fact]]] = {
+_MAKERS: dict[str, Callable[[Pool, list[str], int, random.Random], list[Fact]]] = {
     "words": _words,
     "numbers": _numbers,
     "pairs": _pairs,

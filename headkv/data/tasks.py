@@ -176,6 +176,8 @@ def _among_needles(
     pairs: dict[str, str] = {}
     while room > 0:
         key, value = pair()
+        if key in pairs:
+            continue
         pairs[key] = value
         room -= source.count(f"One of the special magic {kind}s for {key} is: {value}.\n")
     key = source.random.choice(list(pairs))
@@ -383,6 +385,8 @@ def pairs(source: Source, room: int) -> Task:
     told: dict[str, str] = {}
     while room > 0:
         name = key()
+        if name in told:
+            continue
         told[name] = value()
         room -= source.count(line.format(name, told[name]) + "\n")
     name = chance.choice(list(told))

@@ -43,15 +43,18 @@ _ISLANDS = (
 _OTHER_ISLANDS = "Malta Cyprus Crete Java Cuba Bali Iceland Jamaica Madagascar Sicily Bornholm Mull"
 _THINGS = (
     "anchor apron barrel basket bell blanket bottle bowl brooch broom bucket button candle carpet chair chest clock "
-    "coat compass cradle crown cup cushion drum fan flag flute fork globe glove hammer harp hat helmet hourglass jacket "
-    "jar kettle key kite ladder lamp lantern lute mask medal mirror necklace oar painting parcel pen pillow pitcher "
-    "plate purse quilt racket ribbon ring rope saddle saw scarf scroll shawl shield shovel sickle spoon statue stool "
-    "sword table telescope thimble trunk umbrella vase violin whistle wreath"
+    "coat compass cradle crown cup cushion drum fan flag flute fork globe glove hammer harp hat helmet hourglass "
+    "jacket jar kettle key kite ladder lamp lantern lute mask medal mirror necklace oar painting parcel pen pillow "
+    "pitcher plate purse quilt racket ribbon ring rope saddle saw scarf scroll shawl shield shovel sickle spoon statue "
+    "stool sword table telescope thimble trunk umbrella vase violin whistle wreath"
 )
 _OTHER_THINGS = (
     "abacus bagpipe banner bracelet cello goblet inkwell kayak locket loom mandolin padlock sextant tapestry"
 )
-_COLOURS = "amber beige black blue bronze brown cream crimson golden green grey ivory lilac orange pink purple red silver tan teal violet white yellow"
+_COLOURS = (
+    "amber beige black blue bronze brown cream crimson golden green grey ivory lilac orange pink purple red silver tan "
+    "teal violet white yellow"
+)
 _OTHER_COLOURS = "copper indigo maroon olive scarlet turquoise"
 
 
@@ -92,16 +95,18 @@ class Words:
         if len(words) < 100:
             raise ValueError(f"vocabulary must hold at least 100 words such as 'Ġriver', got {len(words)}")
         kept = {word for word in words if zlib.crc32(word.encode()) % 10 == 0}
-        return (
-            cls(
-                *(tuple(group.split()) for group in (_NAMES, _CITIES, _ISLANDS, _THINGS, _COLOURS)),
-                tuple(word for word in words if word not in kept),
-            ),
-            cls(
-                *(
-                    tuple(group.split())
-                    for group in (_OTHER_NAMES, _OTHER_CITIES, _OTHER_ISLANDS, _OTHER_THINGS, _OTHER_COLOURS)
-                ),
-                tuple(word for word in words if word in kept),
-            ),
-        )
+        training = [_NAMES, _CITIES, _ISLANDS, _THINGS, _COLOURS, " ".join(w for w in words if w not in kept)]
+        others = [
+            _OTHER_NAMES,
+            _OTHER_CITIES,
+            _OTHER_ISLANDS,
+            _OTHER_THINGS,
+            _OTHER_COLOURS,
+            " ".join(sorted(kept)),
+        ]
+        return cls._of(training), cls._of(others)
+
+    @classmethod
+    def _of(cls, groups: list[str]) -> Words:
+        names, cities, islands, things, colours, words = (tuple(group.split()) for group in groups)
+        return cls(names, cities, islands, things, colours, words)

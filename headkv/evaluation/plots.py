@@ -29,7 +29,7 @@ def plot_lengths(results: Sequence[Result], tokens: int, columns: int = 4) -> Fi
     image = None
     for axis, result in zip(axes.flat, results, strict=False):
         image = draw_grid(axis, result.lengths, low=0, high=tokens)
-        verdict = f"{result.right} of {result.asked} right"
+        verdict = f"{sum(result.unseen)} of {len(result.unseen)} right, unseen"
         axis.set_title(f"{result.name}\n{result.stored_share:.1%} stored, {verdict}", fontsize=9)
     for axis in axes.flat[len(results) :]:
         axis.set_visible(False)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import headkv
 from headkv.heads.profile import HeadProfile
-from headkv.heads.profilers import PROFILERS, check_options, measure, profile_options
+from headkv.heads.profilers import PROFILERS, WAYS, check_options, measure, profile_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROFILERS", "load", "measure", "profile_options", "run_profile"]
+__all__ = ["PROFILERS", "WAYS", "load", "load_on", "measure", "profile_options", "run_profile"]
 
 
 def run_profile(
@@ -21,29 +24,65 @@ def run_profile(
     model: str = "smollm2",
     out: str | os.PathLike[str] | None = None,
     *,
+    way: str | None = None,
     device: str = "cpu",
     progress: bool = True,
     **options: Any,
 ) -> HeadProfile:
     """A head profile of a model, measured and saved.
 
+    An ablation notes what it has done in a file beside `out`, with ".partial" added to its name. If it is killed,
+    the same call goes on from there.
+
     Args:
         kind: one of `headkv.heads.KINDS`.
-        model: "smollm2", or the name or folder of any Hugging Face decoder.
+        model: "smollm2", "smollm2-tuned", or the name or folder of any Hugging Face decoder.
         out: where to save the profile; None: nowhere.
+        way: one of `WAYS[kind]`; None: the first.
         device: where the model runs, as torch names it, e.g. "cuda".
         progress: show a progress bar on the standard error stream.
         **options: of the profiler, see `profile_options`.
 
     Returns:
-        The profile; its `parameters` say all options.
+        The profile; its `parameters` say all options, and the versions and the device that measured it.
 
     Raises:
-        ValueError: `kind` is unknown, there is no such model or device, or an option is out of range.
+        ValueError: `kind` or `way` is unknown, there is no such model or device, or an option is out of range.
         TypeError: the profiler has no such option.
-        RuntimeError: the model answers too badly to be measured ("retrieval" and "retrieval-reasoning").
+        RuntimeError: the model answers too badly to be measured.
     """
-    check_options(kind, options)
+    check_options(kind, options, way)
+    loaded, tokenizer = load_on(device, model)
+    journal = None
+    if kind == "ablation" and out is not None:
+        journal = Path(out).with_name(Path(out).name + ".partial")
+    profile = measure(kind, loaded, tokenizer, way=way, progress=progress, journal=journal, **options)
+    profile = dataclasses.replace(profile, parameters={**profile.parameters, "versions": _versions(device)})
+    if out is not None:
+        profile.save(out)
+    if journal is not None:
+        journal.unlink(missing_ok=True)
+    return profile
+
+
+def _versions(device: str) -> dict[str, str]:
+    import transformers
+
+    chip = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+    return {
+        "headkv": headkv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": chip,
+    }
+
+
+def load_on(device: str, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model as `load` does, and put it on a device.
+
+    Raises:
+        ValueError: there is no such model or device.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without it; a device that is not there
@@ -51,27 +90,26 @@ def run_profile(
         raise ValueError(f"device must be one that torch has here, got {device!r}: {reason}") from error
     loaded, tokenizer = load(model)
     loaded.to(device)  # type: ignore[arg-type]
-    profile = measure(kind, loaded, tokenizer, progress=progress, **options)
-    if out is not None:
-        profile.save(out)
-    return profile
+    return loaded, tokenizer
 
 
 def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2 ("smollm2") or any Hugging Face decoder by its name or folder, with its tokenizer.
+    """SmolLM2 ("smollm2", "smollm2-tuned") or any Hugging Face decoder by its name or folder, with its tokenizer.
 
     Raises:
         ValueError: there is none.
     """
-    if model == "smollm2":
+    if model in ("smollm2", "smollm2-tuned"):
         from headkv.models.smollm2 import load_smollm2
 
-        return load_smollm2()
+        return load_smollm2(tuned=model == "smollm2-tuned")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        allowed = "'smollm2', or the name or folder of a transformers decoder with its tokenizer"
+        allowed = (
+            "'smollm2', 'smollm2-tuned', or the name or folder of a transformers decoder with its tokenizer"
+        )
         raise ValueError(f"model must be {allowed}, got {model!r}: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -52,16 +53,38 @@ class Reading:
     """
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor) -> None:
-        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
-            raise ValueError(
-                f"input_ids must have shape [1, n] with n at least 2, got {list(input_ids.shape)}"
-            )
+        self._check(input_ids)
         self.model, self.last = model, input_ids[:, -1:]
         with kept_attention(model), torch.inference_mode():
             self.cache = RaggedCache.for_model(model, _Witness(), chunked_prefill=True)
             model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
         self.prompt: Prompt = self.cache.prompts()[0]
         self._layers: tuple[Prefill, ...] | None = None
+
+    @staticmethod
+    def _check(input_ids: Tensor) -> None:
+        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+            raise ValueError(
+                f"input_ids must have shape [1, n] with n at least 2, got {list(input_ids.shape)}"
+            )
+
+    @torch.inference_mode()
+    def followed_by(self, input_ids: Tensor) -> Reading:
+        """The reading of a longer prompt: this one, then `input_ids` `[1, m]`, whose last token is held back.
+
+        Only the new tokens pass the model; this reading stays as it is.
+
+        Raises:
+            ValueError: `input_ids` is no single sequence of two tokens or more.
+        """
+        self._check(input_ids)
+        longer = copy.copy(self)
+        longer.cache, longer._layers = copy.deepcopy(self.cache), None
+        tokens, longer.last = torch.cat([self.last, input_ids[:, :-1]], 1), input_ids[:, -1:]
+        with chosen_attention(self.model, NAME):
+            self.model(tokens, past_key_values=longer.cache, logits_to_keep=1)
+        longer.prompt = longer.cache.prompts()[0]
+        return longer
 
     @property
     def layers(self) -> tuple[Prefill, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -71,8 +72,7 @@ class Remembered:
     """
 
     scorer: PromptScorer
-    _known: dict[int, list[Tensor]] = field(default_factory=dict)
-    _prompts: list[Any] = field(default_factory=list)  # kept, so that no other prompt gets the same number
+    _known: weakref.WeakKeyDictionary[Prompt, list[Tensor]] = field(default_factory=weakref.WeakKeyDictionary)
 
     @property
     def window(self) -> int:
@@ -85,12 +85,10 @@ class Remembered:
         return self.scorer.observed_queries
 
     def score_prompt(self, prompt: Prompt) -> list[Tensor]:
-        """The scorer's scores, of the last prompt without asking again."""
-        if id(prompt) not in self._known:
-            self._known.clear()
-            self._prompts[:] = [prompt]
-            self._known[id(prompt)] = self.scorer.score_prompt(prompt)
-        return self._known[id(prompt)]
+        """The scorer's scores, as long as the prompt is there without asking again."""
+        if prompt not in self._known:
+            self._known[prompt] = self.scorer.score_prompt(prompt)
+        return self._known[prompt]
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ def profile_ablation(
     texts: int = 8,
     each: int = 1,
     sinks: int = 16,
-    recent: float = 0.06,
+    recent_share: float = 0.06,
     greedy: int = 0,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
@@ -55,7 +55,7 @@ def profile_ablation(
         texts: how many.
         each: facts of each kind in each text.
         sinks: first entries that a streaming head keeps.
-        recent: share of the text, at its end, that it keeps too.
+        recent_share: share of the text, at its end, that it keeps too.
         greedy: so many heads are chosen one after another on top.
         seed: of the texts.
         journal: a file that holds what is done while the measurement runs; a second run goes on from it.
@@ -76,14 +76,14 @@ def profile_ablation(
         "texts": texts,
         "each": each,
         "sinks": sinks,
-        "recent": recent,
+        "recent_share": recent_share,
         "greedy": greedy,
         "seed": seed,
     }
     name = model.config._name_or_path or type(model).__name__
     notes = Journal(journal, {"kind": "ablation", "model": name, **options})
     scores, found = ablate(
-        model, made, Stream(sinks, recent), greedy=greedy, journal=notes, progress=progress
+        model, made, Stream(sinks, recent_share), greedy=greedy, journal=notes, progress=progress
     )
     return HeadProfile(name, "ablation", "kv", scores, options | found)
 

@@ -18,6 +18,7 @@ from headkv import _checks
 from headkv._config import class_or_name, kv_heads, model_name
 from headkv._figure import grid_figure
 from headkv._grid import grid_html, spread
+from headkv._wrappers import unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,9 @@ class HeadProfile:
     Attributes:
         model: the model's public id, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
         kind: what was measured, one of `KINDS`: "echo" and "induction" (RazorAttention), "retrieval" and
-            "retrieval-reasoning" (HeadKV), "gate" (DuoAttention).
+            "retrieval-reasoning" (HeadKV), "gate" (DuoAttention), "ablation" (what an answer loses without the head),
+            "reconstruction" (KVzip). Every method takes every kind; scores that are to share out a budget are at
+            least 0.
         heads: "query" (one score a query head) or "kv" (one a KV head).
         scores: [layers, heads], float32, finite, on the CPU.
         parameters: how it was measured; plain JSON values.
@@ -112,12 +115,13 @@ class HeadProfile:
         return grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
 
     def check_model(self, model: Any) -> None:
-        """A check that this profile was made for `model`, a transformers model or its configuration.
+        """A check that this profile was made for `model`, a transformers model (wrapped or not) or its configuration.
 
         Raises:
             ValueError: the number of layers or heads differs, or both have a name and the names differ (only
                 their last part counts, in any case). `renamed` is the way to use it all the same.
         """
+        model = unwrapped(model)
         config = getattr(model, "config", model)
         name = model_name(config)
         if hasattr(config, "get_text_config"):

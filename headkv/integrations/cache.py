@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from headkv import _checks
 from headkv._figure import grid_figure
 from headkv._grid import grid_html
-from headkv.attention.api import BACKENDS, Backend
+from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
 from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.calls import (
+    Hooks,
+    Told,
+)
 from headkv.integrations.hook import NAME
-from headkv.integrations.layer import RaggedCacheLayer, Storage
+from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK, Observation
-from headkv.integrations.prompt import CachedPrompt, PromptHooks, WaitingLayer
-from headkv.integrations.support import check_chunks, decoder_of, parts_of, supported_config
+from headkv.integrations.prompt import CachedPrompt, WaitingLayer
+from headkv.integrations.support import (
+    CacheOptions,
+    check_method,
+    is_whole_prompt,
+    parts_of,
+    supported_config,
+    supported_model,
+)
+from headkv.integrations.text import TextMemory
 from headkv.models.attention import choose_attention, decoder_attention
 
 if TYPE_CHECKING:
@@ -42,7 +55,10 @@ class RaggedCache(Cache):
 
     def __init__(self, layers: list[RaggedCacheLayer]):
         super().__init__(layers=layers)  # type: ignore[arg-type]
-        self._hooks: PromptHooks | None = None  # where the method decides once the whole prompt is read
+        self.told = self._untold()
+        self._model: PreTrainedModel | None = (
+            None  # whose hooks tell of calls, for as long as the cache lives
+        )
 
     @classmethod
     def for_model(
@@ -75,32 +91,63 @@ class RaggedCache(Cache):
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
-        config = supported_config(model)
-        _checks.one_of("backend", backend, BACKENDS)
-        whole = bool(getattr(method, "whole_prompt", False))
-        if isinstance(method, type) or not callable(
-            getattr(method, "plan_prompt" if whole else "plan", None)
-        ):
-            raise TypeError(
-                f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}"
-            )
-        for profile in getattr(method, "profiles", ()):
-            profile.check_model(model)
-        if chunked_prefill:
-            check_chunks(method, config)
-        storage: Storage = {
-            "headroom": _checks.whole("headroom", headroom),
-            "rollback": _checks.whole("rollback", rollback),
-        }
-        num_layers, waits = config.num_hidden_layers, chunked_prefill or whole
-        parts = parts_of(model)
-        where = [(method, i, num_layers, backend, storage, waits, parts[i]) for i in range(num_layers)]
-        cache = cls([RaggedCacheLayer(*arguments) for arguments in where])
-        if whole:
-            cache._hooks = PromptHooks(decoder_of(model), cache, chunked_prefill)
+        options = CacheOptions(backend, headroom, rollback, chunked_prefill)
+        model = supported_model(model)
+        check_method(method, model, chunked_prefill)
+        cache = cls.unattached(model, method, options)
+        cache._listen(model)
         if decoder_attention(model) != NAME:
             choose_attention(model, NAME)
         return cache
+
+    @classmethod
+    def unattached(
+        cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
+    ) -> RaggedCache:
+        """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
+        parts = parts_of(model)
+        where = [(method, i, len(parts), options, parts[i]) for i in range(len(parts))]
+        return cls([RaggedCacheLayer(*arguments) for arguments in where])
+
+    @classmethod
+    def around(cls, model: PreTrainedModel, layers: list[RaggedCacheLayer]) -> RaggedCache:
+        """The cache of which these are the layers, e.g. those of a copy; see `unattached`.
+
+        Raises:
+            ValueError: they wait for the rest of a prompt, or are another model's.
+        """
+        if any(layer.observed is not None for layer in layers):
+            raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
+        if len(layers) != (n := supported_config(model).num_hidden_layers):
+            raise ValueError(f"past_key_values must have the model's {n} layers, got {len(layers)}")
+        return cls(layers)
+
+    def _listen(self, model: PreTrainedModel) -> None:
+        """Let hooks on `model` tell of calls over this cache, until it is gone."""
+        this = weakref.ref(self)
+        hooks = Hooks(model, lambda arguments: _same(this(), arguments.get("past_key_values")))
+        weakref.finalize(self, hooks.remove)
+        self._model = model
+
+    def _untold(self) -> Told:
+        return Told(TextMemory() if is_whole_prompt(self.layers[0].method) else None)
+
+    @property
+    def listens(self) -> bool:
+        """Whether hooks on a model tell this cache of calls; otherwise whoever made it does."""
+        return self._model is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """A copy to go on with by itself; the method and the model are shared."""
+        twin = RaggedCache(copy.deepcopy(self.layers, memo))
+        twin.told = self.told.copy()
+        if self._model is not None:
+            twin._listen(self._model)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written to a file: no model, nor text that waits to be read again."""
+        return {**vars(self), "_model": None, "told": self._untold()}
 
     @torch.compiler.disable
     def update(
@@ -152,7 +199,7 @@ class RaggedCache(Cache):
         Raises:
             ValueError: a method that answers for another number of layers.
         """
-        if self._hooks is None or not self.waiting:
+        if self.told.memory is None or not self.waiting:
             for layer in self.layers:
                 layer.finalize_prefill()
             return
@@ -168,14 +215,14 @@ class RaggedCache(Cache):
         stored = [layer.compressed(keeps) for layer, keeps in by_layer]
         for layer, ragged in zip(self.layers, stored, strict=True):
             layer.restore(ragged)
-        self._hooks.forget()
+        self.told.memory.forget()
 
     def prompts(self) -> list[CachedPrompt]:
         """The prompt that waits for a method which sees it whole: one for each sequence of the batch."""
-        if self._hooks is None or not self.waiting:
+        if (memory := self.told.memory) is None or not self.waiting:
             raise RuntimeError("no prompt waits: the method decides layer by layer, or has decided already")
         waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.layers]
-        decoder, text = self._hooks.decoder, self._hooks.text()
+        decoder, text = memory.decoder_and_text()
         return [CachedPrompt(decoder, waiting, text, b) for b in range(waiting[0].ragged.batch_size)]
 
     @property
@@ -186,8 +233,8 @@ class RaggedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        if self._hooks is not None:
-            self._hooks.forget()
+        if self.told.memory is not None:
+            self.told.memory.forget()
 
     def snapshot(self) -> tuple[LayerSnapshot, ...]:
         """A copy of the whole cache: one compressed context answers many questions."""
@@ -201,8 +248,8 @@ class RaggedCache(Cache):
         """Become what the cache was when `snapshot` was taken."""
         if len(snapshot) != len(self.layers):
             raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
-        for layer, copy in zip(self.layers, snapshot, strict=True):
-            layer.restore(RaggedLayer.from_snapshot(copy))
+        for layer, taken in zip(self.layers, snapshot, strict=True):
+            layer.restore(RaggedLayer.from_snapshot(taken))
 
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
@@ -235,3 +282,7 @@ class RaggedCache(Cache):
 def _observed(layer: RaggedCacheLayer) -> Observation:
     assert layer.observed is not None
     return layer.observed
+
+
+def _same(cache: RaggedCache | None, given: Any) -> RaggedCache | None:
+    return cache if cache is not None and cache is given else None

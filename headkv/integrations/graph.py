@@ -18,6 +18,8 @@ from headkv.attention.api import choose_backend
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.hook import NAME
+from headkv.integrations.precision import autocast_dtype
+from headkv.integrations.support import supported_model
 from headkv.models.attention import decoder_attention
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class DecodeGraph:
     >>> token = graph.step(token)[:, -1:].argmax(-1)  # doctest: +SKIP
 
     Args:
-        model: a decoder on one CUDA device whose attention implementation is "headkv".
+        model: a decoder on one CUDA device, wrapped or not, whose attention implementation is "headkv".
         cache: holds the prompt. Whatever else changes it between two steps (a forward call, `crop`, `restore`) is
             noticed, and the step recorded again if need be.
         compile_layers: record what torch.compile makes of the model's layers. That is faster, and rounds otherwise than
@@ -55,6 +57,7 @@ class DecodeGraph:
     def __init__(self, model: PreTrainedModel, cache: RaggedCache, *, compile_layers: bool = False) -> None:
         if not isinstance(cache, RaggedCache):
             raise TypeError(f"cache must be a RaggedCache, got {type(cache).__name__}")
+        model = supported_model(model)
         check_device(model)
         if (got := decoder_attention(model)) != NAME:
             raise ValueError(
@@ -75,6 +78,7 @@ class DecodeGraph:
         self._unrecorded = 1 + compile_layers
         # Whether the last one ran in inference mode: what is compiled serves one mode, and no recording compiles.
         self._inference = False
+        self._autocast: torch.dtype | None = None  # and what autocast computed in
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -123,6 +127,8 @@ class DecodeGraph:
         self.reserve(1)
         self._ids.copy_(input_ids)
         self._positions.copy_(position_ids)
+        if self._autocast != autocast_dtype("cuda"):
+            self._graph = None  # it would compute as autocast did then
         stale = self._graph is None or self._recorded != self._addresses()
         if stale and not self._can_record():
             return self._run()
@@ -137,7 +143,8 @@ class DecodeGraph:
 
     def _can_record(self) -> bool:
         """Whether all that a step compiles or makes once is there."""
-        ready = not self._unrecorded and self._inference == torch.is_inference_mode_enabled()
+        modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
+        ready = not self._unrecorded and modes == (self._inference, self._autocast)
         return ready and all(layer.filled().ticket is not None for layer in self.cache.layers)
 
     def _run(self) -> Tensor:
@@ -146,7 +153,7 @@ class DecodeGraph:
         took = allocated(self._ids.device) - before + SEGMENTS
         self._needs = took if self._needs is None else min(self._needs, took)
         self._unrecorded = max(0, self._unrecorded - 1)
-        self._inference = torch.is_inference_mode_enabled()
+        self._inference, self._autocast = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
         return logits
 
     def _record(self) -> None:
@@ -177,7 +184,10 @@ class DecodeGraph:
     def _forward(self) -> Tensor:
         # The tensors are the same in all steps: what is compiled depends on their kind.
         inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": self.cache}
-        with compiled_layers(self.model) if self.compile_layers else nullcontext():
+        autocast = autocast_dtype("cuda")
+        # The weights that autocast keeps, cast, go when its block ends: a graph must not read them afterwards.
+        cast = nullcontext() if autocast is None else torch.autocast("cuda", autocast, cache_enabled=False)
+        with cast, compiled_layers(self.model) if self.compile_layers else nullcontext():
             return self.model(**inputs, use_cache=True).logits
 
     def _addresses(self) -> tuple[int, ...]:

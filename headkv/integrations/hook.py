@@ -8,8 +8,9 @@ none, the attention is transformers' own sdpa.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headkv.integrations.precision import Together, in_one_dtype
 from headkv.logits import Rule
 
 NAME = "headkv"
@@ -25,6 +27,10 @@ NAME = "headkv"
 
 class Attends(Protocol):
     """A layer of a cache that stores new tokens, and attends over all."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of what is stored; None before the first token."""
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         """`q` `[B, HQ, T, D]`, `keys`, `values` `[B, H, T, D]`, `valid` `[B, T]` bool or None -> `[B, HQ, T, D]`."""
@@ -46,6 +52,16 @@ class NewTokens:
         )
 
 
+def attends(cache: Any) -> bool:
+    """Whether `cache` hands tokens to layers of ours."""
+    layers = getattr(cache, "layers", None) or [None]
+    return hasattr(layers[0], "attend")
+
+
+class UnsupportedMask(ValueError, AttributeError):
+    """A mask is not used as attention does; an AttributeError too, so that `hasattr` answers False."""
+
+
 @dataclass(frozen=True)
 class PaddingMask:
     """What transformers says about masking a forward call, kept as it was said.
@@ -58,13 +74,22 @@ class PaddingMask:
     only_causal: bool
     dense: Callable[[], Tensor | None]
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PaddingMask:
+        """The same for a layer on another device, as accelerate asks for where a model is spread."""
+        move = functools.partial(_moved, device=device, non_blocking=non_blocking)
+        return replace(self, valid=move(self.valid), dense=lambda: move(self.dense()))
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ValueError(
+        raise UnsupportedMask(
             f"something reads `{name}` of the attention mask before attention: static caches, compiled decoding and "
             f"models that change their masks are not supported with the attention implementation {NAME!r}"
         )
+
+
+def _moved(mask: Tensor | None, device: torch.device | str | int, non_blocking: bool) -> Tensor | None:
+    return None if mask is None else mask.to(device, non_blocking=non_blocking)
 
 
 def attention_forward(
@@ -106,7 +131,7 @@ def attention_forward(
         raise ValueError(f"dropout must be 0 with a ragged cache, got {dropout}; call model.eval()")
     valid = None
     if isinstance(attention_mask, PaddingMask):
-        valid = attention_mask.valid
+        valid = _moved(attention_mask.valid, query.device, False)
         if not attention_mask.only_causal:
             raise ValueError(
                 "attention_mask must be causal: masks that join blocks of tokens are not supported"
@@ -114,8 +139,17 @@ def attention_forward(
     elif attention_mask is not None:
         raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
     rule = Rule.of(query.shape[-1], scaling, sliding_window, softcap)
-    out = key.layer.attend(query, key.keys, key.values, valid, rule)
-    return out.transpose(1, 2).contiguous(), None
+    return _attend(query, key, valid, rule).transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _attend(query: Tensor, tokens: NewTokens, valid: Tensor | None, rule: Rule) -> Tensor:
+    layer, device = tokens.layer, query.device.type
+    together, result = in_one_dtype(Together(query, tokens.keys, tokens.values), layer.stored_dtype)
+    if not torch.is_autocast_enabled(device):
+        return layer.attend(*together, valid, rule).to(result)
+    with torch.autocast(device, enabled=False):  # so that nothing is rounded again
+        return layer.attend(*together, valid, rule).to(result)
 
 
 def padding_mask(

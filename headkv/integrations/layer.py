@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headkv.attention import api, dense
 from headkv.attention.api import Backend
+from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
+from headkv.integrations.calls import PLAIN
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import (
     Observation,
@@ -21,18 +24,12 @@ from headkv.integrations.planning import (
     storage_of,
     texts_of,
 )
+from headkv.integrations.support import CacheOptions, is_whole_prompt
 from headkv.logits import Rule
 from headkv.prefill import Parts
 
 if TYPE_CHECKING:
     from headkv.methods.base import Keep, Method, PromptMethod
-
-
-class Storage(TypedDict):
-    """How rows are stored, whatever is: see `RaggedCache.for_model`."""
-
-    headroom: int
-    rollback: int
 
 
 class RaggedCacheLayer(CacheLayerMixin):
@@ -41,10 +38,9 @@ class RaggedCacheLayer(CacheLayerMixin):
     Args:
         method: what each head keeps of a prompt.
         layer_idx, num_layers: this layer.
-        backend: of attention after the prefill.
-        storage: head room and rollback of the rows.
-        waits: the prompt is not compressed when its first call has been read, but by `finalize_prefill`: it comes in
-            chunks, or the method decides for all layers at once.
+        options: backend of attention after the prefill, head room and rollback of the rows. With `chunked_prefill`, as
+            for a method that decides for all layers at once, the prompt is not compressed when its first call has been
+            read, but by `finalize_prefill`.
         parts: of the layer's attention, for methods that look at weights.
     """
 
@@ -55,15 +51,14 @@ class RaggedCacheLayer(CacheLayerMixin):
         method: Method | PromptMethod,
         layer_idx: int,
         num_layers: int,
-        backend: Backend,
-        storage: Storage,
-        waits: bool,
+        options: CacheOptions,
         parts: Parts = Parts(),  # noqa: B008  (frozen)
     ):
         super().__init__()
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
-        self.backend, self.storage, self.waits, self.parts = backend, storage, waits, parts
+        self.options, self.parts = options, parts
         self.ragged: RaggedLayer | None = None
+        self.call = PLAIN  # what is known of the forward call that is under way
         # The next token's position on the device, while a `DecodeGraph` records a step.
         self.clock: Tensor | None = None
         self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
@@ -77,33 +72,66 @@ class RaggedCacheLayer(CacheLayerMixin):
         tokens = NewTokens(self, key_states, value_states)
         return tokens, tokens
 
-    @torch.compiler.disable
+    @property
+    def backend(self) -> Backend:
+        """Of attention after the prefill."""
+        return self.options.backend
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return None if self.ragged is None else self.ragged.dtype
+
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         """Store T new tokens and attend over everything kept: `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
         The first call is the prefill: dense attention, then the method chooses what stays, and only that is stored.
-        Where heads stream in a chunked prefill, their rows are windowed from its first chunk on.
+        Where heads stream in a chunked prefill, their rows are windowed from its first chunk on. Drafts that come with
+        the prompt are no part of it: they are stored behind what stays, and attend to that.
         """
+        drafts = self.call.drafts
+        if not drafts or not self.reads_prompt:
+            return self._attend(q, keys, values, valid, rule)
+        end = q.shape[2] - drafts
+        prompt, new = (
+            (q[:, :, part], keys[:, :, part], values[:, :, part], None if valid is None else valid[:, part])
+            for part in (slice(None, end), slice(end, None))
+        )
+        out = self._attend(*prompt, rule)
+        self.finalize_prefill()
+        return torch.cat([out, self._attend(*new, rule)], 2)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         if self.ragged is None:
             return self._prefill(q, keys, values, valid, rule)
-        if q.shape[2] == 1:
+        if q.shape[2] == 1 and self.call.remaining is None:
             self.finalize_prefill()
-            if valid is None:
-                return self._step(q, keys, values, self.ragged, rule)
-        self.ragged.append(keys, values, valid)
+        add = partial(self._add, self.ragged, valid=valid, rule=rule)
+        return without_gradients(add, q, keys, values)
+
+    def _add(
+        self, ragged: RaggedLayer, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule
+    ) -> Tensor:
+        """Store new tokens behind others, and attend over all."""
+        if q.shape[2] == 1 and valid is None and self._observed is None:
+            return self._step(q, keys, values, ragged, rule)
+        ragged.rollback = max(ragged.rollback, self.call.drafts)
+        ragged.append(keys, values, valid)
         if self._observed is not None:
             self._observed = self._observed.extend(q, valid)
-        return api.extend(q, self.ragged, rule, self.backend)
+        return api.extend(q, ragged, rule, self.backend)
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
-        windows = self._windows(keys, valid, rule.sliding_window)
+        waits = self.options.chunked_prefill or is_whole_prompt(self.method) or bool(self.call.remaining)
+        windows = self._windows(keys, valid, rule.sliding_window, waits)
         out = dense.prefill(q, keys, values, rule, valid=valid, **(windows or {}))
+        q, keys, values = q.detach(), keys.detach(), values.detach()
         observed = Observation.of(q, valid, self.method.observed_queries, rule)
-        if self.waits:
+        if waits:
             empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
             ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
             if windows is not None:
-                ragged.rollback = self.storage["rollback"]
+                ragged.rollback = self.options.rollback
                 ragged.set_windows(**{name: x.to(keys.device) for name, x in windows.items()})
             ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
             self.ragged, self._observed, self._streams = ragged, observed, windows is not None
@@ -119,12 +147,12 @@ class RaggedCacheLayer(CacheLayerMixin):
         return api.recorded_step(*new, seen=self.clock)[:, :, None]  # those of one layer lie a model apart
 
     def _windows(
-        self, keys: Tensor, valid: Tensor | None, sliding_window: int | None
+        self, keys: Tensor, valid: Tensor | None, sliding_window: int | None, waits: bool
     ) -> dict[str, Tensor] | None:
         """What heads see while this prompt is read, if the method says that they stream."""
         batch_size, num_kv_heads, n, _ = keys.shape
-        lengths: list[int | None] = [None if self.waits else n] * batch_size
-        if valid is not None and not self.waits and hasattr(self.method, "prefill_windows"):
+        lengths: list[int | None] = [None if waits else n] * batch_size
+        if valid is not None and not waits and hasattr(self.method, "prefill_windows"):
             lengths = valid.sum(1).tolist()  # waits for the device
         return prefill_windows(
             self.method,
@@ -136,6 +164,11 @@ class RaggedCacheLayer(CacheLayerMixin):
         )
 
     # -- what stays of a prompt -------------------------------------------------------------------------------------
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what comes next is a prompt, or more of one."""
+        return self.ragged is None or self._observed is not None
 
     @property
     def observed(self) -> Observation | None:
@@ -152,7 +185,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         if self._streams:
             if bool((self.ragged.length == 0).any()):
                 raise all_padding(int((self.ragged.length == 0).nonzero()[0]) // self.ragged.num_kv_heads)
-            self.ragged.trim(self.storage["headroom"])
+            self.ragged.trim(self.options.headroom)
         else:
             self.ragged = self.compressed(chosen)
         self._observed = None
@@ -177,8 +210,8 @@ class RaggedCacheLayer(CacheLayerMixin):
         rollback: int | None = None,
     ) -> RaggedLayer:
         """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
-        headroom = self.storage["headroom"]
-        rollback = self.storage["rollback"] if rollback is None else rollback
+        headroom = self.options.headroom
+        rollback = self.options.rollback if rollback is None else rollback
         if chosen is None:
             where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
             where["parts"] = self.parts
@@ -258,6 +291,18 @@ class RaggedCacheLayer(CacheLayerMixin):
         """Move an offloaded layer back."""
         if self.ragged is not None and hasattr(self, "ragged_device"):
             self.ragged.to(self.ragged_device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCacheLayer:
+        """A copy to go on with by itself; the method is shared."""
+        copy = RaggedCacheLayer(self.method, self.layer_idx, self.num_layers, self.options, self.parts)
+        if self.ragged is not None:
+            copy.restore(RaggedLayer.from_snapshot(self.ragged.snapshot()))
+        copy._observed, copy._streams = self._observed, self._streams  # replaced, never changed
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written to a file: nothing of the model."""
+        return {**vars(self), "parts": Parts()}
 
     # -- for the reader -----------------------------------------------------------------------------------------------
 

@@ -229,10 +229,11 @@ def storage_of(
     recent = torch.zeros_like(sinks)
     compensate: Tensor | None = None
     for b, (answer, text) in enumerate(zip(chosen, texts, strict=True)):
+        mask = answer.mask.to(keys.device)
         if text is None:
-            keep[b] = answer.mask
+            keep[b] = mask
         else:
-            keep[b].index_copy_(1, text, answer.mask)
+            keep[b].index_copy_(1, text, mask)
         if answer.sinks is not None and answer.recent is not None:
             sinks[b], recent[b] = answer.sinks, answer.recent
         if answer.compensate is not None and window is None:  # a sliding layer forgets by itself

@@ -1,14 +1,13 @@
 """A prompt that all layers have read, for methods that decide once it is: its layers, and its text read again.
 
-Until then the cache stores all of it. `PromptHooks` tell when that is, and remember the text.
+Until then the cache stores all of it; a `TextMemory` remembers the text.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from headkv.attention.api import Backend
 from headkv.cache import RaggedLayer
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import Observation, prefill_of, texts_of
+from headkv.integrations.text import Text
 from headkv.logits import Rule
 from headkv.prefill import Parts, Prefill
 
@@ -37,19 +37,6 @@ class WaitingLayer:
     observed: Observation
     backend: Backend
     parts: Parts
-
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """What the model was given as a prompt, `[B, n]` each.
-
-    Attributes:
-        input_ids: int64, or None where it was given embeddings.
-        next_positions: `[B]` int64, the position (as rotary embeddings count) of the token that comes next.
-    """
-
-    input_ids: Tensor | None
-    next_positions: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +133,11 @@ class _ReadingLayer(CacheLayerMixin):
         self.ragged, self.backend, self.layer_idx, self.watch = ragged, backend, layer_idx, watch
         self.is_initialized = True
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        return self.ragged.dtype
+
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         tokens = NewTokens(self, key_states, value_states)
@@ -169,89 +161,3 @@ class _ReadingLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
-
-
-class Waits(Protocol):
-    """A cache that stores a prompt until all layers have read it."""
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a prompt is stored that is not compressed yet."""
-
-    @property
-    def seen(self) -> int:
-        """Tokens of the text so far."""
-
-    def finalize_prefill(self) -> None:
-        """Compress the prompt that waits."""
-
-
-class PromptHooks:
-    """Hooks on a decoder that remember the text which goes into one cache, and compress it when it has been read.
-
-    They go when the cache goes, and do nothing for other caches.
-
-    Args:
-        decoder: the module that hands the cache to the layers.
-        cache: the cache.
-        chunked: the prompt comes in several calls; the first single token, or whoever knows, ends it.
-    """
-
-    def __init__(self, decoder: Module, cache: Waits, chunked: bool) -> None:
-        self.decoder, self._chunked = decoder, chunked
-        self._cache = weakref.ref(cache)
-        self._ids: list[Tensor | None] = []
-        self._next: Tensor | None = None
-        handles = (
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, with_kwargs=True),
-        )
-        for handle in handles:
-            weakref.finalize(cache, handle.remove)
-
-    def forget(self) -> None:
-        """What was read is no longer needed, or another prompt comes."""
-        self._ids, self._next = [], None
-
-    def text(self) -> Text:
-        """All that was read since `forget`.
-
-        Raises:
-            RuntimeError: nothing was, as the decoder was called in a way that no hook sees.
-        """
-        if self._next is None:
-            raise RuntimeError(
-                "the decoder's own layers were called: a prompt must go through the model as a whole"
-            )
-        ids = [part for part in self._ids if part is not None]
-        whole = torch.cat(ids, 1) if len(ids) == len(self._ids) else None
-        return Text(whole, self._next)
-
-    def _before(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (cache := self._ours(kwargs)) is None:
-            return
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        given = ids if ids is not None else embeds
-        if given is None:
-            return
-        if cache.waiting and given.shape[1] == 1:
-            cache.finalize_prefill()
-        if not cache.waiting and cache.seen:
-            return  # the prompt is over
-        self._ids.append(ids)
-        positions: Tensor | None = kwargs.get("position_ids")
-        if positions is not None:
-            self._next = positions[..., -1].reshape(-1).expand(given.shape[0]) + 1
-        else:
-            end = cache.seen + given.shape[1]
-            self._next = torch.full((given.shape[0],), end, device=given.device)
-
-    def _after(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = self._ours(kwargs)
-        if cache is not None and cache.waiting and not self._chunked:
-            cache.finalize_prefill()
-
-    def _ours(self, kwargs: dict[str, Any]) -> Waits | None:
-        """The cache, if this call is over it."""
-        cache = self._cache()
-        return cache if cache is not None and kwargs.get("past_key_values") is cache else None

@@ -4,73 +4,121 @@ from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from transformers import Cache, DynamicCache
+
+from headkv import _checks
+from headkv.attention.api import Backend
+from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.cache import RaggedCache
+from headkv.integrations.calls import Arguments, Hooks, is_of_generate
 from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.graph import check_device, replaying
-from headkv.integrations.hook import NAME
-from headkv.models.attention import kept_attention
+from headkv.integrations.hook import NAME, attends
+from headkv.integrations.layer import RaggedCacheLayer
+from headkv.integrations.planning import ROLLBACK
+from headkv.integrations.support import (
+    CacheOptions,
+    check_method,
+    decoder_of,
+    supported_config,
+    supported_model,
+)
+from headkv.methods import FullCache
+from headkv.models.attention import choose_attention, kept_attention
 
 if TYPE_CHECKING:
-    from torch.nn import Module
     from transformers import PreTrainedModel
 
-    from headkv.methods.base import Method
+    from headkv.methods.base import Method, PromptMethod
 
 
 def compress(
     model: PreTrainedModel,
-    method: Method,
+    method: Method | PromptMethod,
     *,
+    backend: Backend = "auto",
+    headroom: int = MIN_HEADROOM,
+    rollback: int = ROLLBACK,
+    chunked_prefill: bool = False,
     cuda_graph: bool = False,
     compile_layers: bool = False,
-    **options: Any,
 ) -> Session:
     """Let `model` compress its KV cache by `method` inside a `with` block; outside it is as it was.
 
     Args:
-        model: a decoder of transformers.
-        method: e.g. `headkv.AdaKV(budget=0.2)`.
+        model: a decoder of transformers, as it is or wrapped by peft, accelerate or torch.compile.
+        method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
+        backend: of attention after the prefill: "auto", "reference", "rust" or "triton"; see `headkv.ragged_decode`.
+        headroom: free slots behind each row after the prefill; it grows by itself when they are used up.
+        rollback: how many tokens windowed rows can take back (`crop`); they store as many entries more than they attend
+            to. Assisted generation gets what it needs by itself.
+        chunked_prefill: a prompt comes in several forward calls of your own: wait with compression until the first call
+            with a single token, or until `session.cache.finalize_prefill()`. `generate(prefill_chunk_size=…)` is seen
+            by itself.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
         compile_layers: with `cuda_graph`, let torch.compile fuse what the layers do in a decode step: faster, but the
             first decode step takes a while (once a process), and tokens may differ by rounding.
-        options: of `RaggedCache.for_model`: `backend`, `headroom`, `chunked_prefill`.
 
     Returns:
-        A context manager; its `cache` is the `RaggedCache` of the latest `generate` (or forward) call.
+        A context manager; its `cache` is the `RaggedCache` of the latest `generate` (or forward) call. A `DynamicCache`
+        of your own, passed as `past_key_values`, becomes that cache's other name: pass either to the next call of a
+        conversation.
 
     Raises:
-        ValueError: `compile_layers` without `cuda_graph`; on entry, see `DecodeGraph` and `RaggedCache.for_model`.
+        TypeError, ValueError: a model, a method or an option that is not supported, by name; `compile_layers` without
+            `cuda_graph`; see `DecodeGraph` and `RaggedCache.for_model`. The model is unchanged.
 
     >>> with headkv.compress(model, headkv.AdaKV(budget=0.2)) as session:  # doctest: +SKIP
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> session.cache.lengths()  # doctest: +SKIP
     """
-    if compile_layers and not cuda_graph:
-        raise ValueError("compile_layers must be False without cuda_graph=True, got True")
-    return Session(model, method, options, cuda_graph, compile_layers)
+    options = CacheOptions(backend, headroom, rollback, chunked_prefill)
+    return Session(model, method, options, Decoding(cuda_graph, compile_layers))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a block's decode steps run: see `compress`."""
+
+    cuda_graph: bool = False
+    compile_layers: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.flag("cuda_graph", self.cuda_graph)
+        _checks.flag("compile_layers", self.compile_layers)
+        if self.compile_layers and not self.cuda_graph:
+            raise ValueError("compile_layers must be False without cuda_graph=True, got True")
+
+    def check(self, model: PreTrainedModel) -> None:
+        """A model that can be run so."""
+        if self.cuda_graph:
+            check_device(model)
+        if self.compile_layers:
+            decoder_layers(model)
 
 
 class Session:
     """The `with` block of `compress`: sets the attention by name and supplies a cache to calls that bring none."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        method: Method,
-        options: dict[str, Any],
-        cuda_graph: bool = False,
-        compile_layers: bool = False,
-    ):
-        self.model, self.method, self._options = model, method, options
-        self._cuda_graph, self._compile_layers = cuda_graph, compile_layers
+        self, model: Any, method: Method | PromptMethod, options: CacheOptions, decoding: Decoding
+    ) -> None:
+        self.model, self.method = supported_model(model), method
+        self._options, self._decoding = options, decoding
+        check_method(method, self.model, options.chunked_prefill)
+        decoding.check(self.model)
+        self._decoder = decoder_of(self.model)
+        self._num_layers = supported_config(self.model).num_hidden_layers
         self._cache: RaggedCache | None = None
-        self._replaced: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
-        self._hook: Any = None
+        # Caches of the user's own, and what stands for each from the first call on.
+        self._others: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
+        self._hooks: Hooks | None = None
         self._former = ExitStack()  # puts back the attention that the model had
         self._own_generate: Any = None
 
@@ -86,62 +134,104 @@ class Session:
         return self._cache
 
     def __enter__(self) -> Session:
-        hooks = getattr(self.model, "_forward_pre_hooks", {}).values()
-        if any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks):
+        hooks = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
+        if any(isinstance(hook, Hooks) and isinstance(hook.owner, Session) for hook in hooks):
             raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
-        if self._cuda_graph:
-            check_device(self.model)
-            if self._compile_layers:
-                decoder_layers(self.model)
+        self._decoding.check(self.model)
         with ExitStack() as former:
             former.enter_context(kept_attention(self.model))
-            RaggedCache.for_model(self.model, self.method, **self._options)  # refuses what is not supported
+            choose_attention(self.model, NAME)
             self._former = former.pop_all()
-        self._hook = self.model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
-        if self._cuda_graph:  # as transformers itself gives a model with a decode loop of its own that loop
+        self._hooks = Hooks(self.model, self._supply, owner=self)
+        # As transformers itself gives a model with a decode loop of its own that loop.
+        if self._decoding.cuda_graph:
             own: Any = vars(self.model)
             self._own_generate = own.get("generate")
-            own["generate"] = replaying(cast(Any, self.model).generate, self._compile_layers)
+            own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
-        if self._cuda_graph:
+        assert self._hooks is not None
+        self._hooks.remove()
+        if self._decoding.cuda_graph:
             own: Any = vars(self.model)
             del own["generate"]
             if self._own_generate is not None:
                 own["generate"] = self._own_generate
         self._former.close()
 
-    def _supply_cache(
-        self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        """Before each forward call: put a ragged cache where the call has none or an empty one of another kind."""
-        if kwargs.get("output_attentions") or self.model.config.output_attentions:
+    def _supply(self, arguments: Arguments) -> RaggedCache | None:
+        """Give a call a ragged cache where it has none, or an empty one of another kind.
+
+        Returns:
+            It, if nobody else tells it of the call.
+        """
+        if arguments.get("output_attentions") or self.model.config.output_attentions:
             raise ValueError(
                 "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
             )
-        if kwargs.get("use_cache") is False:
+        given: Any = arguments.get("past_key_values")
+        if given is None and arguments.get("use_cache") is False:
+            if is_of_generate(arguments):
+                raise ValueError(
+                    "use_cache must not be False inside headkv.compress, as nothing is compressed without a cache; "
+                    "is it in model.generation_config?"
+                )
             return None
-        given = kwargs.get("past_key_values")
-        if isinstance(given, RaggedCache):
-            self._cache = given
-            return None
-        if given is not None and given.get_seq_length() > 0:
+        if getattr(self._decoder, "gradient_checkpointing", False) and self.model.training:
             raise ValueError(
-                f"past_key_values must be empty or a RaggedCache, got a filled {type(given).__name__}"
+                "gradient checkpointing leaves the cache out in training mode; call model.eval() first"
             )
-        if given is not None and getattr(given, "is_compileable", False) and len(given.layers) > 0:
-            raise ValueError(f"past_key_values must not be a static cache, got {type(given).__name__}")
-        ragged = self._replaced.get(given) if given is not None else None
-        if ragged is None:
-            ragged = RaggedCache.for_model(self.model, self.method, **self._options)
-            if given is not None:
-                self._replaced[given] = ragged
-        self._cache = ragged
-        return args, {**kwargs, "past_key_values": ragged}
+        if attends(given) and not isinstance(given.layers[0], RaggedCacheLayer):
+            return None  # a method reads the prompt again
+        ragged = given if isinstance(given, RaggedCache) else self._ragged(given)
+        arguments["past_key_values"] = ragged
+        if len(ragged.layers) == self._num_layers:
+            self._cache = ragged
+        return None if ragged.listens else ragged
+
+    def _ragged(self, given: Any) -> RaggedCache:
+        """What stands for a cache of the user's own from now on."""
+        if given is None:
+            return self._empty()
+        known = self._others.get(given) if isinstance(given, Cache) else None
+        if known is not None and known.layers is given.layers:
+            return known
+        if attends(given):
+            ragged = RaggedCache.around(self.model, cast("list[RaggedCacheLayer]", given.layers))
+        else:
+            check_replaceable(given)
+            ragged = self._empty()
+            # Its layers are a cache: with ours in their place it counts tokens, is cropped, reordered and copied right.
+            given.layers = ragged.layers
+        self._others[given] = ragged
+        return ragged
+
+    def _empty(self) -> RaggedCache:
+        # With assistant_early_exit the model drafts by its first layers alone, for which the method was not made.
+        drafting = supported_config(self.model).num_hidden_layers != self._num_layers
+        return RaggedCache.unattached(self.model, FullCache() if drafting else self.method, self._options)
 
 
-__all__ = ["NAME", "Session", "compress"]
+def check_replaceable(given: Any) -> None:
+    """A cache of the user's own whose place a ragged cache can take.
+
+    Raises:
+        TypeError, ValueError: it is filled, or does what a ragged cache does not.
+    """
+    kind = type(given).__name__
+    if not isinstance(given, Cache):
+        raise TypeError(f"past_key_values must be a DynamicCache, a RaggedCache or None, got {kind}")
+    if given.get_seq_length() > 0:
+        raise ValueError(f"past_key_values must be empty or a RaggedCache, got a filled {kind}")
+    if given.is_compileable:
+        raise ValueError(f"past_key_values must not be a static cache, got {kind}")
+    if not isinstance(given, DynamicCache) or type(given).update is not DynamicCache.update:
+        raise ValueError(f"past_key_values must be a DynamicCache, a RaggedCache or None, got {kind}")
+    if getattr(given, "offloading", False):
+        raise ValueError(
+            f"past_key_values must stay on the devices of its layers, got a {kind} with offloading; leave out "
+            "cache_implementation='offloaded'"
+        )

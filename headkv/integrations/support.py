@@ -5,13 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from headkv import _checks
 from headkv._config import kv_heads
-from headkv.integrations.planning import prefill_windows
+from headkv._wrappers import unwrapped
+from headkv.attention.api import BACKENDS, Backend
+from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.planning import ROLLBACK, prefill_windows
 from headkv.prefill import Parts
 
 if TYPE_CHECKING:
@@ -21,22 +26,48 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method, PromptMethod
 
 
-def supported_config(model: Any) -> PreTrainedConfig:
-    """The configuration of the decoder in `model`, if headkv can serve it.
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a `RaggedCache` is stored and attended to, whatever its method: see `RaggedCache.for_model`.
+
+    Raises:
+        TypeError, ValueError: naming the option that is off.
+    """
+
+    backend: Backend = "auto"
+    headroom: int = MIN_HEADROOM
+    rollback: int = ROLLBACK
+    chunked_prefill: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.one_of("backend", self.backend, BACKENDS)
+        _checks.whole("headroom", self.headroom)
+        _checks.whole("rollback", self.rollback)
+        _checks.flag("chunked_prefill", self.chunked_prefill)
+
+
+def supported_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside `model`, which may be wrapped, if headkv can serve it.
 
     Raises:
         TypeError, ValueError: naming what is not supported.
     """
-    if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
+    from transformers import PreTrainedModel
+
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        parts = inner.named_children() if isinstance(inner, torch.nn.Module) else ()
+        inside = [f".{name}" for name, part in parts if isinstance(part, PreTrainedModel)]
+        hint = f"; pass the one inside it, {' or '.join(inside)}" if inside else ""
+        raise TypeError(f"model must be a transformers model, got {type(inner).__name__}{hint}")
+    name = type(inner).__name__
+    if getattr(inner.config, "is_encoder_decoder", False):
         raise ValueError(f"model {name} is an encoder-decoder; headkv supports decoders only")
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(inner, "_supports_attention_backend", False):
         raise ValueError(
             f"model {name} does not call its attention through transformers' attention interface"
         )
-    config = model.config.get_text_config(decoder=True)
+    config = inner.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ValueError(
@@ -44,7 +75,12 @@ def supported_config(model: Any) -> PreTrainedConfig:
         )
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         raise ValueError(f"model {name} shares keys and values between layers, which headkv does not support")
-    return config
+    return inner
+
+
+def supported_config(model: Any) -> PreTrainedConfig:
+    """The configuration of the decoder in `model`, if headkv can serve it; see `supported_model`."""
+    return supported_model(model).config.get_text_config(decoder=True)
 
 
 # Rotary embeddings whose angles follow from the position alone; others depend on how long a text is.
@@ -73,7 +109,7 @@ def _output_weight(attention: Module) -> Tensor | None:
     for name in ("o_proj", "out_proj", "dense"):
         weight = getattr(getattr(attention, name, None), "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-            return weight.detach()
+            return None if weight.is_meta else weight.detach()  # offloaded: it is nowhere between two calls
     return None
 
 
@@ -97,6 +133,26 @@ def _rotary(
         return cos[0].float(), sin[0].float()
 
     return at
+
+
+def is_whole_prompt(method: Method | PromptMethod) -> bool:
+    """Whether `method` decides once the whole prompt is read."""
+    return bool(getattr(method, "whole_prompt", False))
+
+
+def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_prefill: bool) -> None:
+    """A method that can serve this model.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit.
+    """
+    moment = "plan_prompt" if is_whole_prompt(method) else "plan"
+    if isinstance(method, type) or not callable(getattr(method, moment, None)):
+        raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
+    for profile in getattr(method, "profiles", ()):
+        profile.check_model(model)
+    if chunked_prefill:
+        check_chunks(method, supported_config(model))
 
 
 def check_chunks(method: Method | PromptMethod, config: PreTrainedConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -32,8 +32,8 @@ class RazorAttention(Explained):
     gives. In a chunked prefill nobody knows that length: `window_share` must be 0, and `min_recent` the window.
 
     Attributes:
-        echo: profile of kind "echo".
-        induction: profile of kind "induction".
+        echo: profile of kind "echo"; or one profile of another kind for both.
+        induction: profile of kind "induction"; or the same.
         echo_share: share of the model's KV heads, in [0, 1]; at least one head unless 0.
         induction_share: the same for induction.
         sinks: first entries that stay.
@@ -60,7 +60,8 @@ class RazorAttention(Explained):
         for kind in ("echo", "induction"):
             profile = getattr(self, kind)
             _checks.has(kind, profile, "kind", "scores", "kv_scores")
-            if profile.kind != kind:
+            of_another_kind = profile.kind not in ("echo", "induction") and self.echo is self.induction
+            if profile.kind != kind and not of_another_kind:
                 raise ValueError(f"{kind} must be a profile of kind {kind!r}, got {profile.kind!r}")
         _checks.between("echo_share", self.echo_share, 0, 1)
         _checks.between("induction_share", self.induction_share, 0, 1)
@@ -78,17 +79,20 @@ class RazorAttention(Explained):
         induction: HeadProfile,
         *,
         num_kv_heads: int,
+        echo_share: float = 0.01,
+        induction_share: float = 0.14,
         sinks: int = 4,
         streaming_prefill: bool = False,
     ) -> RazorAttention:
-        """The window with which about `share` of a prompt is stored; the heads are the paper's choice.
+        """The window with which about `share` of a prompt is stored; the heads are the paper's choice unless said.
 
         Raises:
             ValueError: the retrieval heads alone exceed the share.
         """
         _checks.between("share", share, 0, 1)
         _checks.whole("length", length, 1)
-        full = cls(echo, induction).retrieval_share(num_kv_heads)
+        shares: dict[str, Any] = {"echo_share": echo_share, "induction_share": induction_share}
+        full = cls(echo, induction, **shares).retrieval_share(num_kv_heads)
         window = round((share - full) / (1 - full) * length) if full < 1 else 0
         if window < sinks + 2:
             least = windowed_share(full, sinks + 2, length)
@@ -99,6 +103,7 @@ class RazorAttention(Explained):
         return cls(
             echo,
             induction,
+            **shares,
             sinks=sinks,
             min_recent=recent,
             window_share=min(1.0, recent / length),

@@ -194,7 +194,8 @@ def joint_budgets(scores: Sequence[Tensor], allocator: Allocator, budget: int, l
         budget: entries a KV head on average.
         least: 1 where a row would be left empty otherwise, else 0.
     """
-    rows = torch.cat([layer.float() for layer in scores])
+    # Layers of a model that is spread lie on several devices.
+    rows = torch.cat([layer.to(scores[0].device, torch.float32) for layer in scores])
     together = allocator.allocate(rows, budget, layer_idx=0, num_layers=1).cpu()
     if least:
         together = at_least_one(together, rows.shape[1])

@@ -1,0 +1,259 @@
+"""What a forward call says of the text that it brings, and hooks that tell a cache.
+
+`generate` hands a cache nothing but tokens. How it makes its calls says more, the same way in all releases served: a
+prompt in chunks comes with positions that are cut out of the whole prompt's, and drafts come with the request for
+the logits of each of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from headkv.integrations.hook import attends
+from headkv.integrations.support import decoder_of
+from headkv.integrations.text import Arguments, TextMemory, tokens_in
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of one forward call.
+
+    Attributes:
+        drafts: tokens at its end that are not verified yet (prompt lookup, a draft model).
+        remaining: tokens of the prompt that later calls bring; None where nothing says that it comes in several.
+    """
+
+    drafts: int = 0
+    remaining: int | None = None
+
+
+PLAIN = Call()
+
+
+def named(module: Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    """All arguments of a forward call by their names, in a dict of its own."""
+    if not args:
+        return dict(kwargs)
+    _, *names = inspect.signature(type(module).forward).parameters  # the module's own may be a wrapper
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def is_of_generate(arguments: Arguments) -> bool:
+    """Whether a decode loop of transformers made this call, other than the assisted one."""
+    return arguments.get("return_dict") is True and "position_ids" in arguments
+
+
+def read_call(arguments: Arguments, seen: int) -> Call:
+    """What a call of `generate` says; nothing is known of other calls.
+
+    Args:
+        arguments: of the model's forward.
+        seen: tokens that its cache has seen.
+    """
+    tokens, positions = tokens_in(arguments), arguments.get("position_ids")
+    if arguments.get("use_cache") is not True or "position_ids" not in arguments:
+        return PLAIN
+    if "return_dict" not in arguments:  # no decode loop but the assisted one leaves that out
+        wanted = arguments.get("logits_to_keep")
+        return Call(drafts=wanted - 1) if isinstance(wanted, int) and 1 < wanted <= tokens else PLAIN
+    if not is_of_generate(arguments) or not isinstance(positions, Tensor) or positions.ndim < 2:
+        return PLAIN
+    total = positions.stride(-2)  # columns of what the positions were cut from, itself unless it is longer
+    return Call(remaining=max(0, total - seen - tokens)) if total > tokens == positions.shape[-1] else PLAIN
+
+
+def check_chunk(arguments: Arguments, seen: int) -> None:
+    """A chunk begins where the text ends.
+
+    Raises:
+        ValueError: it does not: older transformers send all of a conversation again.
+    """
+    positions = arguments["position_ids"]
+    total = positions.stride(-2)
+    is_view = positions.untyped_storage().nbytes() > positions.numel() * positions.element_size()
+    if is_view and positions.storage_offset() % total < seen:
+        raise ValueError(
+            f"prefill_chunk_size must be None once the cache holds a text ({seen} tokens): this release of "
+            "transformers would send that text again"
+        )
+
+
+def only_new(arguments: Arguments, call: Call, seen: int) -> Arguments:
+    """The arguments without tokens that the cache has seen: assisted decoding sends a conversation from its start."""
+    tokens, positions, new = tokens_in(arguments), arguments.get("position_ids"), dict(arguments)
+    if not call.drafts or seen == 0 or tokens - call.drafts <= seen:
+        return arguments
+    if not isinstance(positions, Tensor) or bool(positions[..., 0].any()):
+        return arguments
+    for name in ("input_ids", "position_ids", "token_type_ids"):
+        if isinstance(value := arguments.get(name), Tensor) and value.shape[-1] == tokens:
+            new[name] = value[..., seen:]
+    return new
+
+
+class Listener(Protocol):
+    """A cache that is told of forward calls over it."""
+
+    told: Told
+    layers: list[Any]
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a prompt is stored that is not compressed yet."""
+
+    def finalize_prefill(self) -> None:
+        """Compress the prompt that waits."""
+
+
+class Told:
+    """What a cache was told of calls over it.
+
+    Args:
+        memory: of the text, where the method decides once the whole prompt is read.
+    """
+
+    def __init__(self, memory: TextMemory | None = None) -> None:
+        self.memory = memory
+        self._call = self._announced = PLAIN
+
+    def copy(self) -> Told:
+        """What another cache goes on with."""
+        return Told(None if self.memory is None else self.memory.copy())
+
+    def before_model(self, cache: Listener, arguments: Arguments) -> Arguments:
+        """A call of the whole model begins.
+
+        Returns:
+            The arguments to go on with.
+
+        Raises:
+            ValueError: it asks for what can not be done over this cache, which is unchanged then.
+        """
+        if arguments.get("use_cache") is False:
+            raise ValueError("use_cache must not be False with a RaggedCache as past_key_values")
+        call = read_call(arguments, cache.seen)
+        if call.remaining is not None:
+            check_chunk(arguments, cache.seen)
+        if call.drafts and self.memory is not None and _reads_prompt(cache):
+            name = type(cache.layers[0].method).__name__
+            raise ValueError(
+                f"{name} decides once the whole prompt is read: drafts must not come with the prompt; leave out "
+                "prompt_lookup_num_tokens and assistant_model"
+            )
+        self._announced = call
+        return only_new(arguments, call, cache.seen)
+
+    def before_decoder(self, cache: Listener, decoder: Module, arguments: Arguments) -> None:
+        """The decoder begins, with the call announced, or one that went past the model's hooks."""
+        call, self._announced = self._announced, PLAIN
+        if call != self._call:
+            self._call = call
+            for layer in cache.layers:
+                layer.call = call
+        if self.memory is None or not _reads_prompt(cache):
+            return
+        if cache.waiting and call.remaining is None and tokens_in(arguments) == 1:
+            cache.finalize_prefill()
+        else:
+            self.memory.add(decoder, arguments, cache.seen)
+
+    def after_decoder(self, cache: Listener) -> None:
+        """All layers have seen the call's tokens: a prompt may have ended."""
+        whole = self.memory is not None and not cache.layers[0].options.chunked_prefill
+        if self._call.remaining == 0 or (whole and not self._call.remaining):
+            cache.finalize_prefill()
+
+
+def _reads_prompt(cache: Listener) -> bool:
+    return cache.waiting or cache.seen == 0
+
+
+class Hooks:
+    """Forward hooks on a model and its decoder that tell a cache of the calls over it.
+
+    Some wrappers call the model's `forward` past its hooks; the decoder's are run all the same.
+
+    Args:
+        model: a decoder of transformers.
+        find: from a call's arguments, which it may change, to the cache to be told; None: no such call.
+        owner: who wants to see all calls over a cache; the decoder's `forward`, called past its hooks, is refused then.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, find: Callable[[Arguments], Listener | None], owner: Any = None
+    ) -> None:
+        decoder = decoder_of(model)
+        self.find, self.owner = find, owner
+        self.handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+        ]
+        layers = (layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer))
+        if owner is not None and (first := next(layers, None)) is not None:
+            self.handles.append(first.register_forward_pre_hook(self._before_layers, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
+        """A model that is copied with its hooks has none of ours at work."""
+        copy = object.__new__(Hooks)
+        copy.find, copy.owner, copy.handles = _find_none, None, []
+        return copy
+
+    # Hooks of a cache that is collected while torch goes through a module's hooks are still called, without kwargs.
+
+    @torch.compiler.disable
+    def _before_model(self, module: Module, args: tuple[Any, ...], kwargs: Arguments | None = None) -> Any:
+        if kwargs is None:
+            return None
+        arguments = named(module, args, kwargs)
+        if (cache := self.find(arguments)) is not None:
+            arguments = cache.told.before_model(cache, arguments)
+        return (), arguments
+
+    @torch.compiler.disable
+    def _before_decoder(self, module: Module, args: tuple[Any, ...], kwargs: Arguments | None = None) -> Any:
+        if kwargs is None:
+            return None
+        arguments = named(module, args, kwargs)
+        if (cache := self.find(arguments)) is not None:
+            cache.told.before_decoder(cache, module, arguments)
+        return (), arguments
+
+    @torch.compiler.disable
+    def _after_decoder(self, module: Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if output is not None and (cache := self.find(kwargs)) is not None:
+            cache.told.after_decoder(cache)
+
+    @torch.compiler.disable
+    def _before_layers(self, module: Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        cache = kwargs.get("past_key_values")
+        if self.owner is not None and isinstance(cache, Cache) and not attends(cache):
+            raise RuntimeError(
+                "the decoder's forward was called directly, which no hook sees, so that nothing would be compressed: "
+                "call the model itself"
+            )
+
+
+def _find_none(arguments: Arguments) -> None:
+    """Of a copied model: no cache is told."""
