@@ -183,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--own-count", type=int, help="tasks of each of headkv's forms (default: as --count)"
     )
     options.add_argument("--own-lengths", type=int, nargs="*", default=[1000, 4000])
+    options.add_argument("--no-speech", action="store_true", help="leave the losses out")
     options.add_argument("--only", nargs="+", help="only tasks whose names hold one of these, e.g. vt @1024")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = ruler_tasks(given.documents, given.count, given.only) if given.documents else {}
     own = own_tasks(tokenizer, validation, given.own_lengths, given.own_count or given.count)
     tasks |= {k: v for k, v in own.items() if not given.only or any(part in k for part in given.only)}
-    texts = speech(plain, tokenizer)
+    texts = {} if given.no_speech else speech(plain, tokenizer)
     begin = time.monotonic()
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, dict[str, float]] = {}

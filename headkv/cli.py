@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=_ways()
     )
-    measure.add_argument("--model", default="smollm2", help="smollm2, or a transformers name or folder")
+    measure.add_argument(
+        "--model", default="smollm2", help="smollm2, smollm2-tuned, or a transformers name or folder"
+    )
     measure.add_argument("--out", type=Path, help="the JSON file to write")
     measure.add_argument("--force", action="store_true", help="replace that file if it exists")
     measure.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: cpu)")
@@ -110,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
         "others streaming.",
     )
     beside.add_argument("files", nargs="+", metavar="FILE", help="profiles, or names of shipped ones")
-    beside.add_argument("--model", default="smollm2", help="smollm2, or a transformers name or folder")
+    beside.add_argument(
+        "--model", default="smollm2", help="smollm2, smollm2-tuned, or a transformers name or folder"
+    )
     beside.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: cpu)")
     numbers: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     beside.add_argument("--heads", **numbers, default=[9, 13, 18, 27], help="KV heads that keep all")

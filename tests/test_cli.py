@@ -84,9 +84,12 @@ def test_info_says_how_to_install_what_is_missing(module, monkeypatch, capsys):
 
 BAD = {
     "share 0": (["demo", "--share", "0"], "--share must be in (0, 1], got 0.0"),
-    "one token": (["demo", "--new-tokens", "1"], "--new-tokens must be at least 2"),
+    "no text": (["demo", "--texts", "0"], "--texts must be at least 1, got 0"),
     "no room for the facts": (["demo", "--tokens", "20"], "num_tokens"),
-    "unknown method": (["demo", "--tokens", "300", "--methods", "Magic"], "--methods must be of AdaKV"),
+    "unknown method": (
+        ["demo", "--tokens", "300", "--methods", "Magic"],
+        "--methods must be of StreamingLLM, SnapKV",
+    ),
     "no such folder": (
         ["profile", "--kind", "echo", "--out", "no/such/folder/x.json"],
         "--out must be a file in a folder that exists, got no/such/folder/x.json",
@@ -97,7 +100,7 @@ BAD = {
     ),
     "no such model": (
         ["profile", "--kind", "echo", "--out", "x.json", "--model", "no/such/model"],
-        "model must be 'smollm2', or the name or folder of a transformers decoder with its tokenizer, got 'no/such/model'",
+        "model must be 'smollm2', 'smollm2-tuned', or the name or folder of a transformers decoder with its tokenizer, got 'no/such/model'",
     ),
     "no such device": (
         ["profile", "--kind", "echo", "--out", "x.json", "--device", "abacus"],
@@ -118,6 +121,29 @@ BAD = {
             "1",
         ],
         "options of --kind echo must be of --num-tokens, --repeats, --seeds, got --steps, --learning-rate",
+    ),
+    "no kind": (["profile", "--out", "x.json"], "--kind and --out must be given, or the word compare"),
+    "no file": (["profile", "--kind", "echo"], "--kind and --out must be given, or the word compare"),
+    "no such way": (
+        ["profile", "--kind", "echo", "--way", "cached", "--out", "x.json"],
+        "way must be left out for kind 'echo', got 'cached'",
+    ),
+    "of another way": (
+        ["profile", "--kind", "gate", "--way", "published", "--out", "x.json", "--penalties", "1", "2"],
+        "options of --kind gate --way published must be of --steps, --lengths, --sinks, --recent, --passkeys, --words, "
+        "--learning-rate, --penalty, --seed, got --penalties",
+    ),
+    "compare: no such profile": (
+        ["profile", "compare", "smollm2-magic"],
+        "name must be one of 'smollm2-ablation'",
+    ),
+    "compare: no such file": (
+        ["profile", "compare", "no/such.json"],
+        "No such file or directory: 'no/such.json'",
+    ),
+    "compare: the same name": (
+        ["profile", "compare", "smollm2-echo", "smollm2-echo"],
+        "FILE must be files with names of their own, got smollm2-echo, smollm2-echo",
     ),
     "near another kind's": (
         ["profile", "--kind", "retrieval", "--out", "x.json", "--seed", "5"],
@@ -141,33 +167,42 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-# kind -> options, and as the file must record them
+# options, and as the file must record them
 RUNS = {
-    "echo": ("--num-tokens 16 --repeats 3 --seeds 4 5", {"num_tokens": 16, "repeats": 3, "seeds": [4, 5]}),
-    "induction": ("--num-tokens 60", {"num_tokens": 60, "repeats": 4, "seeds": [0, 1, 2]}),
-    "gate": (
-        "--way published --steps 2 --lengths 400 420 --sinks 4 --recent 32 --passkeys 1 --words 2 --learning-rate 0.1 --seed 7",
+    "--kind echo": (
+        "--num-tokens 16 --repeats 3 --seeds 4 5",
+        {"num_tokens": 16, "repeats": 3, "seeds": [4, 5]},
+    ),
+    "--kind induction": ("--num-tokens 60", {"num_tokens": 60, "repeats": 4, "seeds": [0, 1, 2]}),
+    "--kind gate --way published": (
+        "--steps 2 --lengths 400 420 --sinks 4 --recent 32 --passkeys 1 --words 2 --learning-rate 0.1 --seed 7",
         {
             **{"steps": 2, "lengths": [400, 420], "sinks": 4, "recent": 32, "passkeys": 1, "words": 2},
             **{"learning_rate": 0.1, "penalty": 0.05, "seed": 7},
         },
     ),
+    "--kind reconstruction": (
+        "--lengths 700 800 --texts 2 --chunk 300 --seed 3",
+        {"lengths": [700, 800], "texts": 2, "chunk": 300, "seed": 3},
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_profile_records_what_made_it(kind, tiny, tmp_path, capsys):
-    arguments, recorded = RUNS[kind]
+@pytest.mark.parametrize("which", RUNS)
+def test_a_profile_records_what_made_it(which, tiny, tmp_path, capsys):
+    arguments, recorded = RUNS[which]
     out = tmp_path / "heads.json"
-    command = ["profile", "--kind", kind, "--model", tiny, "--out", str(out)]
+    command = ["profile", *which.split(), "--model", tiny, "--out", str(out)]
+    kind, *way = which.split()[1::2]
     assert main([*command, *arguments.split()]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{out}: {kind} scores of 3 x ")
     assert "100%" in shown.err, "a progress bar"
     made = HeadProfile.load(out)
+    versions = made.parameters.pop("versions")
+    assert versions["torch"] == torch.__version__ and versions["device"] == "cpu"
     assert made.parameters == recorded and made.kind == kind
-    way = "published" if "--way" in arguments else None
-    assert recorded.keys() == profile_options(kind, way).keys()
+    assert recorded.keys() == profile_options(kind, *way).keys()
     before = out.read_bytes()
     assert main(command) == 2
     assert (
@@ -180,10 +215,15 @@ def test_a_profile_records_what_made_it(kind, tiny, tmp_path, capsys):
 
 def test_a_model_that_can_not_answer_is_named(tiny, tmp_path, capsys):
     out = tmp_path / "heads.json"
-    command = ["profile", "--kind", "retrieval", "--model", tiny, "--out", str(out)]
-    assert main([*command, "--lengths", "700", "--depths", "0.5"]) == 2
-    assert "headkv profile: the model answered none of 1 questions" in capsys.readouterr().err
-    assert not out.exists()
+    for kind, options, asked in (
+        ("retrieval", "--lengths 700 --depths 0.5", 1),
+        ("gate", "--lengths 700 --texts 1 --kinds words numbers --each 1", 2),
+        ("ablation", "--lengths 700 --texts 2 --kinds words", 2),
+    ):
+        command = ["profile", "--kind", kind, "--model", tiny, "--out", str(out), "--force"]
+        assert main([*command, *options.split()]) == 2
+        assert f"headkv profile: the model answered none of {asked} questions" in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_every_option_of_every_kind_has_its_help(capsys):
@@ -196,12 +236,16 @@ def test_every_option_of_every_kind_has_its_help(capsys):
     for group in (
         "echo, induction",
         "gate",
+        "gate --way published",
+        "ablation",
         "retrieval, retrieval-reasoning",
-        "retrieval, retrieval-reasoning, gate",
+        "retrieval, retrieval-reasoning, gate, gate --way published, ablation, reconstruction",
     ):
         assert f"options of --kind {group}:" in shown
     assert "--learning-rate X the greatest (default: 0.02)" in shown
-    assert "retrieval: 500 1000 2000; retrieval-reasoning: 500 1000 2000; gate: 400 600)" in shown
+    assert (
+        "retrieval: 500 1000 2000; retrieval-reasoning: 500 1000 2000; gate: 1000 2000; gate --way" in shown
+    )
 
 
 def test_the_shipped_profiles_are_what_their_commands_make(repository):
@@ -212,7 +256,7 @@ def test_the_shipped_profiles_are_what_their_commands_make(repository):
     for line in lines:
         options = vars(parser().parse_args(shlex.split(line)[1:]))
         shipped = HeadProfile.load(folder / options["out"])
-        own = profile_options(options["kind"])
+        own = profile_options(options["kind"], options["way"])
         wanted = {name: options.get(name, default) for name, default in own.items()}
         recorded = {name: shipped.parameters[name] for name in own}
         assert recorded == json.loads(json.dumps(wanted)) and shipped.kind == options["kind"], line
@@ -221,22 +265,25 @@ def test_the_shipped_profiles_are_what_their_commands_make(repository):
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
-    """Two methods on a short document: real shares, bytes that follow them, a picture where one is asked for."""
+    """Uniform and head-specific budgets on a short text: real shares, bytes that follow them, lines as they come."""
     monkeypatch.chdir(tmp_path)
     picture = tmp_path / "demo.png"
-    arguments = ["demo", "--tokens", "400", "--methods", "AdaKV", "DuoAttention", "--new-tokens", "4"]
+    arguments = ["demo", "--tokens", "400", "--texts", "1", "--share", "0.2", "--methods", "SnapKV", "KVzip"]
     assert main([*arguments, "--picture", str(picture), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    full, ada, duo = summary["results"]
-    assert full["stored_share"] == 1 and full["right"] == 3, full["answers"]
-    assert ada["stored_share"] == pytest.approx(0.2, abs=0.01)
-    assert duo["stored_share"] == pytest.approx(0.2, abs=0.03)
+    full, snap, zipped = summary["results"]
+    assert full["stored_share"] == 1 and full["unseen"]["right"] == full["seen"]["right"] == 2
+    assert [x["stored_share"] for x in (snap, zipped)] == pytest.approx([0.2, 0.2], abs=0.01)
     # 80 entries a head and head room for 64 more, against 400
-    assert ada["nbytes"] < 0.4 * full["nbytes"]
+    assert max(snap["nbytes"], zipped["nbytes"]) < 0.45 * full["nbytes"]
+    assert zipped["unseen"]["right"] > snap["unseen"]["right"]
+    low, high = zipped["unseen"]["interval"]
+    assert 0 <= low < zipped["unseen"]["right"] / 2 <= high <= 1
     assert picture.stat().st_size > 10_000
     picture.unlink()
-    assert main([*arguments[:4], "AdaKV", "--new-tokens", "2"]) == 0
-    assert "against full" in capsys.readouterr().out
+    assert main([*arguments[:-1]]) == 0
+    shown = capsys.readouterr().out
+    assert "question unseen" in shown and shown.count(" of 2 ") == 4
     assert list(tmp_path.iterdir()) == [], "no picture unasked"
 
 

@@ -151,19 +151,24 @@ def test_a_profile_fits_a_transformers_model(family: str) -> None:
         profile("kv").check_model(tiny_model(family))
 
 
-@pytest.mark.parametrize("kind", ["echo", "induction", "retrieval", "gate"])
+@pytest.mark.parametrize(
+    "kind", ["echo", "induction", "retrieval", "gate", "gate-published", "ablation", "reconstruction"]
+)
 def test_shipped_profiles_are_of_smollm2(kind: str) -> None:
     shipped = HeadProfile.builtin(f"smollm2-{kind}")
-    assert shipped.kind == kind
+    assert shipped.kind == kind.removesuffix("-published")
     shipped.check_model(config(30, 9, 3, "HuggingFaceTB/SmolLM2-135M-Instruct"))
     assert shipped.scores.min() >= 0
-    assert shipped.heads == ("kv" if kind == "gate" else "query")
+    learned = kind.startswith(("gate", "ablation", "reconstruction"))
+    assert shipped.heads == ("kv" if learned else "query")
     share = shipped.scores.flatten().topk(14).values.sum() / shipped.scores.sum()
-    assert share > (0.3 if kind == "gate" else 0.75)  # a few heads hold most of it
+    assert share > (0.3 if learned else 0.75)  # a few heads hold most of it
 
 
 @pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M-Instruct", "/home/me/smollm2-135m-instruct"])
-@pytest.mark.parametrize("kind", ["echo", "induction", "retrieval", "retrieval-reasoning", "gate"])
+@pytest.mark.parametrize(
+    "kind", [*["echo", "induction", "retrieval", "retrieval-reasoning", "gate", "ablation", "reconstruction"]]
+)
 def test_the_profile_of_a_model_is_found_by_its_name(kind: str, name: str) -> None:
     found = HeadProfile.for_model(config(30, 9, 3, name), kind)
     assert torch.equal(found.scores, HeadProfile.builtin(f"smollm2-{kind}").scores) and found.kind == kind
@@ -203,7 +208,7 @@ def test_a_profile_measures_itself(kind: str) -> None:
         ("echo", {"steps": 3}, TypeError, "options of kind 'echo' must be of num_tokens, repeats, seeds, got steps"),
         ("retrieval", {"reasoning": True}, TypeError, "options of kind 'retrieval' must be of lengths, depths, got reasoning"),
         ("gate", {"steps": True}, TypeError, "steps must be an int of at least 1, got True"),
-        ("gate", {"lengths": (400.0, 500)}, TypeError, "lengths must be an int of at least 0, got 400.0"),
+        ("gate", {"lengths": (400.0, 500)}, TypeError, "lengths must be an int of at least 1, got 400.0"),
         ("echo", {"num_tokens": 16.0}, TypeError, r"num_tokens must be an int in \[2, 97\], got 16.0"),
         ("echo", {"num_tokens": 16, "seeds": ["1"]}, TypeError, "seeds must be an int of at least 0, got '1'"),
     ],

@@ -14,13 +14,13 @@ from headkv.data import Needle, NeedleText
 from headkv.heads import ablation
 from headkv.heads.ablation import FLOOR, ablate, hold, profile_ablation, worth
 from headkv.heads.cached_gates import learn_gates, profile_cached_gates, rate
-from headkv.heads.choice import add_heads, gates_of, swap_heads
+from headkv.heads.choice import add_heads, gates_of
 from headkv.heads.contexts import Stream, asking, read
 from headkv.heads.gates import frozen
 from headkv.heads.journal import Journal
 from headkv.models import tiny_model
 
-STREAM = Stream(sinks=2, recent=0.1)
+STREAM = Stream(sinks=2, recent_share=0.1)
 
 
 def known_text(model, seed: int, length: int = 60) -> NeedleText:
@@ -117,13 +117,11 @@ def pairwise(gates: torch.Tensor) -> torch.Tensor:
     return 3 * flat[:, 0] * flat[:, 5] + flat[:, 2] + 0.1 * flat[:, 1] + 0.01 * flat[:, 3]
 
 
-def test_heads_are_added_and_swapped_as_they_are_worth_together() -> None:
+def test_heads_are_added_as_they_are_worth_together() -> None:
     order = list(add_heads(pairwise, (3, 2), HEADS, 3))
     assert [head for head, _ in order] == [(1, 0), (0, 1), (1, 1)]
     assert [value for _, value in order] == pytest.approx([1, 1.1, 1.11])
     assert [head for head, _ in add_heads(pairwise, (3, 2), HEADS, 3, [(0, 0)])] == [(2, 1), (1, 0)]
-    *_, (best, value) = swap_heads(pairwise, (3, 2), HEADS, [(0, 0), (0, 1), (2, 1)], 20)
-    assert sorted(best) == [(0, 0), (1, 0), (2, 1)] and value == pytest.approx(4)
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 5])
@@ -192,8 +190,8 @@ def test_a_model_that_answers_nothing_can_not_be_scored() -> None:
     [
         (profile_ablation, {"greedy": -1}, "greedy must be an int of at least 0, got -1"),
         (profile_ablation, {"kinds": ("poems",)}, "kinds must be of words, numbers, .*, got 'poems'"),
-        (profile_ablation, {"texts": 0}, "texts and each must be at least 1, got 0 and 1"),
-        (profile_ablation, {"recent_share": 2.0}, r"recent must be a number in \[0, 1\], got 2.0"),
+        (profile_ablation, {"texts": 0}, "texts must be an int of at least 1, got 0"),
+        (profile_ablation, {"recent_share": 2.0}, r"recent_share must be a number in \[0, 1\], got 2.0"),
         (profile_cached_gates, {"steps": 0}, "steps must be an int of at least 1, got 0"),
         (profile_cached_gates, {"penalties": ()}, "penalties must hold at least one number, got none"),
         (profile_cached_gates, {"penalties": (-1.0,)}, "penalties must be a number of at least 0, got -1.0"),
@@ -223,11 +221,10 @@ def test_smollm2_says_which_head_it_needs(tmp_path: Path) -> None:
     from headkv.heads import HeadProfile
 
     out = tmp_path / "heads.json"
-    options = {"lengths": (250,), "texts": 1, "kinds": ("numbers", "words")}
+    options = {"lengths": (200,), "texts": 1, "kinds": ("numbers",)}
     profile = run_profile("ablation", out=out, progress=False, **options)
     assert divmod(int(profile.scores.argmax()), 3) == (18, 2) and profile.scores.min() == 0
-    assert profile.parameters["samples"] == {"words": 1, "numbers": 1}
-    assert sum(profile.parameters["samples_counted"].values()) >= 1
+    assert profile.parameters["samples"] == profile.parameters["samples_counted"] == {"numbers": 1}
     assert torch.equal(HeadProfile.load(out).scores, profile.scores)
     assert [path.name for path in tmp_path.iterdir()] == ["heads.json"], "the notes are gone"
     assert json.loads(out.read_text())["parameters"]["greedy"] == 0

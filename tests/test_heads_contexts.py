@@ -18,7 +18,7 @@ NEEDLES = [
 HYBRIDS = tuple(
     family for family in FAMILIES if family != "mistral-sliding"
 )  # that has no head to open or shut
-STREAM = Stream(sinks=3, recent=0.1)  # of 60 tokens: 3 + 16
+STREAM = Stream(sinks=3, recent_share=0.1)  # of 60 tokens: 3 + 16
 HELD = (torch.arange(60) < 3) | (torch.arange(60) >= 44)
 
 
@@ -135,9 +135,9 @@ def test_a_text_that_a_streaming_head_keeps_whole_has_nothing_to_open() -> None:
     ("options", "message"),
     [
         ({"sinks": -1}, "sinks must be an int of at least 0, got -1"),
-        ({"recent": 1.5}, r"recent must be a number in \[0, 1\], got 1.5"),
+        ({"recent_share": 1.5}, r"recent_share must be a number in \[0, 1\], got 1.5"),
     ],
-    ids=["sinks", "recent"],
+    ids=["sinks", "share"],
 )
 def test_the_stream_checks_its_arguments(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -13,13 +13,42 @@ import pytest
 
 pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 
-from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, WorkShares  # noqa: E402
+from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, SideBySide, WorkShares  # noqa: E402
 from headkv.widgets.work_shares import UNIT, equal_shares  # noqa: E402
 
 STATIC = files("headkv.widgets") / "static"
 SCORES = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
 EXPLORER = {"window": 2}
-ALL = [BudgetExplorer(SCORES), HeadGrid([[0.1, 0.9]]), CacheBill(), RaggedPool(), WorkShares([9, 2])]
+
+
+def side_by_side(**changes):
+    """Two shares, one layer of two heads, four entries of which the last three are shown."""
+    few, all_ = [[[1, 0, 0], [0, 1, 1]]], [[[1, 1, 1]] * 2]
+    column = {"lengths": [[[1, 2]], [[4, 4]]], "kept": [few, all_], "answers": [(False, "1"), (True, "17")]}
+    made = {
+        "columns": {"even": column},
+        "shares": [0.375, 1.0],
+        "length": 4,
+        "tokens": ["is ", "1", "7"],
+        "fact": (0, 3),
+        "answer": (1, 3),
+        "question": "What is it?",
+        "expected": "17",
+    }
+    made["columns"]["even"] |= {
+        k: v for k, v in changes.items() if k in ("lengths", "kept", "answers", "right")
+    }
+    return SideBySide(**made | {k: v for k, v in changes.items() if k not in made["columns"]["even"]})
+
+
+ALL = [
+    BudgetExplorer(SCORES),
+    HeadGrid([[0.1, 0.9]]),
+    CacheBill(),
+    RaggedPool(),
+    side_by_side(),
+    WorkShares([9, 2]),
+]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +125,41 @@ def test_budget_explorer_refuses(scores, options, error, says):
         pytest.param(
             lambda: RaggedPool([1], windows=[]), ValueError, "windows must hold 1 pairs", id="windows"
         ),
+        pytest.param(
+            lambda: side_by_side(columns={}), ValueError, "columns must hold 1 to 3 ways, got 0", id="no-ways"
+        ),
+        pytest.param(
+            lambda: side_by_side(columns={"a": {"lengths": []}}),
+            ValueError,
+            "must have lengths, kept",
+            id="way",
+        ),
+        pytest.param(lambda: side_by_side(shares=[1.0, 0.5]), ValueError, "shares must rise", id="shares"),
+        pytest.param(
+            lambda: side_by_side(lengths=[[[1, 5]], [[4, 4]]]),
+            ValueError,
+            "2 grids of counts in [0, 4]",
+            id="counts",
+        ),
+        pytest.param(
+            lambda: side_by_side(kept=[[[[1, 0]] * 2]] * 2),
+            ValueError,
+            "must have shape [2, 1, 2, 3]",
+            id="masks",
+        ),
+        pytest.param(
+            lambda: side_by_side(answers=[(True, "7")]), ValueError, "must be 2, got 1 and 0", id="told"
+        ),
+        pytest.param(
+            lambda: side_by_side(right=[1, 3], asked=2), ValueError, "an int in [0, 2], got 3", id="right"
+        ),
+        pytest.param(
+            lambda: side_by_side(answer=(1, 4)),
+            ValueError,
+            "answer end must be an int in [2, 3]",
+            id="answer",
+        ),
+        pytest.param(lambda: side_by_side(at=2), ValueError, "at must be an int in [0, 1], got 2", id="at"),
         pytest.param(lambda: WorkShares([]), ValueError, "lengths must hold 1 to 64 rows", id="nothing"),
         pytest.param(
             lambda: WorkShares([4], multiprocessors=3), ValueError, "an int in [4, 132], got 3", id="few"
@@ -243,3 +307,8 @@ def test_anywidget_loads_only_when_a_widget_is_asked_for():
         "import sys, headkv; headkv.widgets; assert 'anywidget' not in sys.modules; headkv.widgets.HeadGrid"
     )
     subprocess.run([sys.executable, "-c", code + "; assert 'anywidget' in sys.modules"], check=True)
+
+
+def test_heads_that_keep_the_answer_whole_are_counted():
+    assert side_by_side().whole().tolist() == [[1, 2]]
+    assert side_by_side(answer=(0, 3)).whole().tolist() == [[0, 2]]

@@ -18,9 +18,9 @@ pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from headkv.allocators import AdaptiveAllocator, UniformAllocator  # noqa: E402
 from headkv.cache import RaggedLayer  # noqa: E402
-from headkv.methods.base import Prefill, plan_by_scores  # noqa: E402
+from headkv.methods import Prefill, plan_by_scores  # noqa: E402
 from headkv.scorers import SnapKVScorer  # noqa: E402
-from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, WorkShares  # noqa: E402
+from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, SideBySide, WorkShares  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 HOST = """
@@ -466,11 +466,53 @@ def test_work_shares_cuts_as_the_package_does(chromium, lengths):
         assert page.page.evaluate(widths) == ["100%", "100%"]
 
 
+def two_ways() -> SideBySide:
+    """Three shares, five layers of three heads, 40 entries of which nine are shown; the fact is 2 to 6."""
+    rng = np.random.default_rng(7)
+    columns = {}
+    for name in ("Even", "Each its own"):
+        lengths = np.array([[[4, 8, 12]] * 5, [[10, 20, 30]] * 5, [[40] * 3] * 5])
+        kept = rng.random((3, 5, 3, 9)) < np.array([0.5, 0.9, 1.0])[:, None, None, None]
+        answers = [(False, "3"), (name != "Even", "31"), (True, "316")]
+        columns[name] = {"lengths": lengths, "kept": kept, "answers": answers, "right": [0, 5, 8]}
+    return SideBySide(
+        columns, shares=[0.2, 0.5, 1.0], length=40, tokens=[f"w{i} " for i in range(9)], fact=(2, 6), asked=8,
+        question="What is it?", expected="316", at=1, title="Two ways",
+    )  # fmt: skip
+
+
+def test_side_by_side_shows_what_was_measured(chromium):
+    widget = two_ways()
+    whole = widget.whole()
+    with shown(chromium, widget) as page:
+        columns = page.page.locator(".hk-column")
+        for at in (1, 2, 0):
+            page.set(at=at)
+            for c in (0, 1):
+                text = columns.nth(c).inner_text()
+                right, said = widget.answers[c][at]
+                assert f"{'✓' if right else '✗'} {said}" in text
+                assert f"kept whole by {whole[c, at]} of 15 heads" in text
+                assert f"Right on {[0, 5, 8][at]} of 8" in text
+        page.page.get_by_label("Kept of the cache").press("End")
+        assert page.get("at") == 2 and "100% · 307 kB of 307 kB" in page.page.locator("output").inner_text()
+        page.page.get_by_label("Kept of the cache").press("ArrowLeft")
+        cells = page.page.locator(".hk-cell[aria-selected='true']")
+        columns.nth(0).locator(".hk-cell").nth(5).click()
+        assert page.get("selected") == [1, 2] and cells.all_inner_texts() == ["30", "30"]
+        assert "1.5 times the even share" in cells.first.get_attribute("aria-label")
+        bits = np.unpackbits(np.frombuffer(widget._kept, np.uint8).reshape(2, 3, 5, 3, -1), axis=-1, count=9)
+        for c in (0, 1):
+            gone = columns.nth(c).locator(".hk-evicted").all_inner_texts()
+            assert [text.strip() for text in gone] == [f"w{i}" for i in np.flatnonzero(bits[c, 1, 1, 2] == 0)]
+
+
 MAKERS = {
     "BudgetExplorer": explorer_with_text,
     "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
     "CacheBill": CacheBill,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
+    "SideBySide": two_ways,
     "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),
 }
 CONTRAST = """() => {

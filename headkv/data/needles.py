@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headkv import _checks
 from headkv.data.facts import Fact
 from headkv.data.haystacks import chat_frame, haystack, num_paragraphs
 from headkv.data.pools import POOLS, Pool
@@ -77,6 +78,7 @@ def needle_texts(
         split: "training" or "validation".
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument is not as above, or a length leaves no room for the facts.
     """
     if split not in SPLITS:
@@ -85,8 +87,8 @@ def needle_texts(
         raise ValueError(f"kinds must be of {', '.join(NEEDLE_KINDS)}, got {unknown[0]!r}")
     if not kinds or not lengths:
         raise ValueError("kinds and lengths must hold at least one each")
-    if texts < 1 or each < 1:
-        raise ValueError(f"texts and each must be at least 1, got {texts} and {each}")
+    for name, value in (("texts", texts), ("each", each), *(("lengths", length) for length in lengths)):
+        _checks.whole(name, value, 1)
     pool = POOLS[split]
     if (wanted := each * len(kinds)) > len(pool.people):
         raise ValueError(

@@ -163,7 +163,7 @@ def plot_cells(cells: Sequence[Cell]) -> Figure:
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((cell.kind, cell.length) for cell in cells))
-    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(2 + 2.6 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (kind, length) in zip(axes, panels, strict=True):
         here = [cell for cell in cells if (cell.kind, cell.length) == (kind, length)]
@@ -174,5 +174,5 @@ def plot_cells(cells: Sequence[Cell]) -> Figure:
             )
         axis.set(title=f"{kind}, {length} tokens", xlabel="KV heads that keep all", ylim=(-0.03, 1.05))
     axes[0].set_ylabel("answers right, of the full cache's")
-    axes[-1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure

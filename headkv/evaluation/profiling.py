@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv._version import find_version
 from headkv.heads.profile import HeadProfile
 from headkv.heads.profilers import PROFILERS, WAYS, check_options, measure, profile_options
 
@@ -34,7 +36,7 @@ def run_profile(
 
     Args:
         kind: one of `headkv.heads.KINDS`.
-        model: "smollm2", or the name or folder of any Hugging Face decoder.
+        model: "smollm2", "smollm2-tuned", or the name or folder of any Hugging Face decoder.
         out: where to save the profile; None: nowhere.
         way: one of `WAYS[kind]`; None: the first.
         device: where the model runs, as torch names it, e.g. "cuda".
@@ -42,7 +44,7 @@ def run_profile(
         **options: of the profiler, see `profile_options`.
 
     Returns:
-        The profile; its `parameters` say all options.
+        The profile; its `parameters` say all options, and the versions and the device that measured it.
 
     Raises:
         ValueError: `kind` or `way` is unknown, there is no such model or device, or an option is out of range.
@@ -55,11 +57,24 @@ def run_profile(
     if kind == "ablation" and out is not None:
         journal = Path(out).with_name(Path(out).name + ".partial")
     profile = measure(kind, loaded, tokenizer, way=way, progress=progress, journal=journal, **options)
+    profile = dataclasses.replace(profile, parameters={**profile.parameters, "versions": _versions(device)})
     if out is not None:
         profile.save(out)
     if journal is not None:
         journal.unlink(missing_ok=True)
     return profile
+
+
+def _versions(device: str) -> dict[str, str]:
+    import transformers
+
+    chip = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+    return {
+        "headkv": find_version(Path(__file__).resolve().parents[1]),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": chip,
+    }
 
 
 def load_on(device: str, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -79,20 +94,22 @@ def load_on(device: str, model: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2 ("smollm2") or any Hugging Face decoder by its name or folder, with its tokenizer.
+    """SmolLM2 ("smollm2", "smollm2-tuned") or any Hugging Face decoder by its name or folder, with its tokenizer.
 
     Raises:
         ValueError: there is none.
     """
-    if model == "smollm2":
+    if model in ("smollm2", "smollm2-tuned"):
         from headkv.models.smollm2 import load_smollm2
 
-        return load_smollm2()
+        return load_smollm2(tuned=model == "smollm2-tuned")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        allowed = "'smollm2', or the name or folder of a transformers decoder with its tokenizer"
+        allowed = (
+            "'smollm2', 'smollm2-tuned', or the name or folder of a transformers decoder with its tokenizer"
+        )
         raise ValueError(f"model must be {allowed}, got {model!r}: {reason}") from error

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from headkv import _checks
 from headkv._config import kv_heads
 from headkv.data import Needle
+from headkv.heads.gated import gated_attention
 from headkv.heads.observe import exchanged_attention
+from headkv.logits import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,25 +30,25 @@ _CPU_ROOM = 1 << 30  # bytes of a batch where the memory that is free can not be
 
 @dataclass(frozen=True)
 class Stream:
-    """What a streaming head keeps of a text of n tokens: the first `sinks` and the last `recent * n`, 16 at least.
+    """What a streaming head keeps of a text of n tokens: the first `sinks`, the last `recent_share * n`, 16 at least.
 
     Question and answer come after the text, and every head sees them.
     """
 
     sinks: int = 16
-    recent: float = 0.06
+    recent_share: float = 0.06
 
     def __post_init__(self) -> None:
         _checks.whole("sinks", self.sinks)
-        _checks.between("recent", self.recent, 0, 1)
+        _checks.between("recent_share", self.recent_share, 0, 1)
 
     def far(self, n: int) -> slice:
         """The entries that a streaming head does not keep.
 
-        >>> Stream(sinks=16, recent=0.06).far(1000)
+        >>> Stream(sinks=16, recent_share=0.06).far(1000)
         slice(16, 940, None)
         """
-        return slice(min(self.sinks, n), max(min(self.sinks, n), n - max(16, round(self.recent * n))))
+        return slice(min(self.sinks, n), max(min(self.sinks, n), n - max(16, round(self.recent_share * n))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,54 +233,15 @@ class Asker:
         assert self._context is not None and self._gates is not None, "only `ask` runs the model in here"
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         keys, values = self._context.keys[layer], self._context.values[layer]  # [H, n, D]
-        rows, _, new, size = query.shape
-        grouped = query.unflatten(1, (keys.shape[0], -1)) * (size**-0.5 if scaling is None else scaling)
-        held = keys.shape[1]
-        far = slice(0, 0) if sliding_window is not None else self.stream.far(held)
-        near_keys, near_values = (
-            torch.cat([x[:, : far.start], x[:, far.stop :]], dim=1) for x in (keys, values)
+        output = gated_attention(
+            query.unflatten(1, (keys.shape[0], -1)),
+            key,
+            value,
+            keys,
+            values,
+            far=slice(0, 0) if sliding_window is not None else self.stream.far(keys.shape[1]),
+            gates=self._gates[:, layer],
+            opened=self._open[layer],
+            rule=Rule.of(query.shape[-1], scaling, sliding_window, softcap),
         )
-        columns = near_keys.shape[1]
-        logits = torch.cat([_products(grouped, near_keys), grouped @ key[:, :, None].mT], dim=-1)
-        logits = _capped(logits, softcap)  # [R, H, G, T, columns + T]
-        at = torch.arange(new, device=query.device)[:, None] + columns
-        column = torch.arange(columns + new, device=query.device)
-        hidden = column > at
-        if sliding_window is not None:
-            hidden = hidden | (column <= at - sliding_window)
-        logits = logits.masked_fill(hidden, -torch.inf)
-        weights = logits.softmax(-1).to(value.dtype)
-        output = _weighted(weights[..., :columns], near_values) + weights[..., columns:] @ value[:, :, None]
-        heads = self._open[layer]
-        if far.stop > far.start and heads:
-            # Full attention is the mean of what is near and what is far, by their shares; a gate takes that much of it.
-            some = heads if len(heads) < keys.shape[0] else slice(None)
-            far_logits = _capped(_products(grouped[:, some], keys[some, far]), softcap)
-            share = torch.sigmoid(far_logits.logsumexp(-1) - logits[:, some].logsumexp(-1))  # [R, H, G, T]
-            far_output = _weighted(far_logits.softmax(-1).to(value.dtype), values[some, far])
-            taken = (self._gates[:, layer, some, None, None] * share)[..., None].to(value.dtype)
-            change = taken * (far_output - output[:, some])
-            if isinstance(some, slice):
-                output = output + change
-            else:
-                output = output.index_add(1, torch.tensor(some, device=query.device), change)
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None
-
-
-def _products(queries: Tensor, keys: Tensor) -> Tensor:
-    """Queries [R, H, G, T, D] with keys [H, m, D] that all rows share: [R, H, G, T, m], one product a head."""
-    rows, heads, group, new, _ = queries.shape
-    flat = queries.transpose(0, 1).flatten(1, 3) @ keys.mT  # [H, R * G * T, m]
-    return flat.view(heads, rows, group, new, -1).transpose(0, 1)
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Weights [R, H, G, T, m] with values [H, m, D] that all rows share: [R, H, G, T, D]."""
-    rows, heads, group, new, _ = weights.shape
-    flat = weights.transpose(0, 1).flatten(1, 3) @ values
-    return flat.view(heads, rows, group, new, -1).transpose(0, 1)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from headkv.logits import Rule
 from headkv.models.attention import chosen_attention, decoder_attention
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class Attention:
     sliding_window: int | None
     softcap: float | None
 
+    @property
+    def rule(self) -> Rule:
+        """How queries meet keys."""
+        return Rule(self.scale, self.sliding_window, self.softcap)
+
     def logits(self, head: int, rows: slice) -> Tensor:
         """The masked logits of the query heads of one KV head, first sequence: [G, R, n], float32.
 
@@ -47,16 +53,10 @@ class Attention:
         """
         group = self.queries.shape[1] // self.keys.shape[1]
         queries = self.queries[0, head * group : (head + 1) * group, rows].float()  # [G, R, D]
-        logits = queries @ self.keys[0, head].float().T * self.scale  # [G, R, n]
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = self.rule.logits(queries, self.keys[0, head].float())  # [G, R, n]
         total, new = self.keys.shape[2], self.queries.shape[2]
-        at = torch.arange(total - new, total, device=logits.device)[rows, None]
-        column = torch.arange(total, device=logits.device)
-        hidden = column > at
-        if self.sliding_window is not None:
-            hidden |= column <= at - self.sliding_window
-        return logits.masked_fill(hidden, -torch.inf)
+        at = torch.arange(total, device=logits.device)
+        return logits.masked_fill(self.rule.hides(at[total - new :][rows, None], at), -torch.inf)
 
 
 class Watcher(Protocol):

@@ -39,7 +39,9 @@ class HeadProfile:
     Attributes:
         model: the model's public id, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
         kind: what was measured, one of `KINDS`: "echo" and "induction" (RazorAttention), "retrieval" and
-            "retrieval-reasoning" (HeadKV), "gate" (DuoAttention).
+            "retrieval-reasoning" (HeadKV), "gate" (DuoAttention), "ablation" (what an answer loses without the head),
+            "reconstruction" (KVzip). Every method takes every kind; scores that are to share out a budget are at
+            least 0.
         heads: "query" (one score a query head) or "kv" (one a KV head).
         scores: [layers, heads], float32, finite, on the CPU.
         parameters: how it was measured; plain JSON values.

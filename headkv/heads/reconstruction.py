@@ -131,9 +131,7 @@ def chunk_scores(attention: Attention, where: slice, prefix: int) -> Tensor:
         for first in range(0, new, step):
             rows = slice(first, min(first + step, new))
             queries = attention.queries[0, head * group : (head + 1) * group, rows].float()
-            logits = queries @ keys.T * attention.scale  # [G, R, columns]
-            if attention.softcap is not None:
-                logits = attention.softcap * torch.tanh(logits / attention.softcap)
+            logits = attention.rule.logits(queries, keys)  # [G, R, columns]
             at = torch.arange(total - new, total, device=logits.device)[rows, None]
             logits = logits.masked_fill(columns > at, -torch.inf)
             shares = logits[..., prefix : prefix + found.shape[1]] - logits.logsumexp(-1, keepdim=True)

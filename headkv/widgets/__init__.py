@@ -14,10 +14,11 @@ _HOMES = {
     "CacheBill": "cache_bill",
     "HeadGrid": "head_grid",
     "RaggedPool": "ragged_pool",
+    "SideBySide": "side_by_side",
     "WorkShares": "work_shares",
 }
 
-__all__ = ["BudgetExplorer", "CacheBill", "HeadGrid", "RaggedPool", "WorkShares"]  # noqa: F822 (loaded when first used)
+__all__ = ["BudgetExplorer", "CacheBill", "HeadGrid", "RaggedPool", "SideBySide", "WorkShares"]  # noqa: F822 (loaded when first used)
 
 
 def __getattr__(name: str) -> Any:

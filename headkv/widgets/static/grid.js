@@ -97,3 +97,21 @@ export function paintLevel(cell, level, text, description) {
   cell.textContent = text;
   cell.setAttribute("aria-label", description);
 }
+
+/** Fill a cell by its part of the even share: more is stronger, fewer is hatched; `text` is its number. */
+export function paintAgainst(cell, ratio, text, description) {
+  const kind = ratio >= 4
+    ? "more-3"
+    : ratio >= 2
+    ? "more-2"
+    : ratio >= 1.1
+    ? "more-1"
+    : ratio > 0.9
+    ? "even"
+    : ratio > 0.5
+    ? "less-1"
+    : "less-2";
+  cell.className = `hk-cell hk-against hk-${kind}`;
+  cell.textContent = text;
+  cell.setAttribute("aria-label", description);
+}

@@ -1,0 +1,196 @@
+// SideBySide: the same bytes, split over the heads in several ways, and what the model answers with each.
+
+import { announcer, bytesText, count, follow, h, percent, slider, tooltip, widgetRoot } from "./toolkit.js";
+import { headGrid, paintAgainst } from "./grid.js";
+import { textStrip } from "./strip.js";
+
+/** @import { Model } from "./toolkit.js" */
+
+/** @param {{ model: Model, el: HTMLElement }} view */
+function render({ model, el }) {
+  const get = (name) => model.get(name);
+  const [steps, layers, heads, m] = get("_shape");
+  const names = get("names");
+  const shares = get("shares");
+  const n = get("length");
+  const full = layers * heads * n * get("bytes_per_entry");
+  const put = (name, value) => {
+    model.set(name, value);
+    model.save_changes();
+  };
+  const keptOf = maskReader(get("_kept"), [steps, layers, heads, m]);
+  const choose = (layer, head) => put("selected", [layer, head]);
+
+  const budget = slider({
+    label: "Kept of the cache",
+    name: "at",
+    min: 0,
+    max: steps - 1,
+    step: 1,
+    value: get("at"),
+    format: (x) => `${percent(shares[x])} · ${bytesText(shares[x] * full)} of ${bytesText(full)}`,
+    oninput: (x) => put("at", x),
+  });
+
+  const columns = names.map((name, c) =>
+    column({
+      name,
+      layers,
+      heads,
+      n,
+      tokens: get("tokens"),
+      fact: get("fact"),
+      answer: get("answer"),
+      shares,
+      lengths: get("lengths")[c],
+      answers: get("answers")[c],
+      right: get("right")[c],
+      asked: get("asked"),
+      kept: (step, layer, head) => keptOf(c, step, layer, head),
+      choose,
+    })
+  );
+  const status = announcer();
+  const title = get("title");
+  const root = widgetRoot(
+    "side-by-side",
+    title || "Side by side",
+    ...(title ? [h("p.title", {}, title)] : []),
+    h("p.question", {}, h("span.asked", {}, "Asked afterwards: "), get("question")),
+    h("p.question", {}, h("span.asked", {}, "The text says: "), h("strong", {}, get("expected"))),
+    h("div.controls", {}, budget.el),
+    h("div.columns", {}, ...columns.map((one) => one.el)),
+    gridKey(),
+    status.el,
+  );
+  budget.el.classList.add("hk-whole");
+  el.append(root);
+
+  function draw() {
+    const step = get("at");
+    const [layer, head] = get("selected");
+    budget.set(step);
+    columns.forEach((one) => one.draw(step, layer, head));
+    root.dataset.state = JSON.stringify({ at: step, selected: [layer, head] });
+  }
+  const speak = () =>
+    status.say(`${percent(shares[get("at")])} kept. ${columns.map((one) => one.words(get("at"))).join(" ")}`);
+  const off = follow(model, ["at", "selected"], () => {
+    draw();
+    speak();
+  });
+  tooltip(root, (target) => {
+    const cell = target.closest?.(".hk-cell");
+    return cell ? cell.getAttribute("aria-label") : target.closest?.("[data-tip]")?.dataset.tip;
+  });
+  draw();
+  return () => {
+    off();
+    status.stop();
+  };
+}
+
+/** One way: its answer, how often it was right, its grid, and the fact as the chosen head keeps it. */
+function column(
+  { name, layers, heads, n, tokens, fact, answer, shares, lengths, answers, right, asked, kept, choose },
+) {
+  const says = h("p.says");
+  const whole = h("p.caption");
+  const bars = right.map((x, step) =>
+    h("span.often", { "data-tip": `${percent(shares[step])} kept: ${x} of ${asked} texts right` }, h("i"))
+  );
+  bars.forEach((bar, step) => bar.firstElementChild.style.setProperty("height", `${(100 * right[step]) / asked}%`));
+  const often = h("p.caption");
+  const line = h("p.caption");
+  const strip = textStrip({ n: tokens.length, tokens, facts: [[...fact, ""]] });
+  let at = 0;
+  const grid = headGrid({
+    layers,
+    heads,
+    headNames: null,
+    label: `What each KV head keeps: ${name}`,
+    onselect: choose,
+    paint: (cell, l, k) => {
+      const length = lengths[at][l][k];
+      paintAgainst(
+        cell,
+        length / (shares[at] * n),
+        heads > 12 ? "" : count(length),
+        `layer ${l}, head ${k}: keeps ${count(length)} of ${count(n)} entries, ` +
+          `${(length / (shares[at] * n)).toFixed(1)} times the even share`,
+      );
+    },
+  });
+  const wholeHeads = (step) => {
+    let found = 0;
+    for (let l = 0; l < layers; l++) {
+      for (let k = 0; k < heads; k++) found += Number(kept(step, l, k).subarray(...answer).every(Boolean));
+    }
+    return found;
+  };
+  return {
+    el: h(
+      "div.column",
+      {},
+      h("p.column-name", {}, name),
+      says,
+      whole,
+      ...(bars.length ? [h("div.often-row", { "aria-hidden": "true" }, ...bars), often] : []),
+      grid.el,
+      line,
+      strip.el,
+    ),
+    words: (step) => `${name}: ${answers[step][0] ? "right" : "wrong"}, ${answers[step][1]}.`,
+    draw(step, layer, head) {
+      at = step;
+      const [good, text] = answers[step];
+      says.replaceChildren(
+        h(
+          `span.verdict.${good ? "right" : "wrong"}`,
+          { role: "img", "aria-label": good ? "right" : "wrong" },
+          good ? "✓" : "✗",
+        ),
+        ` ${text}`,
+      );
+      const flat = lengths[step].flat();
+      const [least, most] = [Math.min(...flat), Math.max(...flat)];
+      const sizes = most - least < 2
+        ? `${count(most)} entries in each head`
+        : `${count(least)} to ${count(most)} entries a head`;
+      whole.textContent = `${sizes}. The answer is kept whole by ${wholeHeads(step)} of ${layers * heads} heads.`;
+      bars.forEach((bar, i) => bar.classList.toggle("hk-now", i === step));
+      often.textContent = right.length ? `Right on ${right[step]} of ${asked} such texts.` : "";
+      grid.paintAll();
+      grid.select(layer, head);
+      line.textContent = `The line in layer ${layer}, head ${head}:`;
+      strip.update(kept(step, layer, head), 0);
+    },
+  };
+}
+
+/** Bits of all masks; answers those of one head as bytes of 0 and 1. */
+function maskReader(view, [steps, layers, heads, m]) {
+  const packed = new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+  const stride = Math.ceil(m / 8);
+  return (column, step, layer, head) => {
+    const from = (((column * steps + step) * layers + layer) * heads + head) * stride;
+    return Uint8Array.from({ length: m }, (_, i) => (packed[from + (i >> 3)] >> (7 - (i & 7))) & 1);
+  };
+}
+
+/** How to read the cells. */
+function gridKey() {
+  const item = (kind, text) => h("span.key-item", {}, h(`span.cell.sample.${kind}`), ` ${text}`);
+  return h(
+    "div.key",
+    {},
+    item("less-2", "half the even share or less"),
+    item("less-1", "fewer"),
+    item("even", "even"),
+    item("more-1", "more"),
+    item("more-2", "twice"),
+    item("more-3", "four times or more"),
+  );
+}
+
+export default { render };
