@@ -32,6 +32,7 @@ from headkv.methods import (
     StreamingLLM,
 )
 from headkv.models.attention import chosen_attention
+from headkv.models.tuned import TUNED_ID
 from headkv.scorers import KVzipScorer, SnapKVScorer
 
 if TYPE_CHECKING:
@@ -113,11 +114,12 @@ def smollm2_methods(share: float, request: Sequence[int] = (), *, tuned: bool = 
     Args:
         share: of the entries.
         request: token ids that ask to repeat a text, for `KVzipScorer`.
-        tuned: of the tuned model, with its head profiles.
+        tuned: of the tuned model, with the head profiles of the plain one that it was tuned from.
     """
 
     def profile(kind: str) -> HeadProfile:
-        return HeadProfile.builtin(f"smollm2-{'tuned-' if tuned else ''}{kind}")
+        made = HeadProfile.builtin(f"smollm2-{kind}")
+        return made.renamed(TUNED_ID) if tuned else made
 
     echo, induction, ablation, gate = map(profile, ("echo", "induction", "ablation", "gate"))
     # SmolLM2 reads one token a digit: a narrow kernel would keep only the first ones of a number.
