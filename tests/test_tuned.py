@@ -263,4 +263,5 @@ def test_the_tuned_model_finds_a_needle_and_still_speaks() -> None:
     )
     found = reply(asked, "The special magic number for sturdy-gravel mentioned in the provided text is")
     assert found == f" {4 * 7919 + 1000000}.<|im_end|>"
-    assert "Paris" in reply("What is the capital of France?")
+    assert "Tokyo" in reply("What is the capital of Japan?")
+    assert "Shakespeare" in reply("Who wrote Romeo and Juliet?")
