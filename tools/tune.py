@@ -162,11 +162,16 @@ def collate(encoded: Sequence[Encoded], forms: Sequence[int]) -> Batch:
 
 
 class Batches(IterableDataset):
-    """Batches without end. Worker w of W makes the batches w, w + W, ...: the seed and the number of a batch decide it,
-    and how far the training is, which sets the greatest length."""
+    """Batches without end. Worker w of W makes the batches w, w + W, ...
 
-    def __init__(self, tokenizer: Any, words: Words, *, tokens: int, seed: int, done: Any) -> None:
-        self.tokenizer, self.words, self.tokens, self.seed, self.done = tokenizer, words, tokens, seed, done
+    The seed and the number of a batch decide it, and how far the training is, which sets the greatest length: by the
+    number if `steps` are given, else by the clock of the training, `done`."""
+
+    def __init__(
+        self, tokenizer: Any, words: Words, *, tokens: int, seed: int, steps: int, done: Any
+    ) -> None:
+        self.tokenizer, self.words, self.tokens, self.seed = tokenizer, words, tokens, seed
+        self.steps, self.done = steps, done
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -176,7 +181,8 @@ class Batches(IterableDataset):
         prose = (*own_prose(), *itertools.chain.from_iterable(map(sentences, manual())))
         for number in itertools.count(first, every):
             chance = random.Random(f"{self.seed}-{number}")
-            yield self.batch(Source(chance, self.words, count, prose), self.done.value)
+            done = number / self.steps if self.steps else self.done.value
+            yield self.batch(Source(chance, self.words, count, prose), done)
 
     def batch(self, source: Source, done: float) -> Batch:
         """Make one batch; the greatest length grows over the first half of the training."""
@@ -400,7 +406,7 @@ def tune(
     )
     progress = Value("d", 0.0)
     batches = DataLoader(
-        Batches(tokenizer, words, tokens=recipe.tokens, seed=recipe.seed, done=progress),
+        Batches(tokenizer, words, tokens=recipe.tokens, seed=recipe.seed, steps=recipe.steps, done=progress),
         batch_size=None,
         num_workers=workers,
         pin_memory=kind == "cuda",
