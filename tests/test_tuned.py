@@ -9,7 +9,7 @@ import torch
 import tune
 from torch import nn
 
-from headkv.data.tasks import Task
+from headkv.data.tasks import Task, own_prose
 from headkv.data.words import Words
 from headkv.models import load_smollm2, smollm2, tiny_model, tuned
 from headkv.models.tuned import add_low_rank, linear_layers, read_low_rank, save_low_rank, tuned_weights
@@ -263,5 +263,9 @@ def test_the_tuned_model_finds_a_needle_and_still_speaks() -> None:
     )
     found = reply(asked, "The special magic number for sturdy-gravel mentioned in the provided text is")
     assert found == f" {4 * 7919 + 1000000}.<|im_end|>"
-    assert "Tokyo" in reply("What is the capital of Japan?")
-    assert "Shakespeare" in reply("Who wrote Romeo and Juliet?")
+    assert reply("What is the capital of Japan?").startswith("The capital of Japan is Tokyo.")
+
+    prose = tokenizer("".join(own_prose()).strip(), return_tensors="pt")["input_ids"][:, :600]
+    with torch.inference_mode():
+        losses = [float(one(prose, labels=prose).loss) for one in (plain, model)]
+    assert losses[1] < losses[0] + 0.05
