@@ -29,7 +29,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = {".json", ".js", ".css", ".pyi", ".typed", ".txt"}
+DATA = {".json", ".js", ".css", ".pyi", ".typed", ".txt", ".safetensors"}
 
 
 def test_kernels_folder_is_no_package() -> None:
