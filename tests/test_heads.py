@@ -165,7 +165,11 @@ def test_shipped_profiles_are_of_smollm2(kind: str) -> None:
     assert share > (0.3 if learned else 0.75)  # a few heads hold most of it
 
 
-@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M-Instruct", "/home/me/smollm2-135m-instruct"])
+@pytest.mark.parametrize(
+    "name",
+    ["HuggingFaceTB/SmolLM2-135M-Instruct", str(Path.home() / "smollm2-135m-instruct")],
+    ids=["on-the-hub", "in-a-folder"],
+)
 @pytest.mark.parametrize(
     "kind", [*["echo", "induction", "retrieval", "retrieval-reasoning", "gate", "ablation", "reconstruction"]]
 )
