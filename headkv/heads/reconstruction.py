@@ -21,11 +21,11 @@ from headkv.data.haystacks import chat_frame
 from headkv.heads.observe import Attention, observe
 from headkv.heads.profile import HeadProfile
 from headkv.heads.progress import track
+from headkv.logits import greatest_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_BLOCK = 1 << 22  # logits at a time: 16 MiB
 _ALL = "\n\nRepeat the whole text above, word for word."
 _PART = "\n\nRepeat the text above, word for word, from the place on where it says:"
 _OVERLAP = 8  # tokens before a later chunk that say where it begins
@@ -119,24 +119,12 @@ def chunk_scores(attention: Attention, where: slice, prefix: int) -> Tensor:
         where: the chunk.
         prefix: entries at the beginning that every head keeps.
     """
-    heads, total = attention.keys.shape[1:3]
-    new, group = attention.queries.shape[2], attention.queries.shape[1] // heads
+    total, new = attention.keys.shape[2], attention.queries.shape[2]
     columns = torch.cat(
         [torch.arange(prefix), torch.arange(where.start, where.stop), torch.arange(total - new, total)]
     ).to(attention.keys.device)
-    step = max(1, _BLOCK // (group * len(columns)))
-    found = torch.zeros(heads, where.stop - where.start, device=attention.keys.device)
-    for head in range(heads):
-        keys = attention.keys[0, head, columns].float()
-        for first in range(0, new, step):
-            rows = slice(first, min(first + step, new))
-            queries = attention.queries[0, head * group : (head + 1) * group, rows].float()
-            logits = attention.rule.logits(queries, keys)  # [G, R, columns]
-            at = torch.arange(total - new, total, device=logits.device)[rows, None]
-            logits = logits.masked_fill(columns > at, -torch.inf)
-            shares = logits[..., prefix : prefix + found.shape[1]] - logits.logsumexp(-1, keepdim=True)
-            found[head] = torch.maximum(found[head], shares.amax((0, 1)).exp())
-    return found
+    weights = greatest_weights(attention.queries[0], attention.keys[0, :, columns], columns, attention.rule)
+    return weights[:, prefix:-new]
 
 
 def _fork(cache: Any) -> Any:

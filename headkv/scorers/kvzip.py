@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.logits import Rule
+from headkv.logits import greatest_weights
 from headkv.prefill import Prompt
-
-BLOCK = 1 << 24  # logits held at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -78,28 +76,3 @@ class KVzipScorer:
         for layer in whole:
             layer[:, : self.sinks] = 2.0
         return [layer[:, : max(0, n - self.window)] for layer in whole]
-
-
-def greatest_weights(queries: Tensor, keys: Tensor, positions: Tensor, rule: Rule) -> Tensor:
-    """The greatest weight that any of the queries gives to each key.
-
-    Args:
-        queries: `[HQ, m, D]`, of the last m keys' tokens.
-        keys: `[H, k, D]`.
-        positions: `[k]` int64, increasing, where the keys stand in the text.
-        rule: how queries meet keys.
-
-    Returns:
-        `[H, k]` float32.
-    """
-    (heads, k, dim), m = keys.shape, queries.shape[1]
-    keys, grouped = keys.float(), queries.float().reshape(heads, -1, m, dim)  # [H, G, m, D]
-    step = max(1, BLOCK // (grouped.shape[1] * k))  # queries at a time
-    best = torch.zeros(heads, k, device=keys.device)
-    for first in range(0, m, step):
-        rows = slice(first, min(first + step, m))
-        hidden = rule.hides(positions[k - m :][rows, None], positions)
-        for h in range(heads):
-            logits = rule.logits(grouped[h, :, rows], keys[h]).masked_fill_(hidden, -torch.inf)
-            best[h] = torch.maximum(best[h], logits.softmax(-1).amax((0, 1)))
-    return best
