@@ -47,8 +47,3 @@ class Journal:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(piece) + "\n")
-
-    def close(self) -> None:
-        """Remove the file: the result itself is written."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
