@@ -77,18 +77,11 @@ def scores() -> dict[str, Any]:
     }
 
 
-def questions(tokenizer: Any, text: NeedleText) -> list[Question]:
-    """The text's questions."""
-    return [
-        Question(x.question_ids, (str(tokenizer.decode(x.answer_ids[0])).strip(),), x.answer_ids.shape[1] + 2)
-        for x in text.needles
-    ]
-
-
 def unseen(model: Any, tokenizer: Any, text: NeedleText, methods: Mapping[str, Any]) -> Counter[str]:
     """Answers found, the text compressed before any question is known."""
     found: Counter[str] = Counter()
-    for verdicts in judge(model, tokenizer, text.context_ids, questions(tokenizer, text), methods):
+    questions = [Question.of(needle, tokenizer, spare=2) for needle in text.needles]
+    for verdicts in judge(model, tokenizer, text.context_ids, questions, methods):
         found.update({verdict.method: int(verdict.found) for verdict in verdicts})
     return found
 

@@ -18,8 +18,10 @@ import io
 import json
 import logging
 import random
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 TASKS = {  # task -> the module and the function that write its documents
     "niah_single_1": ("niah_utils", "niah_single_1"),
@@ -30,6 +32,13 @@ TASKS = {  # task -> the module and the function that write its documents
     "ruler_fwe": ("fwe_utils", "fwe_download"),
 }
 SEEDS = {"random": 0, "numpy": 1234}  # as lm-eval's own command sets them
+NEW_TOKENS = {"ruler_vt": 30, "ruler_cwe": 120, "ruler_fwe": 50}  # as lm-eval 0.4.13 limits the replies
+
+
+def split(task: str, document: Mapping[str, Any]) -> tuple[str, str]:
+    """A document's text, and the question behind it."""
+    at = document["input"].rindex("What is" if task.startswith("niah") else "Question:")
+    return document["input"][:at], document["input"][at:]
 
 
 def documents(task: str, length: int, tokenizer: str, count: int) -> list[dict[str, object]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ruler_documents import NEW_TOKENS, split
 from torch import Tensor
 
 import headkv
@@ -33,8 +34,6 @@ from headkv.models.tuned import TUNED_ID, add_low_rank
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 from tune import manual, questions, sampled  # noqa: E402
 
-# As lm-evaluation-harness 0.4.13 limits the replies.
-NEW_TOKENS = {"ruler_vt": 30, "ruler_cwe": 120, "ruler_fwe": 50}
 CHATS = (
     "What is the capital of France?",
     *(q for q in questions(held_out=True) if q.startswith(("Describe", "Why"))),
@@ -47,11 +46,9 @@ def ruler_tasks(path: Path, count: int, only: Sequence[str] | None) -> dict[str,
     for name, documents in json.loads(path.read_text(encoding="utf-8"))["documents"].items():
         if only and not any(part in name for part in only):
             continue
-        mark = "What is" if name.startswith("niah") else "Question:"
         tasks[name] = []
         for document in documents[:count]:
-            at = document["input"].rindex(mark)
-            text, question = document["input"][:at], document["input"][at:]
+            text, question = split(name, document)
             answers = tuple(document["outputs"])
             tasks[name].append(
                 Task(name, text, question, document["gen_prefix"], answers, ("",) * len(answers))

@@ -16,42 +16,46 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ruler_documents import NEW_TOKENS, split
 
 import headkv
 from headkv.allocators import AdaptiveAllocator, ProfileAllocator, UniformAllocator
-from headkv.data.haystacks import chat_frame
+from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import needle_texts
 from headkv.evaluation.unseen import Question, Remembered, judge
 from headkv.heads import HeadProfile
 from headkv.methods import ScoredMethod
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer
 
-# As lm-evaluation-harness 0.4.13 limits the replies; needles of RULER end sooner than its 128.
-NEW_TOKENS = {"ruler_vt": 30, "ruler_cwe": 120, "ruler_fwe": 50, "niah_multikey_3": 48}
-REQUEST = "\n\nRepeat the text above, word for word."
+LIMITS = {**NEW_TOKENS, "niah_multikey_3": 48}  # needles of RULER end sooner than lm-eval's 128
+
+
+def readers(request: Sequence[int]) -> dict[str, Remembered]:
+    """KVzip's scorers; each reads a text again once, whatever the share."""
+    made = {
+        "KVzip": KVzipScorer(request, 512, window=32),
+        "KVzip w8": KVzipScorer(request, 512, window=8),
+        "KVzip w2": KVzipScorer(request, 512, sinks=2, window=2),
+        "KVzip 2000": KVzipScorer(request, 2000, window=8),
+        "KVzip no request": KVzipScorer((), 512, window=8),
+    }
+    return {name: Remembered(scorer) for name, scorer in made.items()}
 
 
 def configurations(
     share: float,
     length: int,
-    request: Sequence[int],
+    zips: Mapping[str, Remembered],
     profiles: dict[str, HeadProfile],
     only: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Every method at `share` of a text of `length` tokens."""
     snap = SnapKVScorer(32, kernel_size=21)
-    zips = {
-        "KVzip": Remembered(KVzipScorer(request, 512, window=32)),
-        "KVzip w8": Remembered(KVzipScorer(request, 512, window=8)),
-        "KVzip w2": Remembered(KVzipScorer(request, 512, sinks=2, window=2)),
-        "KVzip 2000": Remembered(KVzipScorer(request, 2000, window=8)),
-        "KVzip no request": Remembered(KVzipScorer((), 512, window=8)),
-    }
     made: dict[str, Any] = {
         "SnapKV": headkv.SnapKV(share, snap),
         "AdaKV": headkv.AdaKV(share, snap),
@@ -79,9 +83,8 @@ def configurations(
             made[f"SnapKV by {kind} b{beta}"] = ScoredMethod(share, snap, allocator)
             for name, scorer in zips.items():
                 made[f"{name} by {kind} b{beta}"] = ScoredMethod(share, scorer, allocator)
-            for power in (0.5,):
-                flat = ProfileAllocator(profile.scores.clamp(min=0), beta, power, reduce="max")
-                made[f"KVzip w8 by {kind} b{beta} p{power}"] = ScoredMethod(share, zips["KVzip w8"], flat)
+            flat = ProfileAllocator(profile.scores.clamp(min=0), beta, 0.5, reduce="max")
+            made[f"KVzip w8 by {kind} b{beta} p0.5"] = ScoredMethod(share, zips["KVzip w8"], flat)
         for safeguard in (0.3, 0.6):
             for beta in (1.1, 1.5):
                 base = ProfileAllocator(profile.scores.clamp(min=0), beta, reduce="max")
@@ -105,14 +108,13 @@ def texts(
     def ids(text: str) -> torch.Tensor:
         return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
-    def question(needle: Any) -> Question:
-        answer = str(tokenizer.decode(needle.answer_ids[0])).strip()
-        return Question(needle.question_ids, (answer,), needle.answer_ids.shape[1] + 4)
-
     for length in given.lengths if given.needles else ():
         for text in needle_texts(tokenizer, texts=given.needles, lengths=[length], split="validation"):
             needles = [needle for needle in text.needles if not given.kinds or needle.kind in given.kinds]
-            yield text.context_ids, [(f"{needle.kind}@{length}", question(needle)) for needle in needles]
+            yield (
+                text.context_ids,
+                [(f"{needle.kind}@{length}", Question.of(needle, tokenizer)) for needle in needles],
+            )
     if not given.documents:
         return
     header, footer = chat_frame(tokenizer)
@@ -120,12 +122,11 @@ def texts(
         task, _, length = name.partition("@")
         if int(length) not in given.lengths or (given.tasks and task not in given.tasks):
             continue
-        mark = "What is" if task.startswith("niah") else "Question:"
         for document in documents[: given.count]:
-            at = document["input"].rindex(mark)
-            asked_ids = ids(document["input"][at:] + footer + document["gen_prefix"])
-            asked = Question(asked_ids, tuple(document["outputs"]), NEW_TOKENS.get(task, 16))
-            yield ids(header + document["input"][:at]), [(name, asked)]
+            text, question = split(task, document)
+            asked_ids = ids(question + footer + document["gen_prefix"])
+            asked = Question(asked_ids, tuple(document["outputs"]), LIMITS.get(task, 16))
+            yield ids(header + text), [(name, asked)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, _, file = entry.partition("=")
         profiles[name] = HeadProfile.load(file) if file else HeadProfile.builtin(name)
     profiles = {name: profile.renamed(model.config._name_or_path) for name, profile in profiles.items()}
-    request = tokenizer(REQUEST + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    zips = readers(request)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stored: dict[str, list[float]] = defaultdict(list)
     begin, asked = time.monotonic(), 0
@@ -172,9 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         n, methods = context.shape[1], {}
         for share in given.shares:
-            made = configurations(share, n, request, profiles, given.only)
-            if share != given.shares[0]:  # read again once, whatever the share
-                made = {name: shared(method, methods, given.shares[0], name) for name, method in made.items()}
+            made = configurations(share, n, zips, profiles, given.only)
             methods |= {f"{name} @{share:g}": method for name, method in made.items()}
         answered = judge(model, tokenizer, context, [question for _, question in named], methods)
         for (what, _), verdicts in zip(named, answered, strict=True):
@@ -190,14 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json:
         given.json.write_text(json.dumps({"found": found, "stored": stored}), encoding="utf-8")
     return 0
-
-
-def shared(method: Any, methods: dict[str, Any], share: float, name: str) -> Any:
-    """`method` with the scorer of the one that has its name at the first share, so that a text is read again once."""
-    if not isinstance(method, ScoredMethod) or not isinstance(method.scorer, Remembered):
-        return method
-    first = methods[f"{name} @{share:g}"]
-    return ScoredMethod(method.budget, first.scorer, method.allocator, method.scope)
 
 
 def print_table(found: dict[str, dict[str, list[float]]], stored: dict[str, list[float]]) -> None:

@@ -186,7 +186,7 @@ def demo(options: argparse.Namespace) -> None:
     """`headkv demo`."""
     from tqdm import tqdm
 
-    from headkv.data.chat import chat_frame
+    from headkv.data.chat import REPEAT, chat_frame
     from headkv.data.needles import needle_texts
     from headkv.evaluation.compare import compare, smollm2_methods, steps
     from headkv.evaluation.plots import plot_lengths
@@ -197,7 +197,7 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError(f"--texts must be at least 1, got {options.texts}")
     tuned = options.model == "tuned"
     model, tokenizer = headkv.load_smollm2(tuned=tuned)
-    request = "\n\nRepeat the text above, word for word." + chat_frame(tokenizer)[1]
+    request = REPEAT + chat_frame(tokenizer)[1]
     entries = smollm2_methods(
         options.share, tokenizer(request, add_special_tokens=False)["input_ids"], tuned=tuned
     )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import headkv
 from headkv.allocators import UniformAllocator
-from headkv.data.chat import chat_frame
+from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import needle_texts
 from headkv.data.tasks import Source, Task, make_task, own_prose, token_counter
 from headkv.data.words import Words
@@ -37,7 +37,6 @@ FORM, ROOM, SEED = "number_lines", 900, "first screen"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 COLUMNS = {"uniform": "Every head keeps as much", "kvzip": "Each head keeps what it needs"}
 PLAIN_SHARES = (0.1, 0.2, 0.3)
-REQUEST = "\n\nRepeat the text above, word for word."
 BYTES_PER_ENTRY = 2 * 64 * 4  # a key and a value of SmolLM2, float32
 AROUND = 16  # tokens before and after the fact that the picture shows
 LOADED = Any
@@ -64,7 +63,7 @@ def prompt(tokenizer: LOADED, task: Task) -> tuple[Tensor, Question]:
 
 def methods(tokenizer: LOADED, share: float, scorer: Any = None) -> dict[str, Any]:
     """SnapKV; KVzip's scores with even budgets; KVzip, whose budget is one for all heads of all layers."""
-    scorer = scorer or KVzipScorer(ids(tokenizer, REQUEST)[0].tolist(), chunk=512, window=8)
+    scorer = scorer or KVzipScorer(ids(tokenizer, REPEAT)[0].tolist(), chunk=512, window=8)
     return {
         "snapkv": headkv.SnapKV(share, SnapKVScorer(32, kernel_size=21)),
         "uniform": ScoredMethod(share, scorer, UniformAllocator()),
@@ -105,14 +104,7 @@ def plain(texts: int) -> dict[str, Any]:
             for i, share in enumerate(PLAIN_SHARES)
             for name, method in methods(tokenizer, share, scorer).items()
         }
-        questions = [
-            Question(
-                needle.question_ids,
-                (str(tokenizer.decode(needle.answer_ids[0])).strip(),),
-                needle.answer_ids.shape[1] + 4,
-            )
-            for needle in text.needles
-        ]
+        questions = [Question.of(needle, tokenizer) for needle in text.needles]
         for full, *verdicts in judge(model, tokenizer, text.context_ids, questions, asked):
             right["asked"] += 1
             right["full"] += int(full.found)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "{message}"
+REPEAT = "\n\nRepeat the text above, word for word."  # what KVzip asks for behind a text
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

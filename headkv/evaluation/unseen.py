@@ -21,6 +21,7 @@ from headkv.scorers import PromptScorer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from headkv.data.needles import Needle
     from headkv.methods.base import Method, PromptMethod
     from headkv.prefill import Prompt
 
@@ -38,6 +39,12 @@ class Question:
     ids: Tensor
     answers: tuple[str, ...]
     max_new_tokens: int = 16
+
+    @classmethod
+    def of(cls, needle: Needle, tokenizer: PreTrainedTokenizerBase, spare: int = 4) -> Question:
+        """A needle's question, with room for the answer's tokens and `spare` more."""
+        answer = str(tokenizer.decode(needle.answer_ids[0])).strip()
+        return cls(needle.question_ids, (answer,), needle.answer_ids.shape[1] + spare)
 
     def found_in(self, text: str) -> float:
         """The share of the answers that stand in `text`, in any case: RULER's measure, arXiv 2404.06654."""
