@@ -59,6 +59,18 @@ def chunks(way: str) -> bool:
     return "prefill_chunk_size" in WAYS[way][1]
 
 
+def compressed_as_masked(model, method, way="greedy", **options):
+    """Check that every step's logits are those of a full cache whose mask hides exactly what each head evicted.
+
+    Returns the compressed cache."""
+    tokens, logits, _ = generate(model, way, oracle_cache(model, method, chunks(way)), drafts=False)
+    with headkv.compress(model, method, chunked_prefill=chunks(way), headroom=3, **options) as session:
+        got_tokens, got_logits, _ = generate(model, way)
+    assert torch.equal(got_tokens, tokens)
+    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
+    return session.cache
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_without_compression_is_eager(family):
     model = tiny_model(family)
@@ -91,27 +103,14 @@ def test_without_compression_equals_eager(family, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_compressed_equals_masked_full_cache(method, way):
-    """Every step's logits are those of a full cache whose mask hides exactly what each head evicted."""
-    model, chosen = tiny_model("llama"), METHODS[method]
-    oracle = oracle_cache(model, chosen, chunks(way))
-    tokens, logits, _ = generate(model, way, oracle, drafts=False)
-    with headkv.compress(model, chosen, chunked_prefill=chunks(way), headroom=3, rollback=9) as session:
-        got_tokens, got_logits, _ = generate(model, way)
-    assert torch.equal(got_tokens, tokens)
-    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
-    stored = session.cache.lengths()
-    assert method == "FullCache" or int(stored.min()) < session.cache.seen
+    cache = compressed_as_masked(tiny_model("llama"), METHODS[method], way, rollback=9)
+    assert method == "FullCache" or int(cache.lengths().min()) < cache.seen
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_families(family, method):
-    model, chosen = tiny_model(family), METHODS[method]
-    tokens, logits, _ = generate(model, "greedy", oracle_cache(model, chosen))
-    with headkv.compress(model, chosen, headroom=3, rollback=0):
-        got_tokens, got_logits, _ = generate(model, "greedy")
-    assert torch.equal(got_tokens, tokens)
-    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
+    compressed_as_masked(tiny_model(family), METHODS[method], rollback=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "rust"])

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from generation_cases import prompts
-from masked_oracle import oracle_cache
 from prefills import prefill
-from test_huggingface import generate
+from test_huggingface import compressed_as_masked
 
 import headkv
 from headkv.integrations.support import parts_of
@@ -168,24 +167,13 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_compressed_equals_masked_full_cache(name, way):
     """Batches with padding, GQA; the oracle's prefills get the same weights and rotations."""
-    model, chosen = tiny_model("llama"), METHODS[name]
-    chunked = way == "chunked prefill"
-    tokens, logits, _ = generate(model, way, oracle_cache(model, chosen, chunked))
-    with headkv.compress(model, chosen, chunked_prefill=chunked, headroom=3):
-        got_tokens, got_logits, _ = generate(model, way)
-    assert torch.equal(got_tokens, tokens)
-    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
+    compressed_as_masked(tiny_model("llama"), METHODS[name], way)
 
 
 @pytest.mark.parametrize("name", ["CriticalAdaKV", "Layer-DefensiveKV", "Expected Attention", "KeyDiff"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, name):
-    model, chosen = tiny_model(family), METHODS[name]
-    tokens, logits, _ = generate(model, "greedy", oracle_cache(model, chosen))
-    with headkv.compress(model, chosen, headroom=3):
-        got_tokens, got_logits, _ = generate(model, "greedy")
-    assert torch.equal(got_tokens, tokens)
-    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
+    compressed_as_masked(tiny_model(family), METHODS[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
