@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv._config import class_or_name
 from headkv.data import NEEDLE_KINDS, Needle, NeedleText, needle_texts
 from headkv.heads.choice import Head, Value, add_heads, gates_of
 from headkv.heads.contexts import Asker, Context, Stream, asking, read
@@ -80,7 +81,7 @@ def profile_ablation(
         "greedy": greedy,
         "seed": seed,
     }
-    name = model.config._name_or_path or type(model).__name__
+    name = class_or_name(model)
     notes = Journal(journal, {"kind": "ablation", "model": name, **options})
     scores, found = ablate(
         model, made, Stream(sinks, recent_share), greedy=greedy, journal=notes, progress=progress

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headkv import _checks
+from headkv._config import class_or_name
 from headkv.data import NEEDLE_KINDS, needle_texts
 from headkv.heads.ablation import Held, hold
 from headkv.heads.contexts import Asker, Stream, asking
@@ -122,7 +123,7 @@ def profile_cached_gates(
         "samples_counted": sum(len(text.needles) for text in held),
         "log": log,
     }
-    name = model.config._name_or_path or type(model).__name__
+    name = class_or_name(model)
     return HeadProfile(name, "gate", "kv", gates.mean(0), parameters)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv._config import kv_heads
+from headkv._config import class_or_name, kv_heads
 from headkv.data import needle_texts
 from headkv.data.haystacks import chat_frame
 from headkv.heads.observe import Attention, observe
@@ -66,7 +66,7 @@ def profile_reconstruction(
         requests = repeat_requests(tokenizer, text.context_ids, prefix, chunk)
         total = total + reconstruction_scores(model, text.context_ids, requests, prefix)
     options = {"lengths": list(lengths), "texts": texts, "chunk": chunk, "seed": seed}
-    name = model.config._name_or_path or type(model).__name__
+    name = class_or_name(model)
     return HeadProfile(name, "reconstruction", "kv", total / texts, options)
 
 
