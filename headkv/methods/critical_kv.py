@@ -12,7 +12,7 @@ from headkv import _checks
 from headkv.allocators import AdaptiveAllocator, UniformAllocator
 from headkv.methods.base import Keep
 from headkv.methods.scored import Scored, ScoredMethod
-from headkv.methods.selection import best, budget_capacity, by_age, scores_matter, scores_of
+from headkv.methods.selection import plan_by_scores
 from headkv.prefill import Prefill
 from headkv.scorers import Scorer, SnapKVScorer
 from headkv.scorers.output import output_norms
@@ -58,16 +58,12 @@ class CriticalKV(Scored):
 
     def plan(self, prefill: Prefill) -> Keep:
         """Keep the best entries by scores, then the best by scores and norms."""
-        n, window = prefill.length, self.scorer.window
-        capacity = budget_capacity(self.budget, n)
-        if not scores_matter(capacity, window, n):
-            return by_age(prefill, capacity)
-        scores, allocator = scores_of(prefill, self.scorer), self.composed.allocator
-        where = {"layer_idx": prefill.layer_idx, "num_layers": prefill.num_layers}
-        budgets = allocator.allocate(scores, capacity - window, **where).cpu()
-        norms = output_norms(prefill, type(self).__name__)[:, : n - window]
-        source = f"{type(allocator).__name__} in layer {prefill.layer_idx}"
-        return best(self.second_look(scores, norms, budgets), budgets, n, source)
+
+        def look_again(scores: Tensor, budgets: Tensor) -> Tensor:
+            norms = output_norms(prefill, type(self).__name__)[:, : scores.shape[1]]
+            return self.second_look(scores, norms, budgets)
+
+        return plan_by_scores(prefill, self.scorer, self.composed.allocator, self.budget, look_again)
 
     def second_look(self, scores: Tensor, norms: Tensor, budgets: Tensor) -> Tensor:
         """Scores `[H, m]` whose best `budgets[h]` are what the method keeps.

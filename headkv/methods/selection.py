@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -117,11 +117,22 @@ def at_least_one(budgets: Tensor, most: int) -> Tensor:
     return 1 + more.to(budgets.device)
 
 
-def plan_by_scores(prefill: Prefill, scorer: Scorer, allocator: Allocator, budget: int | float) -> Keep:
+def plan_by_scores(
+    prefill: Prefill,
+    scorer: Scorer,
+    allocator: Allocator,
+    budget: int | float,
+    second_look: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Keep:
     """Keep the last `scorer.window` entries, and of the others the best: as many a row as `allocator` says.
 
     A budget that reaches the whole prompt keeps all; one that does not exceed the window keeps the last
     entries only.
+
+    Args:
+        prefill: of one layer.
+        scorer, allocator, budget: as of `ScoredMethod`.
+        second_look: from scores `[H, m]` and budgets `[H]` to other scores, by which the budgets are filled.
 
     Raises:
         ValueError: scores or budgets that break the contract of their protocol.
@@ -130,11 +141,11 @@ def plan_by_scores(prefill: Prefill, scorer: Scorer, allocator: Allocator, budge
     capacity = budget_capacity(budget, n)
     if not scores_matter(capacity, window, n):
         return by_age(prefill, capacity)
-    scores, where = (
-        scores_of(prefill, for_budget(scorer, capacity)),
-        {"layer_idx": prefill.layer_idx, "num_layers": prefill.num_layers},
-    )
+    scores = scores_of(prefill, for_budget(scorer, capacity))
+    where = {"layer_idx": prefill.layer_idx, "num_layers": prefill.num_layers}
     budgets = allocator.allocate(scores, capacity - window, **where)
+    if second_look is not None:
+        scores = second_look(scores, budgets)
     return best(scores, budgets, n, f"{type(allocator).__name__} in layer {prefill.layer_idx}")
 
 
