@@ -176,11 +176,10 @@ function render({ model, el }) {
     h("summary", {}, "Watch the slots of this layer go, one by one"),
     race.el,
   );
-  const title = get("title");
   const root = widgetRoot(
     "explorer",
-    title || "Budget explorer",
-    ...(title ? [h("p.title", {}, title)] : []),
+    get("title"),
+    "Budget explorer",
     h("div.controls", {}, ...Object.values(controls).map((c) => c.el)),
     story,
     h(

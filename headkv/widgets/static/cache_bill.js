@@ -93,11 +93,10 @@ function render({ model, el }) {
   const scaled = h("div.scaled", {}, bill.el, h("div.weights", {}, weightText, weightFrame));
   const story = h("p.story");
   const status = announcer();
-  const title = get("title");
   const root = widgetRoot(
     "cache-bill",
-    title || "What a KV cache costs",
-    ...(title ? [h("p.title", {}, title)] : []),
+    get("title"),
+    "What a KV cache costs",
     h("div.bill-top", {}, preset.el),
     h("div.controls.sizes", {}, ...fields.map((f) => f.el), dtype.el),
     h("div.controls.two", {}, context.el, share.el),

@@ -58,11 +58,10 @@ function render({ model, el }) {
   const chosen = h("p.chosen-line");
   const status = announcer();
   const side = kinds.length ? kindCounts(kinds, flat) : rankedBars(order, flat, low, high, (i) => grid.pick(i));
-  const title = get("title");
   const root = widgetRoot(
     "head-grid",
-    title || measure,
-    ...(title ? [h("p.title", {}, title)] : []),
+    get("title"),
+    measure,
     h(
       "div.stage",
       {},

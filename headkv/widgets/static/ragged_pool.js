@@ -205,11 +205,10 @@ function render({ model, el }) {
   }
   const sync = throttle(() => model.save_changes(), 150);
 
-  const title = get("title");
   const root = widgetRoot(
     "ragged-pool",
-    title || "A ragged pool",
-    ...(title ? [h("p.title", {}, title)] : []),
+    get("title"),
+    "A ragged pool",
     h("div.pool-buttons", {}, ...steps, h("span.gap"), controls.el),
     story,
     oldNote,

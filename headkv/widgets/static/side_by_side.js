@@ -51,11 +51,10 @@ function render({ model, el }) {
     })
   );
   const status = announcer();
-  const title = get("title");
   const root = widgetRoot(
     "side-by-side",
-    title || "Side by side",
-    ...(title ? [h("p.title", {}, title)] : []),
+    get("title"),
+    "Side by side",
     h("p.question", {}, h("span.asked", {}, "Asked afterwards: "), get("question")),
     h("p.question", {}, h("span.asked", {}, "The text says: "), h("strong", {}, get("expected"))),
     h("div.controls", {}, budget.el),

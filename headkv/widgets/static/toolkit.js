@@ -43,16 +43,18 @@ function furnish(node, classes, attributes, children) {
 /**
  * The root of a widget: a named region. Plain keys stay in it, as a notebook would take the arrows of a slider.
  * @param {string} kind
- * @param {string} label
+ * @param {string} title shown on top, unless it is empty
+ * @param {string} label names the region that has no title
  * @param {Child[]} children
  */
-export function widgetRoot(kind, label, ...children) {
+export function widgetRoot(kind, title, label, ...children) {
   const onkeydown = (/** @type {KeyboardEvent} */ event) => {
     if (!event.ctrlKey && !event.metaKey && !event.altKey && event.key !== "Escape") event.stopPropagation();
   };
   return h(
     "section",
-    { class: `hk hk-${kind}`, "aria-label": label, "data-lm-suppress-shortcuts": "true", onkeydown },
+    { class: `hk hk-${kind}`, "aria-label": title || label, "data-lm-suppress-shortcuts": "true", onkeydown },
+    ...(title ? [h("p.title", {}, title)] : []),
     ...children,
   );
 }

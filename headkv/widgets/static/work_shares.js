@@ -133,11 +133,10 @@ function render({ model, el }) {
   });
   const story = h("p.story");
   const status = announcer();
-  const title = get("title");
   const root = widgetRoot(
     "work-shares",
-    title || "Who works, who waits",
-    ...(title ? [h("p.title", {}, title)] : []),
+    get("title"),
+    "Who works, who waits",
     h("div.controls", {}, processors.el, skew.el, axis.el),
     story,
     ...panels.map((p) => p.el),
