@@ -12,6 +12,7 @@ needles of five kinds of `headkv.data.needles`, which it answers with a full cac
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -31,6 +32,7 @@ from headkv.data.words import Words
 from headkv.evaluation.reading import Reading
 from headkv.evaluation.unseen import Question, Remembered, judge
 from headkv.methods import ScoredMethod
+from headkv.models.tuned import tuned_weights
 from headkv.scorers import KVzipScorer, SnapKVScorer
 
 FORM, ROOM, SEED = "number_lines", 900, "first screen"
@@ -163,6 +165,7 @@ def main() -> None:
     found = {
         "made_by": f"python tools/first_screen.py --texts {given.texts}",
         "model": model.name_or_path,
+        "weights": hashlib.sha256(tuned_weights().read_bytes()).hexdigest(),
         **picture(model, tokenizer, tasks[0], SHARES),
         "texts": [],
     }

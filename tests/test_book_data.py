@@ -1,0 +1,36 @@
+"""Data files of the book: made with what ships, and as the text says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from headkv.models.tuned import tuned_weights
+
+DATA = Path(__file__).resolve().parents[1] / "book" / "data"
+
+
+@pytest.fixture(scope="module")
+def first_screen() -> dict:
+    return json.loads((DATA / "first_screen.json").read_text("utf-8"))
+
+
+def test_first_screen_is_of_the_weights_that_ship(first_screen):
+    """Otherwise: python tools/first_screen.py --texts 12 --out book/data/first_screen.json."""
+    assert first_screen["weights"] == hashlib.sha256(tuned_weights().read_bytes()).hexdigest()
+
+
+def test_first_screen_holds_what_the_page_says(first_screen):
+    """The full cache has all twelve, both columns the same bytes, some heads fifty times as much as others."""
+    assert [text["full"][0] for text in first_screen["texts"]] == [True] * 12
+    tenth = first_screen["picture"]["shares"].index(0.1)
+    even, own = (column["lengths"][tenth] for column in first_screen["columns"].values())
+    totals = [sum(map(sum, lengths)) for lengths in (even, own)]
+    assert totals[0] == totals[1]
+    assert len({row for layer in even for row in layer}) == 1
+    assert max(map(max, own)) >= 50 * min(map(min, own))
+    wrong, right = (column["answers"][tenth][0] for column in first_screen["columns"].values())
+    assert (wrong, right) == (False, True)
