@@ -115,7 +115,8 @@ def test_a_converted_model_is_the_stored_one(tmp_path: Path) -> None:
 
     converted = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert converted.generation_config.eos_token_id == 2
+    assert converted.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert (tokenizer.bos_token, tokenizer.pad_token) == ("<s>", "</s>")
     assert tokenizer.model_max_length == model.config.max_position_embeddings
     inputs = tokenizer("a small model", return_tensors="pt")
     assert inputs["input_ids"].shape == (1, 13)
@@ -227,6 +228,8 @@ def test_smollm2_speaks() -> None:
     assert model.name_or_path == smollm2.MODEL_ID and model.dtype == torch.float32 and not model.training
     assert model.get_input_embeddings().weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert config.rope_parameters["rope_theta"] == 100000
+    for name in (f"{token}_id" for token in smollm2.SPECIAL_TOKENS):
+        assert getattr(tokenizer, name) == getattr(config, name) == getattr(model.generation_config, name)
     for text in ("naïve café", "東京 and 北京", "a\n\nb\t 12,345"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     chat = [{"role": "user", "content": "What is the capital of France?"}]

