@@ -1,3 +1,5 @@
+//! Attention of new tokens over a layer: checks, shares of equal work for the threads, results put together.
+
 use crate::compensation::{self, Mean};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};

@@ -1,3 +1,5 @@
+//! What pools may hold, float32, bfloat16 or float16, and how each becomes float32.
+
 use half::{bf16, f16};
 
 use crate::simd::Simd;

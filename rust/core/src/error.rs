@@ -1,3 +1,5 @@
+//! The one error: an argument that can not be used.
+
 use std::fmt;
 
 /// An argument that can not be used: which one, what it was and what is allowed.

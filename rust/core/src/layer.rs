@@ -1,3 +1,5 @@
+//! A layer as its caller has it: slices of two pools, and where each row lies in them.
+
 use crate::error::{Error, Result, check_len};
 
 /// Where each row lies in the pools; every slice has one number a row.

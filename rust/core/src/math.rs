@@ -1,3 +1,5 @@
+//! e^x and the softcap by a polynomial, on whole vectors.
+
 use crate::simd::Simd;
 
 const LOG2_E: f32 = std::f32::consts::LOG2_E;

@@ -1,3 +1,5 @@
+//! Work handed out to threads, those of the process where it has some.
+
 use std::sync::{Mutex, PoisonError};
 
 use crate::openmp;

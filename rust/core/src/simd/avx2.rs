@@ -1,3 +1,5 @@
+//! AVX2 with FMA and F16C: eight lanes.
+
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 

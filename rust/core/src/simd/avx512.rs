@@ -1,3 +1,5 @@
+//! AVX-512: sixteen lanes.
+
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 

@@ -1,3 +1,5 @@
+//! NEON: four lanes.
+
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 

@@ -1,3 +1,5 @@
+//! Any other CPU: arrays of eight, left to the compiler.
+
 use half::{bf16, f16};
 
 use super::Simd;
