@@ -171,7 +171,7 @@ class Mixer:
         if not self._mixing:
             self.full[layer] = output.detach()
             return output, None
-        gate = self.gates[layer].repeat_interleave(group)[:, None].to(output.dtype)  # [HQ, 1]
+        gate = self.gates[layer].repeat_interleave(group).to(output.dtype)[:, None]
         return gate * self.full[layer] + (1 - gate) * output, None
 
 
