@@ -34,6 +34,8 @@ class OracleLayer(DynamicLayer):
         self.plan = None  # keep [B, H, n], sinks, recent, compensate [B, H]
         self.queries = None
         self.rule = {}  # scale, sliding_window, softcap
+        self.decode = None  # (entries, every, window, kernel_size) of a decode budget
+        self.budgets, self.began, self.planned = None, 0, 0
         self.parts = Parts()
         self.siblings, self.ids, self.model = (
             [],
@@ -105,6 +107,60 @@ class OracleLayer(DynamicLayer):
         self.queries = self.queries[index]
         if self.plan is not None:
             self.plan = [part[index] for part in self.plan]
+        if self.budgets is not None:
+            self.budgets = self.budgets[index]
+
+    def replan(self):
+        """Rows that have outgrown their decode budget, one by one, by the last queries, as SnapKV chooses."""
+        _, _, window, kernel_size = self.decode
+        keep, seen = self.grown(), self.planned
+        group = self.queries.shape[1] // self.keys.shape[1]
+        for b, h in (self.budgets > 0).nonzero().tolist():
+            stored = keep[b, h].nonzero()[:, 0]
+            if len(stored) <= (most := int(self.budgets[b, h])):
+                continue
+            q = self.queries[b, h * group : (h + 1) * group, seen - window : seen]
+            logits = q @ self.keys[b, h, stored].T * self.rule["scale"]
+            if cap := self.rule["softcap"]:
+                logits = cap * torch.tanh(logits / cap)
+            late = stored > torch.arange(seen - window, seen)[:, None]
+            weights = logits.masked_fill(late, float("-inf")).softmax(-1)
+            looked_at = weights[..., :-window].mean((0, 1)).tolist()
+            half = kernel_size // 2
+            pooled = [max(looked_at[max(0, i - half) : i + half + 1]) for i in range(len(looked_at))]
+            ranked = sorted(range(len(pooled)), key=lambda i: (-pooled[i], i))
+            keep[b, h, stored[ranked[most - window :]]] = False
+        self.plan[0] = keep
+
+    def grown(self):
+        """What is stored of everything that was seen before this call."""
+        keep = self.plan[0]
+        new = torch.ones(*keep.shape[:2], self.planned - keep.shape[2], dtype=torch.bool)
+        return torch.cat([keep, new], 2)
+
+
+def bound(layers, seen):
+    """Before a call: all layers' rows are planned again, if that is due."""
+    entries, every, window, _ = layers[0].decode
+    if layers[0].budgets is None:
+        for layer in layers:
+            layer.began = layer.planned = seen
+        stored = torch.stack([layer.grown().sum(2) for layer in layers]).double()
+        rows = torch.stack([layer.plan[2] == 0 for layer in layers])
+        for i, layer in enumerate(layers):
+            layer.budgets = torch.zeros_like(layer.plan[2])
+            for b in range(stored.shape[1]):
+                mine = stored[:, b][rows[:, b]]
+                exact = window + 1 + mine / mine.sum() * len(mine) * (entries - window - 1)
+                whole, left = exact.floor(), round(float(exact.sum() - exact.floor().sum()))
+                whole[sorted(range(len(mine)), key=lambda r: (-round(float(exact[r] % 1), 9), r))[:left]] += 1
+                spread = torch.zeros(stored[:, b].shape, dtype=torch.long)
+                spread[rows[:, b]] = whole.long()
+                layer.budgets[b] = spread[i]
+    if seen - layers[0].planned >= every and seen - layers[0].began >= window:
+        for layer in layers:
+            layer.planned = seen
+            layer.replan()
 
 
 class OraclePrompt:
@@ -150,12 +206,14 @@ def attention(
     layer.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
         for one in (
-            layer.siblings if whole else [layer]
+            layer.siblings if whole or layer.decode else [layer]
         ):  # with a whole prompt all layers, when the first is called
             one.make_plan(valid[:, : total - 1], **(one.rule or layer.rule))
     if layer.plan is None and getattr(layer.method, "streaming_prefill", False):
         layer.make_windows(valid, sliding_window)
     first = layer.plan is None
+    if layer.decode is not None and not first and layer is layer.siblings[0]:
+        bound(layer.siblings, total - tokens)
     layer.queries = query if layer.queries is None else torch.cat([layer.queries, query], 2)
 
     where = torch.arange(total)
@@ -204,8 +262,8 @@ def mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     return attention_mask
 
 
-def oracle_cache(model, method, chunked_prefill=False):
-    """A full cache for `model` that hides what `method` evicts; sets the oracle's attention on the model."""
+def oracle_cache(model, method, chunked_prefill=False, decode=None):
+    """A full cache for `model` that hides what `method`, and a decode budget, evict; sets the oracle's attention."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
@@ -213,7 +271,7 @@ def oracle_cache(model, method, chunked_prefill=False):
     layers = [OracleLayer(method, i, n, chunked_prefill) for i in range(n)]
     cache, ids = Cache(layers=layers), []
     for layer, layer.parts in zip(layers, parts_of(model), strict=True):
-        layer.siblings, layer.ids, layer.model = layers, ids, model
+        layer.siblings, layer.ids, layer.model, layer.decode = layers, ids, model, decode
 
     def remember(module, args, kwargs):
         if kwargs.get("past_key_values") is cache:

@@ -19,6 +19,7 @@ from headkv.integrations.calls import (
     Hooks,
     Told,
 )
+from headkv.integrations.decoding import DecodeBudget, bound
 from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK, Observation
@@ -70,6 +71,8 @@ class RaggedCache(Cache):
         headroom: int = MIN_HEADROOM,
         rollback: int = ROLLBACK,
         chunked_prefill: bool = False,
+        decode_budget: int | None = None,
+        every: int | None = None,
     ) -> RaggedCache:
         """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
 
@@ -87,11 +90,13 @@ class RaggedCache(Cache):
                 first call with a single token, or until `finalize_prefill()`. (`generate(prefill_chunk_size=…)` is seen
                 by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
                 wait: they never hold more than a chunk and their window.
+            decode_budget, every: bound what a long generation, and later turns, store; see `headkv.compress`.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
-        options = CacheOptions(backend, headroom, rollback, chunked_prefill)
+        decode = DecodeBudget.of(decode_budget, every)
+        options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode)
         model = supported_model(model)
         check_method(method, model, chunked_prefill)
         cache = cls.unattached(model, method, options)
@@ -160,6 +165,9 @@ class RaggedCache(Cache):
         """
         if layer_idx == 0:
             self.check_even()
+            decode = self.layers[0].options.decode
+            if decode is not None and self.seen and not self.waiting:
+                bound(self.layers, decode)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_even(self) -> None:

@@ -150,6 +150,11 @@ class Told:
         call = read_call(arguments, cache.seen)
         if call.remaining is not None:
             check_chunk(arguments, cache.seen)
+        if call.drafts and cache.layers[0].options.decode is not None:
+            raise ValueError(
+                "decode_budget must be None with drafts, whose text would depend on how many are right; leave out "
+                "prompt_lookup_num_tokens and assistant_model"
+            )
         if call.drafts and self.memory is not None and _reads_prompt(cache):
             name = type(cache.layers[0].method).__name__
             raise ValueError(

@@ -67,6 +67,8 @@ class DecodeGraph:
             decoder_layers(model)
         if cache.seen == 0:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
+        if cache.layers[0].options.decode is not None:
+            raise ValueError("cache must have no decode_budget: a recorded step can not evict")
         layer = cache.layers[0].filled()
         if (backend := choose_backend(layer, cache.layers[0].backend)) != "triton":
             raise ValueError(

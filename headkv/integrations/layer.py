@@ -15,6 +15,7 @@ from headkv.attention.api import Backend
 from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
 from headkv.integrations.calls import PLAIN
+from headkv.integrations.decoding import Growth
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import (
     Observation,
@@ -63,6 +64,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         self.clock: Tensor | None = None
         self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
         self._streams = False  # and whether heads stream in it
+        self.growth = Growth()  # since the prompt
 
     # -- the new tokens' way ----------------------------------------------------------------------------------------
 
@@ -113,6 +115,8 @@ class RaggedCacheLayer(CacheLayerMixin):
         self, ragged: RaggedLayer, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule
     ) -> Tensor:
         """Store new tokens behind others, and attend over all."""
+        if self.options.decode is not None and self._observed is None:
+            self.growth = self.growth.observe(q, valid, rule, self.options.decode)
         if q.shape[2] == 1 and valid is None and self._observed is None:
             return self._step(q, keys, values, ragged, rule)
         ragged.rollback = max(ragged.rollback, self.call.drafts)
@@ -253,7 +257,7 @@ class RaggedCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.ragged = self._observed = None
-        self.is_initialized = False
+        self.growth, self.is_initialized = Growth(), False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; older transformers give the length to keep, a positive number."""
@@ -263,11 +267,13 @@ class RaggedCacheLayer(CacheLayerMixin):
         if remove and self._observed is not None:
             raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
         self.ragged.crop(remove)
+        self.growth = self.growth.crop(remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch entry `i` becomes a copy of batch entry `beam_idx[i]`."""
         if self.ragged is not None:
             self.ragged.reorder(beam_idx)
+            self.growth = self.growth.reorder(beam_idx)
             if self._observed is not None:
                 self._observed = self._observed.reorder(beam_idx)
 
@@ -297,7 +303,8 @@ class RaggedCacheLayer(CacheLayerMixin):
         copy = RaggedCacheLayer(self.method, self.layer_idx, self.num_layers, self.options, self.parts)
         if self.ragged is not None:
             copy.restore(RaggedLayer.from_snapshot(self.ragged.snapshot()))
-        copy._observed, copy._streams = self._observed, self._streams  # replaced, never changed
+        # Replaced, never changed:
+        copy._observed, copy._streams, copy.growth = self._observed, self._streams, self.growth
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,7 +315,7 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def restore(self, ragged: RaggedLayer) -> None:
         """Hold `ragged`, a prompt that was compressed before."""
-        self.ragged, self._observed, self.is_initialized = ragged, None, True
+        self.ragged, self._observed, self.is_initialized, self.growth = ragged, None, True, Growth()
 
     def filled(self) -> RaggedLayer:
         """The layer's store.

@@ -16,6 +16,7 @@ from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.calls import Arguments, Hooks, is_of_generate
 from headkv.integrations.compiled import decoder_layers
+from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends
 from headkv.integrations.layer import RaggedCacheLayer
@@ -44,6 +45,8 @@ def compress(
     headroom: int = MIN_HEADROOM,
     rollback: int = ROLLBACK,
     chunked_prefill: bool = False,
+    decode_budget: int | None = None,
+    every: int | None = None,
     cuda_graph: bool = False,
     compile_layers: bool = False,
 ) -> Session:
@@ -59,6 +62,10 @@ def compress(
         chunked_prefill: a prompt comes in several forward calls of your own: wait with compression until the first call
             with a single token, or until `session.cache.finalize_prefill()`. `generate(prefill_chunk_size=…)` is seen
             by itself.
+        decode_budget: entries a KV head, on average, that are left of prompt and answer together while the answer, or
+            later turns, go on: rows that outgrow their part of it are planned again by the last queries, head by head
+            (`DecodeBudget`). None: what follows the prompt is kept. Not together with `cuda_graph`.
+        every: so many tokens lie between two such plans; 128 if a `decode_budget` is given.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
@@ -78,7 +85,10 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> session.cache.lengths()  # doctest: +SKIP
     """
-    options = CacheOptions(backend, headroom, rollback, chunked_prefill)
+    decode = DecodeBudget.of(decode_budget, every)
+    if decode is not None and cuda_graph:
+        raise ValueError(f"decode_budget must be None with cuda_graph=True, got {decode_budget!r}")
+    options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode)
     return Session(model, method, options, Decoding(cuda_graph, compile_layers))
 
 

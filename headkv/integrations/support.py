@@ -16,6 +16,7 @@ from headkv._config import kv_heads
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache.ragged import MIN_HEADROOM
+from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
 from headkv.prefill import Parts
 
@@ -38,6 +39,7 @@ class CacheOptions:
     headroom: int = MIN_HEADROOM
     rollback: int = ROLLBACK
     chunked_prefill: bool = False
+    decode: DecodeBudget | None = None
 
     def __post_init__(self) -> None:
         _checks.one_of("backend", self.backend, BACKENDS)
