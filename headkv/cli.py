@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import headkv
 from headkv._table import table
+from headkv.evaluation.commands import add_commands
 from headkv.evaluation.profiling import WAYS, profile_options, run_profile
 from headkv.heads.profile import KINDS
 
@@ -129,6 +130,8 @@ def parser() -> argparse.ArgumentParser:
     beside.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     beside.add_argument("--picture", type=Path, help="also draw the answers against the heads, to this file")
     beside.set_defaults(run=compare_files)
+
+    add_commands(commands)
 
     what = commands.add_parser(
         "info",

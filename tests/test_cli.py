@@ -22,7 +22,9 @@ from headkv.models import tiny_model
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["profile"], ["info"]], ids=["headkv", "demo", "profile", "info"]
+    "command",
+    [[], ["demo"], ["profile"], ["eval"], ["report"], ["compare"], ["info"]],
+    ids=["headkv", "demo", "profile", "eval", "report", "compare", "info"],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as done:
@@ -63,6 +65,7 @@ def test_info_as_text(capsys):
 GONE = {
     "matplotlib": ("plots", "pip install 'headkv[plots]'"),
     "anywidget": ("widgets", "pip install 'headkv[widgets]'"),
+    "lm_eval": ("eval", "pip install 'headkv[eval]'"),
     "headkv._rust": ("rust backend (fast on a CPU)", rust.INSTALL),
     "headkv_kernels": ("triton backend (fast on a GPU)", triton.INSTALL),
 }
