@@ -152,10 +152,10 @@ def test_lm_eval_asks_headkv(tiny):
     )
     assert found["config"]["question"] == "unseen" and found["config"]["method"] == "SnapKV"
     (sample,) = found["samples"]["niah_single_1"]
-    context, question = split("niah_single_1", sample["arguments"]["gen_args_0"]["arg_0"])
+    context, question = split("niah_single_1", sample["arguments"][0][0])
     makes = {"SnapKV": lambda n: headkv.SnapKV(0.5, headkv.SnapKVScorer(kernel_size=21))}
     model = tiny_model("llama", max_position_embeddings=2048)
-    ((_, (reply,)),) = ask(model, letters(), "<s>" + context, question, makes, ("unseen",), max_new_tokens=5)
+    ((_, (reply,)),) = ask(model, letters(), context, question, makes, ("unseen",), max_new_tokens=5)
     assert sample["resps"] == [[reply.text]]
 
 
@@ -174,7 +174,7 @@ def test_continuations_are_scored_from_the_compressed_context(tiny, method, budg
     found = lm.loglikelihood([instance("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
     model, tokenizer = tiny_model("llama", max_position_embeddings=2048), letters()
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
-        ids = tokenizer(context and f"<s>{context}", add_special_tokens=False)["input_ids"] or [2]
+        ids = tokenizer(context)["input_ids"] or [2]
         answer = tokenizer(continuation, add_special_tokens=False)["input_ids"]
         entries = max(1, min(budget, len(ids) - 1)) if method == "StreamingLLM" else len(ids)
         own = (

@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from headkv.cli import main
-from headkv.evaluation.report import as_html, as_text, bootstrap, cells, save_pictures, sections
+from headkv.evaluation.report import as_text, bootstrap, cells, sections
+from headkv.evaluation.report_page import as_html
+from headkv.evaluation.report_plots import plot_needles, plot_quality, save_pictures
 from headkv.evaluation.rows import Row, write_rows
 
 
@@ -119,13 +121,25 @@ def test_parts_that_are_not_there(by, message):
         sections([row("SnapKV", 1.0, 0, depth=None)], by)
 
 
-def test_pictures_light_and_dark(tmp_path):
+@pytest.mark.parametrize("plot", [plot_quality, plot_needles], ids=["quality", "needles"])
+def test_pictures_light_and_dark(plot, tmp_path):
     pytest.importorskip("matplotlib", reason="pip install 'headkv[plots]'")
     from matplotlib.image import imread
 
-    light, dark = (imread(path) for path in save_pictures(ROWS, tmp_path / "found.png"))
+    light, dark = (imread(path) for path in save_pictures(ROWS, tmp_path / "found.png", plot=plot))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found-dark.png", "found.png"]
     assert light.shape == dark.shape and light[0, 0, :3].mean() > 0.9 and dark[0, 0, :3].mean() < 0.2
+
+
+def test_a_needle_map_by_hand():
+    pytest.importorskip("matplotlib", reason="pip install 'headkv[plots]'")
+    rows = [row("SnapKV", x, i, length=n) for n, x in ((512, 1.0), (1024, 0.0)) for i in range(3)]
+    axis = plot_needles([*rows, row("SnapKV", 0.0, 0, seed=1), row("SnapKV", 1.0, 9, depth=None)]).axes[0]
+    (image,) = axis.images
+    assert image.get_array().filled(-1).tolist() == [[0.5, 0.0], [1.0, 0.0], [1.0, 0.0], [-1, -1]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["512", "1024"]
+    with pytest.raises(ValueError, match="rows must have at least one with a depth, got 1 without"):
+        plot_needles([row("SnapKV", 1.0, 9, depth=None)])
 
 
 def test_the_page_stands_alone():

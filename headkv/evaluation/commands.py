@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
     tell.add_argument("--by", default="task", help="the columns: task, length, depth or seed (default: task)")
     tell.add_argument("--html", type=Path, metavar="FILE", help="also write one page, light and dark")
     tell.add_argument("--png", type=Path, metavar="FILE", help="also draw it; FILE-dark is for dark pages")
+    tell.add_argument("--needles", type=Path, metavar="FILE", help="also draw scores by depth and length")
     tell.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     tell.set_defaults(run=report)
 
@@ -134,7 +135,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """`headkv report`."""
-    from headkv.evaluation.report import as_html, as_text, save_pictures, sections
+    from headkv.evaluation.report import as_text, sections
     from headkv.evaluation.rows import read_rows
 
     rows = read_rows(*options.files)
@@ -143,10 +144,15 @@ def report(options: argparse.Namespace) -> None:
     else:
         print(as_text(rows, options.by))
     if options.html is not None:
+        from headkv.evaluation.report_page import as_html
+
         options.html.write_text(as_html(rows, options.by), encoding="utf-8")
-    if options.png is not None:
-        for path in save_pictures(rows, options.png, options.by):
-            print(f"Quality against bytes: {path}", file=sys.stderr)
+    if options.png is not None or options.needles is not None:
+        from headkv.evaluation.report_plots import plot_needles, plot_quality, save_pictures
+
+        for file, plot in ((options.png, plot_quality), (options.needles, plot_needles)):
+            for path in save_pictures(rows, file, options.by, plot) if file is not None else ():
+                print(f"Drawn: {path}", file=sys.stderr)
 
 
 def compare_text(options: argparse.Namespace) -> None:

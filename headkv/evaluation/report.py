@@ -1,24 +1,16 @@
-"""What a sweep found: quality against bytes, with intervals; as text, as one HTML page."""
+"""What a sweep found: quality against bytes, with intervals, as tables."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from headkv import _checks
 from headkv._table import table
 from headkv.evaluation.rows import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DEPTHS = 4  # parts of a text
 SPLITS: dict[str, Callable[[Row], Any]] = {
@@ -161,91 +153,3 @@ def _line(cell: Cell) -> dict[str, str]:
 def as_text(rows: Sequence[Row], by: str = "task") -> str:
     """All sections, for reading in a terminal."""
     return "\n\n".join(f"{title}\n{table(lines, words=WORDS)}" for title, lines in sections(rows, by))
-
-
-def plot(rows: Sequence[Row], by: str = "task", *, dark: bool = False) -> Figure:
-    """Mean score against megabytes with its interval: a panel a model and way to ask, a line a method.
-
-    Raises:
-        ImportError: there is no matplotlib.
-        ValueError: as in `sections`.
-    """
-    from headkv._figure import new_figure
-
-    panels = list(dict.fromkeys((row.model, row.question) for row in rows))
-    ink, paper = ("#e6e6e6", "#16181c") if dark else ("#222222", "#ffffff")
-    figure = new_figure(figsize=(2 + 3.4 * len(panels), 3.6), facecolor=paper)
-    methods = [name for name in dict.fromkeys(row.method for row in rows) if name != "FullCache"]
-    for axis, (model, question) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        here = cells([row for row in rows if (row.model, row.question) == (model, question)], by)
-        for number, name in enumerate(methods):
-            line = [cell for cell in here if cell.method == name]
-            sizes, scores = [cell.nbytes / 1e6 for cell in line], [cell.score for cell in line]
-            spread = [
-                [max(0.0, cell.score - cell.interval[0]) for cell in line],
-                [max(0.0, cell.interval[1] - cell.score) for cell in line],
-            ]
-            marker, colour = "osD^vP*X<>"[number % 10], f"C{number % 10}"
-            axis.errorbar(sizes, scores, spread, marker=marker, color=colour, capsize=2, lw=1.4, label=name)
-        for cell in (cell for cell in here if cell.method == "FullCache"):
-            axis.axhline(cell.score, color=ink, ls=":", lw=1, label=f"full cache, {cell.nbytes / 1e6:.1f} MB")
-        axis.set(xlabel="MB of the cache", ylim=(-0.03, 1.05), facecolor=paper)
-        axis.set_xlim(left=0)
-        axis.set_title(f"{model}, question {question}", color=ink, fontsize=10)
-        axis.tick_params(colors=ink, labelsize=8)
-        for part in (axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
-            part.set_color(ink)
-    first = figure.axes[0]
-    first.set_ylabel("score, mean of the parts", color=ink)
-    handles = first.get_legend_handles_labels()
-    legend = figure.legend(
-        *handles, loc="outside right upper", fontsize="small", facecolor=paper, edgecolor=ink
-    )
-    for text in legend.get_texts():
-        text.set_color(ink)
-    return figure
-
-
-def save_pictures(rows: Sequence[Row], path: str | os.PathLike[str], by: str = "task") -> list[Path]:
-    """Write the figure for a light page, and beside it, with "-dark" in the name, for a dark one."""
-    path = Path(path)
-    paths = [path, path.with_name(f"{path.stem}-dark{path.suffix}")]
-    for file, dark in zip(paths, (False, True), strict=True):
-        plot(rows, by, dark=dark).savefig(file, dpi=150)
-    return paths
-
-
-STYLE = """:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-div { overflow-x: auto; }
-img { max-width: 100%; }"""
-
-
-def as_html(rows: Sequence[Row], by: str = "task") -> str:
-    """All sections and the figure as one page: nothing from the network, light or dark as the reader has it."""
-    sources = []
-    for dark in (True, False):
-        file = io.BytesIO()
-        plot(rows, by, dark=dark).savefig(file, format="png", dpi=130)
-        sources.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
-    body = [
-        f'<picture><source srcset="{sources[0]}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{sources[1]}" alt="Score against megabytes; the tables below have the numbers"></picture>'
-    ]
-    for title, lines in sections(rows, by):
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in lines[0])
-        rest = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line.values()) + "</tr>"
-            for line in lines
-        )
-        body.append(f"<h2>{html.escape(title)}</h2><div><table><tr>{head}</tr>{rest}</table></div>")
-    versions = "; ".join(dict.fromkeys(f"{row.versions} on {row.device}" for row in rows))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>headkv report</title>'
-        f"<style>{STYLE}</style><h1>Quality against bytes</h1>{''.join(body)}<p>{html.escape(versions)}</p></html>\n"
-    )
