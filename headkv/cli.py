@@ -46,7 +46,10 @@ PROFILE_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for arguments that can not be served."""
-    options = parser().parse_args(arguments)
+    words, rest = list(sys.argv[1:] if arguments is None else arguments), []
+    if words[:1] == ["lm-eval"]:  # what follows is for another command, and argparse would read it
+        words, rest = words[:1], words[1:]
+    options = parser().parse_args(words, argparse.Namespace(rest=rest))
     try:
         options.run(options)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:

@@ -125,6 +125,12 @@ BAD = {
         ],
         "options of --kind echo must be of --num-tokens, --repeats, --seeds, got --steps, --learning-rate",
     ),
+    "no such task": (["eval", "--tasks", "hellaswag"], "tasks must be one of 'niah_single_1', "),
+    "too short": (
+        ["eval", "--tasks", "ruler_vt", "--lengths", "500"],
+        "lengths must be an int of at least 1000, got 500",
+    ),
+    "no such budget": (["eval", "--budget", "2.0"], "budget must be a number in [0, 1], got 2.0"),
     "no kind": (["profile", "--out", "x.json"], "--kind and --out must be given, or the word compare"),
     "no file": (["profile", "--kind", "echo"], "--kind and --out must be given, or the word compare"),
     "no such way": (

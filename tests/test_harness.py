@@ -229,9 +229,10 @@ def test_requests_that_are_refused(tiny):
         lm.loglikelihood_rolling([], disable_tqdm=True)
 
 
-def test_lm_evals_own_command(capsys):
+@pytest.mark.parametrize("words", [["run", "--help"], ["--model", "headkv", "--help"]], ids=["run", "short"])
+def test_lm_evals_own_command(words, capsys):
     with pytest.raises(SystemExit) as done:
-        main(["lm-eval", "run", "--help"])
+        main(["lm-eval", *words])
     assert done.value.code == 0 and "lm-eval run --model" in capsys.readouterr().out
 
 

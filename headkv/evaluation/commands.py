@@ -12,6 +12,7 @@ from headkv._table import table
 from headkv.evaluation.asking import WAYS, ask
 from headkv.evaluation.roster import BY_SHARE, NAMES, budget_from, roster, share_of, sized
 
+PARTS = ("task", "length", "depth", "seed")
 MODEL = "smollm2, smollm2-tuned, or a transformers name or folder (default: smollm2)"
 
 
@@ -41,7 +42,7 @@ def add_commands(commands: Any) -> None:
     run.add_argument(
         "--out", type=Path, default=Path("headkv-eval.parquet"), metavar="FILE", help="of the rows"
     )
-    run.add_argument("--by", default="task", help="the columns of the table: task, length, depth or seed")
+    run.add_argument("--by", default="task", choices=PARTS, help="the columns of the table")
     run.set_defaults(run=evaluate)
 
     tell = commands.add_parser(
@@ -50,7 +51,7 @@ def add_commands(commands: Any) -> None:
         description="Tables of quality against bytes with bootstrap intervals, from files of headkv eval.",
     )
     tell.add_argument("files", **many, metavar="FILE", help="what headkv eval wrote")
-    tell.add_argument("--by", default="task", help="the columns: task, length, depth or seed (default: task)")
+    tell.add_argument("--by", default="task", choices=PARTS, help="the columns of the table")
     tell.add_argument("--html", type=Path, metavar="FILE", help="also write one page, light and dark")
     tell.add_argument("--png", type=Path, metavar="FILE", help="also draw it; FILE-dark is for dark pages")
     tell.add_argument("--needles", type=Path, metavar="FILE", help="also draw scores by depth and length")
@@ -78,7 +79,6 @@ def add_commands(commands: Any) -> None:
         description='Everything behind "lm-eval" goes to lm-evaluation-harness, which then knows "--model headkv".',
         add_help=False,
     )
-    other.add_argument("arguments", nargs=argparse.REMAINDER)
     other.set_defaults(run=harness)
 
 
@@ -104,7 +104,7 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`headkv eval`."""
-    from headkv.evaluation.harness import samples
+    from headkv.evaluation.harness import check, samples
     from headkv.evaluation.profiling import load_on
     from headkv.evaluation.report import as_text
     from headkv.evaluation.sweep import Sweep, run_sweep
@@ -120,6 +120,8 @@ def evaluate(options: argparse.Namespace) -> None:
         limit=options.limit,
         max_new_tokens=options.new_tokens,
     )
+    for task, length, _ in sweep.groups:
+        check(task, length)
     model, tokenizer = load_on(options.device, options.model)
     rows = run_sweep(
         sweep,
@@ -209,7 +211,7 @@ def harness(options: argparse.Namespace) -> None:
         ) from error
     setup_logging()
     former = sys.argv
-    sys.argv = ["headkv lm-eval", *options.arguments]  # all that its parser reads
+    sys.argv = ["headkv lm-eval", *options.rest]  # all that its parser reads
     try:
         command = HarnessCLI()
         command.execute(command.parse_args())

@@ -84,6 +84,16 @@ def split(task: str, prompt: str) -> tuple[str, str]:
     return prompt[:at], prompt[at:]
 
 
+def check(task: str, length: int) -> None:
+    """A task of RULER, and a length that it can be made for.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    _checks.one_of("tasks", task, TASKS)
+    _checks.whole("lengths", length, LEAST.get(task, 256))
+
+
 def samples(
     tokenizer: PreTrainedTokenizerBase, task: str, length: int, *, seed: int = 0, limit: int = 8
 ) -> list[Sample]:
@@ -104,8 +114,7 @@ def samples(
         RuntimeError: what the task downloads can not be had.
         ValueError: no such task, or too short a length.
     """
-    _checks.one_of("tasks", task, TASKS)
-    _checks.whole("lengths", length, LEAST.get(task, 256))
+    check(task, length)
     _checks.whole("seed", seed)
     _checks.whole("limit", limit, 1, 500)
     made = _load(task, {"tokenizer": tokenizer.name_or_path, "max_seq_lengths": [length]}, seed)
