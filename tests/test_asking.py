@@ -45,7 +45,7 @@ def alone(model, tokenizer, method: Method, prompt: str, rest: list[int], answer
             break
         written.append(token)
     logits = torch.stack(after(rest + ids(answer)[:-1])[len(rest) - 1 :])
-    return tokenizer.decode(written), logits.log_softmax(-1), len(ids(prompt))
+    return tokenizer.decode(written, skip_special_tokens=True), logits.log_softmax(-1), len(ids(prompt))
 
 
 @torch.no_grad()
