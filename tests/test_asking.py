@@ -28,23 +28,25 @@ NEW = 6
 
 @torch.no_grad()
 def alone(model, tokenizer, method: Method, prompt: str, rest: list[int], answer: str):
-    """Compress `prompt`, read the rest a token at a time, then: what is written, and the answer's distributions."""
+    """Compress `prompt`, read the rest: what is written, the distributions where the answer should be, tokens."""
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def after(tokens):
+    def compressed():
         cache = headkv.RaggedCache.for_model(model, method, rollback=0)
         model(torch.tensor([ids(prompt)]), past_key_values=cache)
-        return [model(torch.tensor([[t]]), past_key_values=cache).logits[0, -1] for t in tokens]
+        return cache
 
-    written: list[int] = []
+    cache, written, tokens = compressed(), [], rest
     for _ in range(NEW):
-        token = int(after(rest + written)[-1].argmax())
+        token = int(model(torch.tensor([tokens]), past_key_values=cache).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
         written.append(token)
-    logits = torch.stack(after(rest + ids(answer)[:-1])[len(rest) - 1 :])
+        tokens = [token]
+    asked = torch.tensor([rest + ids(answer)[:-1]])
+    logits = model(asked, past_key_values=compressed()).logits[0, len(rest) - 1 :]
     return tokenizer.decode(written, skip_special_tokens=True), logits.log_softmax(-1), len(ids(prompt))
 
 
