@@ -126,7 +126,9 @@ def test_pictures_light_and_dark(plot, tmp_path):
     pytest.importorskip("matplotlib", reason="pip install 'headkv[plots]'")
     from matplotlib.image import imread
 
-    light, dark = (imread(path) for path in save_pictures(ROWS, tmp_path / "found.png", plot=plot))
+    light, dark = (
+        imread(path) for path in save_pictures(tmp_path / "found.png", lambda dark: plot(ROWS, dark=dark))
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found-dark.png", "found.png"]
     assert light.shape == dark.shape and light[0, 0, :3].mean() > 0.9 and dark[0, 0, :3].mean() < 0.2
 

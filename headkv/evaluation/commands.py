@@ -152,8 +152,12 @@ def report(options: argparse.Namespace) -> None:
     if options.png is not None or options.needles is not None:
         from headkv.evaluation.report_plots import plot_needles, plot_quality, save_pictures
 
-        for file, plot in ((options.png, plot_quality), (options.needles, plot_needles)):
-            for path in save_pictures(rows, file, options.by, plot) if file is not None else ():
+        drawings = {
+            options.png: lambda dark: plot_quality(rows, options.by, dark=dark),
+            options.needles: lambda dark: plot_needles(rows, dark=dark),
+        }
+        for file, draw in drawings.items():
+            for path in save_pictures(file, draw) if file is not None else ():
                 print(f"Drawn: {path}", file=sys.stderr)
 
 

@@ -103,7 +103,7 @@ def samples(
     them; the caller's is left as it was. A tokenizer with a chat template has its documents in a chat.
 
     Args:
-        tokenizer: of the model; lm-eval loads it again from where it came from.
+        tokenizer: of the model; lm-eval loads it again from where it came from, and would run code that lies there.
         task: of `TASKS`.
         length: tokens of a document with its reply.
         seed: of the documents.

@@ -60,12 +60,11 @@ def plot_quality(rows: Sequence[Row], by: str = "task", *, dark: bool = False) -
     return figure
 
 
-def plot_needles(rows: Sequence[Row], by: str = "task", *, dark: bool = False, columns: int = 4) -> Figure:
+def plot_needles(rows: Sequence[Row], *, dark: bool = False, columns: int = 4) -> Figure:
     """The needle map: mean score by depth (downward) and length (across), a panel a method, budget and way to ask.
 
     Args:
         rows: those without a depth are left out.
-        by: not used; it is here so that all figures are made alike.
         dark: for a dark page.
         columns: panels a line.
 
@@ -108,15 +107,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def save_pictures(
-    rows: Sequence[Row],
-    path: str | os.PathLike[str],
-    by: str = "task",
-    plot: Callable[..., Figure] = plot_quality,
-) -> list[Path]:
-    """Write a figure for a light page, and beside it, with "-dark" in the name, for a dark one."""
+def save_pictures(path: str | os.PathLike[str], draw: Callable[[bool], Figure]) -> list[Path]:
+    """Write what `draw(dark)` draws for a light page, and beside it, with "-dark" in the name, for a dark one."""
     path = Path(path)
     paths = [path, path.with_name(f"{path.stem}-dark{path.suffix}")]
     for file, dark in zip(paths, (False, True), strict=True):
-        plot(rows, by, dark=dark).savefig(file, dpi=150)
+        draw(dark).savefig(file, dpi=150)
     return paths
