@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import headkv
 from headkv._table import table
+from headkv.evaluation.commands import add_commands
 from headkv.evaluation.profiling import WAYS, profile_options, run_profile
 from headkv.heads.profile import KINDS
 
@@ -45,7 +46,10 @@ PROFILE_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for arguments that can not be served."""
-    options = parser().parse_args(arguments)
+    words, rest = list(sys.argv[1:] if arguments is None else arguments), []
+    if words[:1] == ["lm-eval"]:  # what follows is for another command, and argparse would read it
+        words, rest = words[:1], words[1:]
+    options = parser().parse_args(words, argparse.Namespace(rest=rest))
     try:
         options.run(options)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
@@ -129,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
     beside.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     beside.add_argument("--picture", type=Path, help="also draw the answers against the heads, to this file")
     beside.set_defaults(run=compare_files)
+
+    add_commands(commands)
 
     what = commands.add_parser(
         "info",

@@ -16,6 +16,7 @@ OPTIONAL = {
     # what it is for -> (modules, how to install them)
     "plots": (("matplotlib",), "pip install 'headkv[plots]'"),
     "widgets": (("anywidget", "ipywidgets"), "pip install 'headkv[widgets]'"),
+    "eval": (("lm_eval", "pyarrow"), "pip install 'headkv[eval]'"),
 }
 
 

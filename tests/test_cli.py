@@ -22,7 +22,9 @@ from headkv.models import tiny_model
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["profile"], ["info"]], ids=["headkv", "demo", "profile", "info"]
+    "command",
+    [[], ["demo"], ["profile"], ["eval"], ["report"], ["compare"], ["info"]],
+    ids=["headkv", "demo", "profile", "eval", "report", "compare", "info"],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as done:
@@ -63,6 +65,7 @@ def test_info_as_text(capsys):
 GONE = {
     "matplotlib": ("plots", "pip install 'headkv[plots]'"),
     "anywidget": ("widgets", "pip install 'headkv[widgets]'"),
+    "lm_eval": ("eval", "pip install 'headkv[eval]'"),
     "headkv._rust": ("rust backend (fast on a CPU)", rust.INSTALL),
     "headkv_kernels": ("triton backend (fast on a GPU)", triton.INSTALL),
 }
@@ -122,6 +125,12 @@ BAD = {
         ],
         "options of --kind echo must be of --num-tokens, --repeats, --seeds, got --steps, --learning-rate",
     ),
+    "no such task": (["eval", "--tasks", "hellaswag"], "tasks must be one of 'niah_single_1', "),
+    "too short": (
+        ["eval", "--tasks", "ruler_vt", "--lengths", "500"],
+        "lengths must be an int of at least 1000, got 500",
+    ),
+    "no such budget": (["eval", "--budget", "2.0"], "budget must be a number in [0, 1], got 2.0"),
     "no kind": (["profile", "--out", "x.json"], "--kind and --out must be given, or the word compare"),
     "no file": (["profile", "--kind", "echo"], "--kind and --out must be given, or the word compare"),
     "no such way": (

@@ -31,3 +31,28 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not found:
         raise ValueError(f"tokenizer must have a chat template that repeats the message, got {chat!r}")
     return header, footer
+
+
+def next_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands between the model's reply and the user's next message: the end of the one, the head of the other.
+
+    A tokenizer without a chat template has a blank line for it.
+
+    Raises:
+        ValueError: a template that does not repeat the messages.
+    """
+    if not tokenizer.chat_template:
+        return "\n\n"
+    said = [("user", "{first}"), ("assistant", "{reply}"), ("user", _MARK)]
+    chat = str(
+        tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in said],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+    )
+    between = chat.partition("{reply}")[2].partition(_MARK)[0]
+    if not between:
+        raise ValueError(f"tokenizer must have a chat template that repeats the messages, got {chat!r}")
+    return between

@@ -86,6 +86,12 @@ class Reading:
         longer.prompt = longer.cache.prompts()[0]
         return longer
 
+    def ending(self, last: Tensor) -> Reading:
+        """The same reading with another token held back, `[1, 1]` int64; it shares all else."""
+        other = copy.copy(self)
+        other.last = last
+        return other
+
     @property
     def layers(self) -> tuple[Prefill, ...]:
         """What each layer held: queries `[HQ, n - 1, D]`, keys and values `[H, n - 1, D]`."""

@@ -127,22 +127,28 @@ def judge(
     caches = [reading.compressed(method) for method in (FullCache(), *methods.values())]
     shares = [float(cache.lengths().double().mean()) / n for cache in caches]
     sizes = [cache.nbytes for cache in caches]
-    layers = [RaggedLayer.join([c.layers[i].filled() for c in caches]) for i in range(len(caches[0].layers))]
-    together = caches[0]
-    for layer, joined in zip(together.layers, layers, strict=True):
-        layer.restore(joined)
-    del caches, layers
+    together = side_by_side(caches)
+    del caches
     saved, verdicts = together.snapshot(), []
     with chosen_attention(model, NAME):
         for question in questions:
             together.restore(saved)
-            texts = _answers(model, tokenizer, question, together, len(names))
+            texts = answers(model, tokenizer, question, together, len(names))
             found = [question.found_in(text) for text in texts]
             verdicts.append(list(map(Verdict, names, shares, sizes, found, texts)))
     return verdicts
 
 
-def _answers(
+def side_by_side(caches: Sequence[RaggedCache]) -> RaggedCache:
+    """The first of `caches`, holding the sequences of all as one batch; the others are not to be used any more."""
+    layers = [RaggedLayer.join([c.layers[i].filled() for c in caches]) for i in range(len(caches[0].layers))]
+    together = caches[0]
+    for layer, joined in zip(together.layers, layers, strict=True):
+        layer.restore(joined)
+    return together
+
+
+def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     question: Question,

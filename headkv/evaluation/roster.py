@@ -1,0 +1,148 @@
+"""Methods by their names, sized for a budget: what a command line can say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from headkv import _checks
+from headkv.data.chat import REPEAT, chat_frame
+from headkv.evaluation.unseen import Remembered
+from headkv.heads import HeadProfile
+from headkv.methods import (
+    AdaKV,
+    CriticalKV,
+    DefensiveKV,
+    DuoAttention,
+    FullCache,
+    HeadKV,
+    KVzip,
+    PyramidKV,
+    RandomHeads,
+    RazorAttention,
+    ScoredMethod,
+    SnapKV,
+    StreamingLLM,
+)
+from headkv.models.tuned import TUNED_ID
+from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headkv.methods.base import Method, PromptMethod
+
+Sized = Callable[[float, int], "Method | PromptMethod"]
+
+# Written one token a digit, a number is kept whole only by a wide kernel.
+SNAP = SnapKVScorer(kernel_size=21)
+
+BY_SHARE: Mapping[str, Sized] = {
+    "FullCache": lambda share, n: FullCache(),
+    "StreamingLLM": lambda share, n: StreamingLLM(share),
+    "RandomHeads": lambda share, n: RandomHeads.for_share(share, n),
+    "SnapKV": lambda share, n: SnapKV(share, SNAP),
+    "PyramidKV": lambda share, n: PyramidKV(share, scorer=SNAP),
+    "AdaKV": lambda share, n: AdaKV(share, SNAP),
+    "AdaKV-model": lambda share, n: AdaKV(share, SNAP, scope="model"),
+    "CriticalKV": lambda share, n: CriticalKV(share, SNAP),
+    "CriticalAdaKV": lambda share, n: CriticalKV(share, SNAP, adaptive=True),
+    "DefensiveKV": lambda share, n: DefensiveKV(share),
+    "LayerDefensiveKV": lambda share, n: DefensiveKV(share, scope="model"),
+    "ExpectedAttention": lambda share, n: ScoredMethod(share, ExpectedAttentionScorer(epsilon=0.02)),
+    "KeyDiff": lambda share, n: ScoredMethod(share, KeyDiffScorer()),
+}
+READERS = ("KVzip", "KVzip-uniform")  # read the text again
+PROFILED = {"HeadKV": "ablation", "DuoAttention": "gate", "RazorAttention": "echo"}  # with a shipped profile
+NAMES = (*BY_SHARE, *READERS, *PROFILED)
+
+
+def roster(
+    names: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Sized]:
+    """For each name what makes the method, given the share to store and the tokens of the prompt.
+
+    Args:
+        names: of `NAMES`, without regard to upper and lower case.
+        model: a decoder; methods with a head profile need one that is shipped for it.
+        tokenizer: writes the request to repeat the text, for those that read it again.
+
+    Raises:
+        ValueError: there is no such method, or no profile of this model.
+    """
+    known = {name.casefold(): name for name in NAMES}
+    made: dict[str, Sized] = {}
+    again: Remembered | None = None  # one for all, so that a text is read again once
+    for name in names:
+        if (found := known.get(name.casefold())) is None:
+            raise ValueError(f"method must be one of {', '.join(NAMES)}, got {name!r}")
+        if found in READERS and again is None:
+            request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+            again = Remembered(KVzipScorer(request, chunk=512, window=8))
+        made[found] = BY_SHARE[found] if found in BY_SHARE else _made(found, model, again)
+    return made
+
+
+def _made(name: str, model: PreTrainedModel, again: Any) -> Sized:
+    """What reads the text again, or has a profile."""
+    if name == "KVzip":
+        return lambda share, n: KVzip(share, again)
+    if name == "KVzip-uniform":
+        return lambda share, n: ScoredMethod(share, again)
+    profile = _profile(model, PROFILED[name])
+    if name == "HeadKV":
+        return lambda share, n: HeadKV(share, profile, 1.1, SNAP, reduce="max")
+    if name == "DuoAttention":
+        return lambda share, n: DuoAttention.for_share(share, n, profile)
+    induction, heads = _profile(model, "induction"), model.config.get_text_config().num_key_value_heads
+    return lambda share, n: RazorAttention.for_share(
+        # The paper's 14% of the heads would leave nothing for windows below a share of 17%.
+        *(share, n, profile, induction),
+        num_kv_heads=heads,
+        induction_share=min(0.14, share / 2),
+    )
+
+
+def _profile(model: PreTrainedModel, kind: str) -> HeadProfile:
+    """The shipped one; the tuned SmolLM2 has those of the model that it was tuned from."""
+    if model.config._name_or_path == TUNED_ID:
+        return HeadProfile.builtin(f"smollm2-{kind}").renamed(TUNED_ID)
+    return HeadProfile.for_model(model, kind)
+
+
+def share_of(budget: int | float, length: int) -> float:
+    """A budget as a share of `length` tokens: a float is one, an int are entries a KV head.
+
+    Raises:
+        TypeError, ValueError: it is neither a share in (0, 1] nor a whole number of at least 1.
+
+    >>> share_of(0.1, 500), share_of(100, 500), share_of(1000, 500)
+    (0.1, 0.2, 1.0)
+    """
+    if isinstance(budget, int):
+        return min(1.0, _checks.whole("budget", budget, 1) / length)
+    _checks.between("budget", budget, 0, 1)
+    if budget == 0:
+        raise ValueError("budget must be above 0, got 0.0")
+    return budget
+
+
+def sized(make: Sized, budget: int | float) -> Callable[[int], Method | PromptMethod]:
+    """The method at a budget, given the tokens of a prompt."""
+    return lambda n: make(share_of(budget, n), n)
+
+
+def budget_from(text: str) -> int | float:
+    """What a command line says: "256" are entries, "0.1" and "1.0" are shares.
+
+    Raises:
+        ValueError: it is no number, or not one that `share_of` takes.
+    """
+    try:
+        budget: int | float = int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(
+            f"budget must be a share in (0, 1] or a whole number of entries, got {text!r}"
+        ) from None
+    share_of(budget, 1)
+    return budget
