@@ -20,6 +20,7 @@ from kvpress_cases import STEPS, TOKENS, middle, presses, text
 
 import headkv
 from headkv.integrations.kvpress import KVPressScorer, realize
+from headkv.integrations.masked import fake_key
 
 pytestmark = [
     pytest.mark.slow,
@@ -151,6 +152,14 @@ def test_every_scorer_of_the_library_ranks_for_our_methods(masked: Any) -> None:
         assert session.cache.lengths().tolist() == [[[100, 100]]] * 3, name
         tried.add(name)
     assert len(tried) >= 14 and {"SnapKVPress", "ExpectedAttentionPress", "LeverageScorePress"} <= tried
+
+
+def test_fake_keys_of_our_masked_cache_are_the_library_s() -> None:
+    from kvpress.attention_patch import search_hyperplane
+
+    for m in (1, 4, 32, 128):
+        queries = torch.randn(1, m, 128, generator=torch.Generator().manual_seed(m))
+        torch.testing.assert_close(fake_key(queries[0]), search_hyperplane(queries)[0])
 
 
 def test_table(masked: Any, real: Any, capsys: Any) -> None:

@@ -129,7 +129,7 @@ class RealizedAtExit:
             with self.press(model):
                 decoder(input_ids=ids[None], past_key_values=cache, use_cache=True, cache_position=positions)
             masked = [module.masked_key_indices for module in modules]
-        if any(layer.get_seq_length() != n for layer in cache.layers):
+        if any(cache.get_seq_length(i) != n for i in range(len(modules))):
             raise ValueError(f"press must only mask entries, but {name} removes or adds some itself")
         return [_keep(indices, first.num_kv_heads, n) for indices in masked]
 
