@@ -16,11 +16,12 @@ RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcar
 PACKAGE := $(shell find headkv kernels -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 SCRIPTS := $(wildcard headkv/widgets/static/*.js book/_static/*.js)
 CHAPTERS := $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
+KVPRESS := 0.5.5
 MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test test-floor test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
+.PHONY: help setup book test test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +40,10 @@ test: setup lint ## everything that must hold: style, types, Rust, Python, pages
 
 test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest supported transformers (its own environment)
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)
+
+test-kvpress: $(VENV)-kvpress/.deps $(VENV)-kvpress-now/.deps ## kvpress's presses, masked in an environment of its own, and realised; prints a table
+	KVPRESS_PYTHON=$(abspath $(VENV)-kvpress/bin/python) OMP_NUM_THREADS=1 \
+	  $(VENV)-kvpress-now/bin/python -m pytest -p no:cacheprovider tests/test_kvpress*.py $(PYTEST_ARGS)
 
 test-gpu: setup ## the tests marked gpu; needs a CUDA device
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -n auto --maxprocesses 16 $(PYTEST_ARGS)
@@ -109,4 +114,17 @@ $(VENV)-floor/.deps: pyproject.toml | $(VENV)/.rust
 	$(PY) -m venv --clear $(VENV)-floor
 	$(BIN)/uv pip install --quiet --python $(VENV)-floor/bin/python --resolution lowest-direct \
 	  -r pyproject.toml --extra widgets --extra plots --group test
+	@touch $@
+
+# kvpress with the transformers that it pins, and beside the one that headkv runs with, which it does not allow.
+$(VENV)-kvpress/.deps: Makefile | $(VENV)/.deps
+	$(PY) -m venv --clear $(VENV)-kvpress
+	$(BIN)/uv pip install --quiet --python $(VENV)-kvpress/bin/python kvpress==$(KVPRESS)
+	@touch $@
+
+$(VENV)-kvpress-now/.deps: Makefile pyproject.toml constraints.txt | $(VENV)/.rust
+	$(PY) -m venv --clear $(VENV)-kvpress-now
+	$(BIN)/uv pip install --quiet --python $(VENV)-kvpress-now/bin/python --constraints constraints.txt \
+	  -r pyproject.toml --extra kvpress --group test
+	$(BIN)/uv pip install --quiet --python $(VENV)-kvpress-now/bin/python --no-deps kvpress==$(KVPRESS)
 	@touch $@

@@ -28,6 +28,8 @@ def brief(thing: Any) -> str:
     """
     said = []
     for field in fields(thing):
+        if not field.repr:
+            continue
         value = getattr(thing, field.name)
         if _needed(field):
             said.append(_short(value))

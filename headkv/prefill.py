@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,10 +23,14 @@ class Parts:
         output: `[hidden, HQ * D]`, weight of the output projection.
         rotary: positions `[m]` to the cosines and sines `[m, R]` of the rotary embedding, float32, which turns the
             first `R <= D` dimensions, halves against each other.
+        module: the attention itself, for code of other libraries that ranks by more than this.
+        model: what it is part of.
     """
 
     output: Tensor | None = None
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    module: Any = field(default=None, repr=False)
+    model: Any = field(default=None, repr=False)
 
     def require(self, name: str, who: str) -> Any:
         """The part `name`, which `who` can not do without.
@@ -55,6 +59,7 @@ class Prefill:
         num_layers: layers of the model.
         scale, sliding_window, softcap: how queries meet keys, see `headkv.logits.Rule`.
         parts: of the layer's attention, for scorers that look at weights.
+        hidden: `[n, hidden]`, what the layer's attention was given, where the method has `observes_hidden = True`.
 
     Raises:
         ValueError: shapes that do not belong together, an empty prompt, a layer outside the model, or a window or
@@ -70,6 +75,7 @@ class Prefill:
     sliding_window: int | None = None
     softcap: float | None = None
     parts: Parts = Parts()
+    hidden: Tensor | None = None
 
     __repr__ = brief
 
@@ -85,6 +91,8 @@ class Prefill:
         if q.ndim != 3 or q.shape[0] % heads or q.shape[0] == 0 or q.shape[1] > n or q.shape[2] != dim:
             allowed = f"[HQ, w, {dim}] with HQ a multiple of {heads} and w <= {n}"
             raise ValueError(f"queries must have shape {allowed}, got {list(q.shape)}")
+        if self.hidden is not None and (self.hidden.ndim != 2 or self.hidden.shape[0] != n):
+            raise ValueError(f"hidden must have shape [{n}, hidden], got {list(self.hidden.shape)}")
         _checks.whole("num_layers", self.num_layers, 1)
         if not 0 <= self.layer_idx < self.num_layers:
             raise ValueError(f"layer_idx must lie in [0, {self.num_layers}), got {self.layer_idx}")

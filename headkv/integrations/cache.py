@@ -20,12 +20,13 @@ from headkv.integrations.calls import (
     Told,
 )
 from headkv.integrations.decoding import DecodeBudget, bound
-from headkv.integrations.hook import NAME
+from headkv.integrations.hook import NAME, register
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
 from headkv.integrations.support import (
     CacheOptions,
+    attentions_to_hear,
     check_method,
     is_whole_prompt,
     parts_of,
@@ -101,6 +102,7 @@ class RaggedCache(Cache):
         check_method(method, model, chunked_prefill)
         cache = cls.unattached(model, method, options)
         cache._listen(model)
+        register()
         if decoder_attention(model) != NAME:
             choose_attention(model, NAME)
         return cache
@@ -130,7 +132,8 @@ class RaggedCache(Cache):
     def _listen(self, model: PreTrainedModel) -> None:
         """Let hooks on `model` tell of calls over this cache, until it is gone."""
         this = weakref.ref(self)
-        hooks = Hooks(model, lambda arguments: _same(this(), arguments.get("past_key_values")))
+        find = lambda arguments: _same(this(), arguments.get("past_key_values"))  # noqa: E731
+        hooks = Hooks(model, find, heard=attentions_to_hear(model, self.layers[0].method))
         weakref.finalize(self, hooks.remove)
         self._model = model
 

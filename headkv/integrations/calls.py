@@ -8,7 +8,8 @@ the logits of each of them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -198,10 +199,15 @@ class Hooks:
         model: a decoder of transformers.
         find: from a call's arguments, which it may change, to the cache to be told; None: no such call.
         owner: who wants to see all calls over a cache; the decoder's `forward`, called past its hooks, is refused then.
+        heard: attention modules whose input is handed to the cache's layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, find: Callable[[Arguments], Listener | None], owner: Any = None
+        self,
+        model: PreTrainedModel,
+        find: Callable[[Arguments], Listener | None],
+        owner: Any = None,
+        heard: Sequence[Module] = (),
     ) -> None:
         decoder = decoder_of(model)
         self.find, self.owner = find, owner
@@ -213,6 +219,9 @@ class Hooks:
         layers = (layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer))
         if owner is not None and (first := next(layers, None)) is not None:
             self.handles.append(first.register_forward_pre_hook(self._before_layers, with_kwargs=True))
+        self.handles += [
+            part.register_forward_pre_hook(self._before_attention, with_kwargs=True) for part in heard
+        ]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -258,6 +267,40 @@ class Hooks:
                 "the decoder's forward was called directly, which no hook sees, so that nothing would be compressed: "
                 "call the model itself"
             )
+
+    @torch.compiler.disable
+    def _before_attention(
+        self, module: Module, args: tuple[Any, ...], kwargs: Arguments | None = None
+    ) -> None:
+        if kwargs is None:
+            return
+        arguments: Any = named(module, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if (
+            attends(cache)
+            and hasattr(layer := cache.layers[module.layer_idx], "hidden")
+            and layer.reads_prompt
+        ):
+            layer.hidden = arguments.get("hidden_states")
+
+
+@contextmanager
+def unheard(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, calls of `model` over any cache are nobody's business of ours: no hook hears them."""
+    owners = {id(owner): owner for owner in map(_owner, model._forward_pre_hooks.values())}
+    hooks = [owner for owner in owners.values() if isinstance(owner, Hooks)]
+    former = [(one.find, one.owner) for one in hooks]
+    try:
+        for one in hooks:
+            one.find, one.owner = _find_none, None
+        yield
+    finally:
+        for one, (find, owner) in zip(hooks, former, strict=True):
+            one.find, one.owner = find, owner
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
 
 
 def _find_none(arguments: Arguments) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headkv.integrations.precision import Together, in_one_dtype
 from headkv.logits import Rule
@@ -178,6 +179,11 @@ def padding_mask(
         valid = attention_mask[:, kv_length - q_length : kv_length].bool()
         valid = None if bool(valid.all()) else valid
     return PaddingMask(valid, only_causal=not use_vmap, dense=build)
+
+
+def register() -> None:
+    """Make the attention function known by its name again: some libraries wrap every one that they find."""
+    ALL_ATTENTION_FUNCTIONS[NAME] = attention_forward
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -62,6 +62,9 @@ class RaggedCacheLayer(CacheLayerMixin):
         self.call = PLAIN  # what is known of the forward call that is under way
         # The next token's position on the device, while a `DecodeGraph` records a step.
         self.clock: Tensor | None = None
+        self.hidden: Tensor | None = (
+            None  # what attention was given in the call under way, for methods that ask
+        )
         self._observed: Observation | None = None  # the last queries of a prefill that is not complete yet
         self._streams = False  # and whether heads stream in it
         self.growth = Growth()  # since the prompt
@@ -122,7 +125,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         ragged.rollback = max(ragged.rollback, self.call.drafts)
         ragged.append(keys, values, valid)
         if self._observed is not None:
-            self._observed = self._observed.extend(q, valid)
+            self._observed = self._observed.extend(q, valid, self._heard(q.shape[2]))
         return api.extend(q, ragged, rule, self.backend)
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
@@ -130,7 +133,8 @@ class RaggedCacheLayer(CacheLayerMixin):
         windows = self._windows(keys, valid, rule.sliding_window, waits)
         out = dense.prefill(q, keys, values, rule, valid=valid, **(windows or {}))
         q, keys, values = q.detach(), keys.detach(), values.detach()
-        observed = Observation.of(q, valid, self.method.observed_queries, rule)
+        heard = self._heard(q.shape[2])
+        observed = Observation.of(q, valid, self.method.observed_queries, rule, heard)
         if waits:
             empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
             ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
@@ -149,6 +153,11 @@ class RaggedCacheLayer(CacheLayerMixin):
         if self.clock is None:
             return api.step(*new)[:, :, None]
         return api.recorded_step(*new, seen=self.clock)[:, :, None]  # those of one layer lie a model apart
+
+    def _heard(self, tokens: int) -> Tensor | None:
+        """What attention was given of this call's first `tokens`, `[B, tokens, hidden]`; drafts come after them."""
+        hidden, self.hidden = self.hidden, None
+        return None if hidden is None else hidden[:, :tokens].detach()
 
     def _windows(
         self, keys: Tensor, valid: Tensor | None, sliding_window: int | None, waits: bool
@@ -256,7 +265,7 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ragged = self._observed = None
+        self.ragged = self._observed = self.hidden = None
         self.growth, self.is_initialized = Growth(), False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -309,7 +318,7 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is written to a file: nothing of the model."""
-        return {**vars(self), "parts": Parts()}
+        return {**vars(self), "parts": Parts(), "hidden": None}
 
     # -- for the reader -----------------------------------------------------------------------------------------------
 

@@ -26,33 +26,39 @@ _NO_PARTS = Parts()
 class Observation:
     """The last queries of a prefill, `[B, HQ, w, D]`, with `valid` `[B, w]` bool or None and how they were used.
 
-    `wanted` is how many valid queries a sequence the method needs (None: all of them).
+    `wanted` is how many valid queries a sequence the method needs (None: all of them). `hidden` `[B, n, hidden]` is
+    what the attention was given of all the prompt, or None.
     """
 
     queries: Tensor
     valid: Tensor | None
     wanted: int | None
     rule: Rule
+    hidden: Tensor | None = None
 
     @classmethod
-    def of(cls, q: Tensor, valid: Tensor | None, wanted: int | None, rule: Rule) -> Observation:
+    def of(
+        cls, q: Tensor, valid: Tensor | None, wanted: int | None, rule: Rule, hidden: Tensor | None = None
+    ) -> Observation:
         """Observe the queries `[B, HQ, n, D]` of a prefill."""
-        return cls(q, valid, wanted, rule)._trimmed()
+        return cls(q, valid, wanted, rule, hidden)._trimmed()
 
-    def extend(self, q: Tensor, valid: Tensor | None) -> Observation:
+    def extend(self, q: Tensor, valid: Tensor | None, hidden: Tensor | None = None) -> Observation:
         """The same after another chunk of the prompt."""
         both = valid is not None or self.valid is not None
         old, new = (
             x if x is not None else s.new_ones((s.shape[0], s.shape[2]), dtype=torch.bool)
             for x, s in ((self.valid, self.queries), (valid, q))
         )
-        joined = torch.cat([self.queries, q], 2)
-        return replace(self, queries=joined, valid=torch.cat([old, new], 1) if both else None)._trimmed()
+        whole = None if self.hidden is None or hidden is None else torch.cat([self.hidden, hidden], 1)
+        longer = replace(self, queries=torch.cat([self.queries, q], 2), hidden=whole)
+        return replace(longer, valid=torch.cat([old, new], 1) if both else None)._trimmed()
 
     def reorder(self, index: Tensor) -> Observation:
         """The same for batch entries `index`."""
         valid = None if self.valid is None else self.valid[index]
-        return replace(self, queries=self.queries[index], valid=valid)
+        hidden = None if self.hidden is None else self.hidden[index]
+        return replace(self, queries=self.queries[index], valid=valid, hidden=hidden)
 
     def _trimmed(self) -> Observation:
         """Without the queries that no sequence of the batch needs; a copy, so that the whole prompt's are freed."""
@@ -154,6 +160,7 @@ def prefill_of(
     if text is not None and text.numel() == 0:
         raise all_padding(batch)
     rule = observed.rule
+    hidden = None if observed.hidden is None else observed.hidden[batch]
     return Prefill(
         queries=observed.of_sequence(batch),
         keys=keys[batch] if text is None else keys[batch].index_select(1, text),
@@ -164,6 +171,7 @@ def prefill_of(
         sliding_window=rule.sliding_window,
         softcap=rule.softcap,
         parts=parts,
+        hidden=hidden if hidden is None or text is None else hidden.index_select(0, text),
     )
 
 

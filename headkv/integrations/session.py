@@ -18,11 +18,12 @@ from headkv.integrations.calls import Arguments, Hooks, is_of_generate
 from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.graph import check_device, replaying
-from headkv.integrations.hook import NAME, attends
+from headkv.integrations.hook import NAME, attends, register
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
 from headkv.integrations.support import (
     CacheOptions,
+    attentions_to_hear,
     check_method,
     decoder_of,
     supported_config,
@@ -150,9 +151,11 @@ class Session:
         self._decoding.check(self.model)
         with ExitStack() as former:
             former.enter_context(kept_attention(self.model))
+            register()
             choose_attention(self.model, NAME)
             self._former = former.pop_all()
-        self._hooks = Hooks(self.model, self._supply, owner=self)
+        heard = attentions_to_hear(self.model, self.method)
+        self._hooks = Hooks(self.model, self._supply, owner=self, heard=heard)
         # As transformers itself gives a model with a decode loop of its own that loop.
         if self._decoding.cuda_graph:
             own: Any = vars(self.model)

@@ -103,7 +103,7 @@ def parts_of(model: PreTrainedModel) -> list[Parts]:
     for module in decoder.modules():
         index, output = getattr(module, "layer_idx", None), _output_weight(module)
         if isinstance(index, int) and output is not None and 0 <= index < len(parts):
-            parts[index] = Parts(output, _rotary(decoder, module, kinds[index]))
+            parts[index] = Parts(output, _rotary(decoder, module, kinds[index]), module, model)
     return parts
 
 
@@ -135,6 +135,13 @@ def _rotary(
         return cos[0].float(), sin[0].float()
 
     return at
+
+
+def attentions_to_hear(model: PreTrainedModel, method: Method | PromptMethod) -> list[Module]:
+    """The attention modules whose input `method` wants to see; see `headkv.prefill.Prefill.hidden`."""
+    if not getattr(method, "observes_hidden", False):
+        return []
+    return [parts.module for parts in parts_of(model) if parts.module is not None]
 
 
 def is_whole_prompt(method: Method | PromptMethod) -> bool:

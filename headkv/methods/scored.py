@@ -76,6 +76,11 @@ class ScoredMethod(Explained):
         return self.scorer.observed_queries
 
     @property
+    def observes_hidden(self) -> bool:
+        """Whether the scorer wants to see what the attention was given, see `Prefill.hidden`."""
+        return bool(getattr(self.scorer, "observes_hidden", False))
+
+    @property
     def whole_prompt(self) -> bool:
         """Whether the method decides once the whole prompt is read: for its scope, or because its scorer does."""
         return self.scope == "model" or hasattr(self.scorer, "score_prompt")
@@ -150,6 +155,11 @@ class Scored(Explained):
     def observed_queries(self) -> int | None:
         """What the scorer needs."""
         return self.composed.observed_queries
+
+    @property
+    def observes_hidden(self) -> bool:
+        """Whether the scorer wants to see what the attention was given."""
+        return self.composed.observes_hidden
 
     @property
     def whole_prompt(self) -> bool:
