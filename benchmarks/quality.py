@@ -1,6 +1,6 @@
 """What the book's quality map shows: every method of `headkv demo` at several shares, questions seen and unseen.
 
-    python benchmarks/quality.py plain tuned --out book/data/quality.json
+    python benchmarks/quality.py plain --out book/data/quality.json
 
 Texts, questions and what is right are those of `headkv demo`: a word and a number hidden in each text. A text is read
 once for all methods and shares. On a CPU a model takes about ten minutes.
