@@ -15,7 +15,7 @@ CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -g
 RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock)
 PACKAGE := $(shell find headkv kernels -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 SCRIPTS := $(wildcard headkv/widgets/static/*.js book/_static/*.js)
-CHAPTERS := $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
+CHAPTERS := benchmarks/README.md $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
 KVPRESS := 0.5.5
 MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built

@@ -7,6 +7,7 @@ they are not executed again.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -49,6 +50,24 @@ def book_is_built() -> bool:
     except FileNotFoundError:
         return False
     return asked.returncode == 0
+
+
+def commands(data: object) -> list[str]:
+    """The commands that a file of measurements says it was made by."""
+    if isinstance(data, list):
+        return [found for part in data for found in commands(part)]
+    if not isinstance(data, dict):
+        return []
+    own = [data[key] for key in ("command", "made_by") if key in data]
+    return own + [found for part in data.values() for found in commands(part)]
+
+
+@pytest.mark.parametrize("name", ["chapters", "first_screen", "quality"])
+def test_data_names_the_command_that_made_it(name: str) -> None:
+    found = commands(json.loads((BOOK / "data" / f"{name}.json").read_text(encoding="utf-8")))
+    assert found
+    for command in found:
+        assert (ROOT / command.removeprefix("python ").split()[0]).exists(), command
 
 
 def test_there_are_chapters() -> None:

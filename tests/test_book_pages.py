@@ -72,7 +72,18 @@ probe
 probe
 ```
 '''
-INDEX = "# A small book\n\nBuilt with the real one's configuration. See [the probe](probe.md).\n"
+INDEX = """# A small book
+
+Built with the real one's configuration. See [the probe](probe.md), and what a {term}`slot` or {term}`slots <slot>` are.
+"""
+GLOSSARY = """# Glossary
+
+```{glossary}
+slot
+  A place in a *pool*,
+  free or taken.
+```
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +94,11 @@ def small_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(BOOK / name, folder / name)
     shutil.copy(BOOK / "_config.yml", folder)
     shutil.copy(BOOK / "references.bib", folder)
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n  - file: probe\n")
+    (folder / "_toc.yml").write_text(
+        "format: jb-book\nroot: index\nchapters:\n  - file: probe\n  - file: glossary\n"
+    )
     (folder / "index.md").write_text(INDEX)
+    (folder / "glossary.md").write_text(GLOSSARY)
     (folder / "probe.md").write_text(PROBE)
     build = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", build, "build", str(folder), "--warningiserror"]
@@ -131,6 +145,20 @@ def test_formulas_are_drawn_from_local_files(small_address: str, page_checker: C
         page.wait_for_selector("mjx-container")
         assert page.locator("mjx-container").count() == 2
         assert page.evaluate("document.fonts.ready.then(fonts => [...fonts].some(f => /MJX/.test(f.family)))")
+
+
+def test_a_term_carries_its_definition(small_address: str, page_checker: Callable[..., Any]) -> None:
+    with page_checker(small_address) as page:
+        links = page.locator("a.reference:has(.std-term)")
+        titles = links.evaluate_all("links => links.map((link) => link.title)")
+        assert titles == ["A place in a pool, free or taken."] * 2
+        links.first.focus()
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Tab")
+        shown = links.first.evaluate("link => getComputedStyle(link, '::after').content")
+        assert shown == '"A place in a pool, free or taken."'
+        links.first.click()
+        page.wait_for_url("**/glossary.html#term-slot")
 
 
 def test_search_works_offline(small_address: str, page_checker: Callable[..., Any]) -> None:
