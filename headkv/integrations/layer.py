@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from headkv.attention import api, dense
+from headkv.attention import api, dense, padding
 from headkv.attention.api import Backend
 from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
@@ -125,15 +125,11 @@ class RaggedCacheLayer(CacheLayerMixin):
         waits = self.options.chunked_prefill or is_whole_prompt(self.method) or bool(self.call.remaining)
         windows = self._windows(keys, valid, rule.sliding_window, waits)
         out = dense.prefill(q, keys, values, rule, valid=valid, **(windows or {}))
+        out = padding.answered(out, q, keys, values, valid, rule, windows, self.backend)
         q, keys, values = q.detach(), keys.detach(), values.detach()
         observed = Observation.of(q, valid, self.method.observed_queries, rule)
         if waits:
-            empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
-            ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
-            if windows is not None:
-                ragged.rollback = self.options.rollback
-                ragged.set_windows(**{name: x.to(keys.device) for name, x in windows.items()})
-            ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
+            ragged = padding.stored_whole(keys, values, valid, windows, self.options.rollback)
             self.ragged, self._observed, self._streams = ragged, observed, windows is not None
         else:
             self.ragged = self._compressed(keys, values, valid, observed)
