@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,13 +16,11 @@ from headkv._grid import grid_html
 from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer
 from headkv.cache.ragged import MIN_HEADROOM
-from headkv.integrations.calls import (
-    Hooks,
-    Told,
-)
+from headkv.integrations.calls import Hooks, Told, left_out
 from headkv.integrations.decoding import DecodeBudget, bound
 from headkv.integrations.hook import NAME, register
 from headkv.integrations.layer import RaggedCacheLayer
+from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
 from headkv.integrations.support import (
@@ -132,8 +131,9 @@ class RaggedCache(Cache):
     def _listen(self, model: PreTrainedModel) -> None:
         """Let hooks on `model` tell of calls over this cache, until it is gone."""
         this = weakref.ref(self)
-        find = lambda arguments: _same(this(), arguments.get("past_key_values"))  # noqa: E731
-        hooks = Hooks(model, find, heard=attentions_to_hear(model, self.layers[0].method))
+        heard = attentions_to_hear(model, self.layers[0].method)
+        find = lambda arguments: _same(this(), arguments)  # noqa: E731
+        hooks = Hooks(model, find, lambda: _one(this()), heard=heard)
         weakref.finalize(self, hooks.remove)
         self._model = model
 
@@ -179,7 +179,7 @@ class RaggedCache(Cache):
         Raises:
             RuntimeError: they have not, as a forward call failed on its way; the message says what to do.
         """
-        seen = {layer.get_seq_length() for layer in self.layers}
+        seen = {layer.seen for layer in self.layers}
         if len(seen) == 1:
             return
         least = min(seen)
@@ -193,7 +193,7 @@ class RaggedCache(Cache):
     @property
     def seen(self) -> int:
         """Tokens of the text so far, also those no longer stored."""
-        return self.get_seq_length()
+        return self.layers[0].seen
 
     @property
     def nbytes(self) -> int:
@@ -262,6 +262,26 @@ class RaggedCache(Cache):
         for layer, taken in zip(self.layers, snapshot, strict=True):
             layer.restore(RaggedLayer.from_snapshot(taken))
 
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences in the batch; -1 before the first prompt."""
+        return self.batch_size
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Not possible; see `RaggedCacheLayer.row`.
+
+        Raises:
+            TypeError: saying what to look at.
+        """
+        no_pairs()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Not possible; see `__getitem__`."""
+        no_pairs()
+
+    def __getattr__(self, name: str) -> Any:
+        no_attribute(self, name)
+
     def __repr__(self) -> str:
         return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
 
@@ -295,5 +315,15 @@ def _observed(layer: RaggedCacheLayer) -> Observation:
     return layer.observed
 
 
-def _same(cache: RaggedCache | None, given: Any) -> RaggedCache | None:
-    return cache if cache is not None and cache is given else None
+def _one(cache: RaggedCache | None) -> list[RaggedCache]:
+    return [] if cache is None else [cache]
+
+
+def _same(cache: RaggedCache | None, arguments: dict[str, Any]) -> RaggedCache | None:
+    """The cache, if it is the one of this call, or the one left out of it."""
+    if cache is None or cache._model is None:
+        return None
+    if (left := left_out(cache._model, arguments)) is not None and left is cache:
+        left.reset()
+        arguments["past_key_values"] = cache
+    return cache if cache is arguments.get("past_key_values") else None

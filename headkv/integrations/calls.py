@@ -104,6 +104,26 @@ def only_new(arguments: Arguments, call: Call, seen: int) -> Arguments:
     return new
 
 
+def left_out(model: Module, arguments: Arguments) -> Listener | None:
+    """The cache that `generate` left out of a call, to read the text from its start.
+
+    Models do so whose rotary embeddings change where a text outgrows their first length (Phi 3's longrope): what is
+    stored is of no use then. They ask the cache for its length, and then call without it.
+    """
+    keep = arguments.get("logits_to_keep")
+    of_generate = arguments.get("use_cache") is True and "position_ids" in arguments
+    if (
+        not of_generate
+        or arguments.get("past_key_values") is not None
+        or not isinstance(keep, int)
+        or not keep
+    ):
+        return None
+    every = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    caches = (cache for hooks in every if isinstance(hooks, Hooks) for cache in hooks.caches())
+    return next((cache for cache in caches if cache.layers[0].asked), None)
+
+
 class Listener(Protocol):
     """A cache that is told of forward calls over it."""
 
@@ -120,6 +140,9 @@ class Listener(Protocol):
 
     def finalize_prefill(self) -> None:
         """Compress the prompt that waits."""
+
+    def reset(self) -> None:
+        """Forget everything."""
 
 
 class Told:
@@ -198,6 +221,7 @@ class Hooks:
     Args:
         model: a decoder of transformers.
         find: from a call's arguments, which it may change, to the cache to be told; None: no such call.
+        caches: all that calls may be over.
         owner: who wants to see all calls over a cache; the decoder's `forward`, called past its hooks, is refused then.
         heard: attention modules whose input is handed to the cache's layers.
     """
@@ -206,11 +230,12 @@ class Hooks:
         self,
         model: PreTrainedModel,
         find: Callable[[Arguments], Listener | None],
+        caches: Callable[[], Sequence[Listener]],
         owner: Any = None,
         heard: Sequence[Module] = (),
     ) -> None:
         decoder = decoder_of(model)
-        self.find, self.owner = find, owner
+        self.find, self.caches, self.owner = find, caches, owner
         self.handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -231,7 +256,7 @@ class Hooks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
         """A model that is copied with its hooks has none of ours at work."""
         copy = object.__new__(Hooks)
-        copy.find, copy.owner, copy.handles = _find_none, None, []
+        copy.find, copy.caches, copy.owner, copy.handles = _find_none, tuple, None, []
         return copy
 
     # Hooks of a cache that is collected while torch goes through a module's hooks are still called, without kwargs.
@@ -243,6 +268,8 @@ class Hooks:
         arguments = named(module, args, kwargs)
         if (cache := self.find(arguments)) is not None:
             arguments = cache.told.before_model(cache, arguments)
+        for cache in self.caches():
+            cache.layers[0].asked = False
         return (), arguments
 
     @torch.compiler.disable

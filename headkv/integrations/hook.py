@@ -3,12 +3,13 @@
 Two functions registered under the name "headkv" carry it. A cache of ours hands the new keys and values on, wrapped in
 `NewTokens`, to whatever attention function the model calls: here that is `attention_forward`, which asks the layer that
 sent them to store them and to attend. `padding_mask` passes the padding mask on as it came. With any other cache, or
-none, the attention is transformers' own sdpa.
+none, the attention is transformers' own: sdpa, or the model's eager one where sdpa can not do what the model asks.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -17,13 +18,21 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headkv.integrations.precision import Together, in_one_dtype
 from headkv.logits import Rule
 
 NAME = "headkv"
+# Of attention, what transformers' sdpa refuses.
+EAGER = ("softcap", "s_aux")
+MASK_BLOCK = 1 << 24  # pairs of tokens looked at together
 
 
 class Attends(Protocol):
@@ -67,18 +76,19 @@ class UnsupportedMask(ValueError, AttributeError):
 class PaddingMask:
     """What transformers says about masking a forward call, kept as it was said.
 
-    `valid` is `[B, T]` bool, which of the new tokens are text, None for all; `dense()` builds the mask that sdpa would
-    have got.
+    `valid` is `[B, T]` bool, which of the new tokens are text, None for all; `only_causal(window)` says whether a token
+    sees all text before it, within the layer's sliding window, and nothing else; `dense(make)` builds the mask that
+    another attention would have got, by its own function.
     """
 
     valid: Tensor | None
-    only_causal: bool
-    dense: Callable[[], Tensor | None]
+    only_causal: Callable[[int | None], bool]
+    dense: Callable[[Callable[..., Tensor | None]], Tensor | None]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PaddingMask:
         """The same for a layer on another device, as accelerate asks for where a model is spread."""
         move = functools.partial(_moved, device=device, non_blocking=non_blocking)
-        return replace(self, valid=move(self.valid), dense=lambda: move(self.dense()))
+        return replace(self, valid=move(self.valid), dense=lambda make: move(self.dense(make)))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -107,18 +117,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention function "headkv": `query` `[B, HQ, T, D]` -> `[B, T, HQ, D]` and no weights."""
     if not isinstance(key, NewTokens):
-        mask = attention_mask.dense() if isinstance(attention_mask, PaddingMask) else attention_mask
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            cast(Tensor, value),
-            mask,
-            dropout=dropout,
-            scaling=scaling,
-            softcap=softcap,
-            **kwargs,
-        )
+        options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, **kwargs}
+        return _as_transformers(module, (query, key, cast(Tensor, value)), attention_mask, options)
     for option in ("s_aux", "position_bias", "cache"):
         if kwargs.get(option) is not None:
             raise ValueError(
@@ -133,7 +133,7 @@ def attention_forward(
     valid = None
     if isinstance(attention_mask, PaddingMask):
         valid = _moved(attention_mask.valid, query.device, False)
-        if not attention_mask.only_causal:
+        if not attention_mask.only_causal(sliding_window):
             raise ValueError(
                 "attention_mask must be causal: masks that join blocks of tokens are not supported"
             )
@@ -141,6 +141,22 @@ def attention_forward(
         raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
     rule = Rule.of(query.shape[-1], scaling, sliding_window, softcap)
     return _attend(query, key, valid, rule).transpose(1, 2).contiguous(), None
+
+
+def _as_transformers(
+    module: torch.nn.Module,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: PaddingMask | Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention over keys and values that are none of ours: sdpa, or the eager one of the model's own file."""
+    run, make = sdpa_attention_forward, cast("Callable[..., Tensor | None]", sdpa_mask)
+    if any(options.get(name) is not None for name in EAGER):
+        run = vars(sys.modules[type(module).__module__]).get("eager_attention_forward", run)
+        make = functools.partial(eager_mask, dtype=tensors[0].dtype)
+    return run(module, *tensors, mask.dense(make) if isinstance(mask, PaddingMask) else mask, **options)[
+        0
+    ], None
 
 
 @torch.compiler.disable
@@ -158,27 +174,40 @@ def padding_mask(
     q_length: int,
     kv_length: int,
     attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
     **kwargs: Any,
 ) -> PaddingMask:
     """transformers' mask function "headkv": keeps the new tokens' padding and how to build a dense mask, if need be."""
-
-    def build() -> Tensor | None:
-        # Fewer keyword arguments than sdpa's own, as some came only with later releases.
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            attention_mask=attention_mask,
-            use_vmap=use_vmap,
-            **kwargs,
-        )
-
+    kwargs.pop("dtype", None)  # of an eager mask, whose queries say it
+    # Fewer keyword arguments than sdpa's own, as some came only with later releases.
+    size = {"batch_size": batch_size, "kv_length": kv_length, "attention_mask": attention_mask, **kwargs}
+    # transformers lets sdpa do without a mask unless something was laid over the plain one.
+    plain = kwargs.get("allow_is_causal_skip", not kwargs.get("use_vmap", False))
     valid = None
     if attention_mask is not None:
         valid = attention_mask[:, kv_length - q_length : kv_length].bool()
         valid = None if bool(valid.all()) else valid
-    return PaddingMask(valid, only_causal=not use_vmap, dense=build)
+    return PaddingMask(
+        valid,
+        only_causal=functools.cache(lambda window: plain or _is_causal(window, q_length, **size)),
+        dense=lambda make: make(q_length=q_length, **size),
+    )
+
+
+def _is_causal(window: int | None, q_length: int, *, batch_size: int, kv_length: int, **kwargs: Any) -> bool:
+    """Whether a mask that something was laid over is what it would be without that."""
+    bare = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    size: dict[str, Any] = {"batch_size": batch_size, "kv_length": kv_length}
+    options = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    step = max(1, MASK_BLOCK // (batch_size * kv_length)) if "q_offset" in kwargs else q_length
+    for begin in range(0, q_length, step):
+        options["q_length"] = min(step, q_length - begin)
+        if "q_offset" in kwargs:
+            options["q_offset"] = kwargs["q_offset"] + begin
+        laid = sdpa_mask(**size, **options)
+        plain = sdpa_mask(**size, **{**options, "mask_function": bare, "use_vmap": False})
+        if not torch.equal(cast(Tensor, laid), cast(Tensor, plain)):
+            return False
+    return True
 
 
 def register() -> None:

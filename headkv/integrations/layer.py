@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from headkv.attention import api, dense
+from headkv.attention import api, dense, padding
 from headkv.attention.api import Backend
 from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
 from headkv.integrations.calls import PLAIN
 from headkv.integrations.decoding import Growth
 from headkv.integrations.hook import NewTokens
+from headkv.integrations.looks import NoTensor
 from headkv.integrations.planning import (
     Observation,
     all_padding,
@@ -46,6 +47,8 @@ class RaggedCacheLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    keys = NoTensor()
+    values = NoTensor()
 
     def __init__(
         self,
@@ -55,10 +58,13 @@ class RaggedCacheLayer(CacheLayerMixin):
         options: CacheOptions,
         parts: Parts = Parts(),  # noqa: B008  (frozen)
     ):
+        self.ragged: RaggedLayer | None = None
         super().__init__()
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
         self.options, self.parts = options, parts
-        self.ragged: RaggedLayer | None = None
+        self.asked = (
+            False  # for its length, by transformers, since the model's last call: see `calls.left_out`
+        )
         self.call = PLAIN  # what is known of the forward call that is under way
         # The next token's position on the device, while a `DecodeGraph` records a step.
         self.clock: Tensor | None = None
@@ -74,6 +80,7 @@ class RaggedCacheLayer(CacheLayerMixin):
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Wrap the new tokens for the attention function, which stores them."""
+        self.asked = False
         tokens = NewTokens(self, key_states, value_states)
         return tokens, tokens
 
@@ -81,6 +88,11 @@ class RaggedCacheLayer(CacheLayerMixin):
     def backend(self) -> Backend:
         """Of attention after the prefill."""
         return self.options.backend
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the text so far, also those no longer stored."""
+        return 0 if self.ragged is None else self.ragged.seen
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -132,16 +144,12 @@ class RaggedCacheLayer(CacheLayerMixin):
         waits = self.options.chunked_prefill or is_whole_prompt(self.method) or bool(self.call.remaining)
         windows = self._windows(keys, valid, rule.sliding_window, waits)
         out = dense.prefill(q, keys, values, rule, valid=valid, **(windows or {}))
+        out = padding.answered(out, q, keys, values, valid, rule, windows, self.backend)
         q, keys, values = q.detach(), keys.detach(), values.detach()
         heard = self._heard(q.shape[2])
         observed = Observation.of(q, valid, self.method.observed_queries, rule, heard)
         if waits:
-            empty = [(k[:0], v[:0]) for k, v in zip(keys[0], values[0], strict=True)]
-            ragged = RaggedLayer.from_rows([empty] * keys.shape[0])
-            if windows is not None:
-                ragged.rollback = self.options.rollback
-                ragged.set_windows(**{name: x.to(keys.device) for name, x in windows.items()})
-            ragged.append(keys, values, valid)  # a sequence's first chunk may be all padding
+            ragged = padding.stored_whole(keys, values, valid, windows, self.options.rollback)
             self.ragged, self._observed, self._streams = ragged, observed, windows is not None
         else:
             self.ragged = self._compressed(keys, values, valid, observed)
@@ -251,11 +259,12 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens SEEN, also those no longer stored: positions and masks follow from it."""
-        return 0 if self.ragged is None else self.ragged.seen
+        self.asked = True
+        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks speak of the text, not of the store: (tokens seen and new, offset 0)."""
-        return self.get_seq_length() + query_length, 0
+        return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -319,6 +328,16 @@ class RaggedCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """What is written to a file: nothing of the model."""
         return {**vars(self), "parts": Parts(), "hidden": None}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return self.stored_dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where they lie; None before the first token."""
+        return None if self.ragged is None else self.ragged.device
 
     # -- for the reader -----------------------------------------------------------------------------------------------
 

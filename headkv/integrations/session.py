@@ -14,7 +14,7 @@ from headkv import _checks
 from headkv.attention.api import Backend
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.cache import RaggedCache
-from headkv.integrations.calls import Arguments, Hooks, is_of_generate
+from headkv.integrations.calls import Arguments, Hooks, is_of_generate, left_out
 from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.graph import check_device, replaying
@@ -155,7 +155,7 @@ class Session:
             choose_attention(self.model, NAME)
             self._former = former.pop_all()
         heard = attentions_to_hear(self.model, self.method)
-        self._hooks = Hooks(self.model, self._supply, owner=self, heard=heard)
+        self._hooks = Hooks(self.model, self._supply, self._known, owner=self, heard=heard)
         # As transformers itself gives a model with a decode loop of its own that loop.
         if self._decoding.cuda_graph:
             own: Any = vars(self.model)
@@ -199,11 +199,18 @@ class Session:
             )
         if attends(given) and not isinstance(given.layers[0], RaggedCacheLayer):
             return None  # a method reads the prompt again
+        if (left := left_out(self.model, arguments)) is not None:
+            left.reset()
+            given = left
         ragged = given if isinstance(given, RaggedCache) else self._ragged(given)
         arguments["past_key_values"] = ragged
         if len(ragged.layers) == self._num_layers:
             self._cache = ragged
         return None if ragged.listens else ragged
+
+    def _known(self) -> list[RaggedCache]:
+        """The caches that calls of this block may be over."""
+        return list(self._others.values()) + ([] if self._cache is None else [self._cache])
 
     def _ragged(self, given: Any) -> RaggedCache:
         """What stands for a cache of the user's own from now on."""
