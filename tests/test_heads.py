@@ -84,8 +84,25 @@ def test_scores_must_be_a_tensor_of_floats(scores: object) -> None:
             lambda text: text.replace('"parameters": {\n    "n": 3\n  }', '"parameters": 3'),
             "parameters must be an",
         ),
+        (lambda text: text.replace('"n": 3', '"n": 1e999'), "parameters must be plain JSON values"),
+        (lambda text: text.replace("[0.0, ", f"[{10**400}, "), "rows of equal length of numbers"),
+        (lambda text: "[" * 99_999, "not a whole JSON file"),
     ],
-    ids=["truncated", "version", "format", "array", "kind", "missing", "ragged", "nan", "word", "parameters"],
+    ids=[
+        "truncated",
+        "version",
+        "format",
+        "array",
+        "kind",
+        "missing",
+        "ragged",
+        "nan",
+        "word",
+        "parameters",
+        "infinite",
+        "huge",
+        "deep",
+    ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, edit: object, message: str) -> None:
     path = tmp_path / "heads.json"

@@ -17,6 +17,7 @@ from torch import Tensor
 from headkv import _checks
 from headkv._config import class_or_name, kv_heads, model_name
 from headkv._figure import grid_figure
+from headkv._files import replacing
 from headkv._grid import grid_html, spread
 from headkv._wrappers import unwrapped
 
@@ -76,6 +77,10 @@ class HeadProfile:
             raise ValueError(
                 f"scores must be finite, got {self.scores[layer, head].item()} at layer {layer}, head {head}"
             )
+        try:
+            json.dumps(self.parameters, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters must be plain JSON values: {error}") from error
         object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32).contiguous())
         object.__setattr__(self, "parameters", dict(self.parameters))
 
@@ -181,13 +186,8 @@ class HeadProfile:
         }
         text = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False)[:-2]
         text += ',\n  "scores": [\n    ' + ",\n    ".join(rows) + "\n  ]\n}\n"
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
-            partial.replace(target)  # never half a file
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadProfile:
@@ -200,7 +200,7 @@ class HeadProfile:
         where = os.fspath(path)
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # JSON and UTF-8 errors both
+        except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors both; lists within lists
             raise ValueError(f"{where} is not a whole JSON file: {error}") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'{where} is not a head profile: its "format" must be "{_FORMAT}"')
@@ -212,7 +212,7 @@ class HeadProfile:
             raise ValueError(f"{where}: parameters must be an object, got {data['parameters']!r}")
         try:
             scores = torch.tensor(data["scores"], dtype=torch.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{where}: scores must be rows of equal length of numbers: {error}") from error
         try:
             return cls(data["model"], data["kind"], data["heads"], scores, data["parameters"])

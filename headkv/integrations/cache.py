@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ from transformers import Cache
 from headkv._figure import grid_figure
 from headkv._grid import grid_html
 from headkv.attention.api import Backend
-from headkv.cache import LayerSnapshot, RaggedLayer
+from headkv.cache import LayerSnapshot, RaggedLayer, files
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.calls import Hooks, Told, left_out
 from headkv.integrations.decoding import DecodeBudget, bound
@@ -23,6 +24,7 @@ from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
+from headkv.integrations.saved import NoMethod, check_identity, devices_of, identity
 from headkv.integrations.support import (
     CacheOptions,
     attentions_to_hear,
@@ -60,6 +62,7 @@ class RaggedCache(Cache):
         self._model: PreTrainedModel | None = (
             None  # whose hooks tell of calls, for as long as the cache lives
         )
+        self._made_for: weakref.ref[PreTrainedModel] | None = None  # what a file says that it is of
 
     @classmethod
     def for_model(
@@ -100,11 +103,14 @@ class RaggedCache(Cache):
         model = supported_model(model)
         check_method(method, model, chunked_prefill)
         cache = cls.unattached(model, method, options)
-        cache._listen(model)
+        cache._attach(model)
+        return cache
+
+    def _attach(self, model: PreTrainedModel) -> None:
+        self._listen(model)
         register()
         if decoder_attention(model) != NAME:
             choose_attention(model, NAME)
-        return cache
 
     @classmethod
     def unattached(
@@ -113,7 +119,9 @@ class RaggedCache(Cache):
         """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
         parts = parts_of(model)
         where = [(method, i, len(parts), options, parts[i]) for i in range(len(parts))]
-        return cls([RaggedCacheLayer(*arguments) for arguments in where])
+        cache = cls([RaggedCacheLayer(*arguments) for arguments in where])
+        cache._made_for = weakref.ref(model)
+        return cache
 
     @classmethod
     def around(cls, model: PreTrainedModel, layers: list[RaggedCacheLayer]) -> RaggedCache:
@@ -126,7 +134,9 @@ class RaggedCache(Cache):
             raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
         if len(layers) != (n := supported_config(model).num_hidden_layers):
             raise ValueError(f"past_key_values must have the model's {n} layers, got {len(layers)}")
-        return cls(layers)
+        cache = cls(layers)
+        cache._made_for = weakref.ref(model)
+        return cache
 
     def _listen(self, model: PreTrainedModel) -> None:
         """Let hooks on `model` tell of calls over this cache, until it is gone."""
@@ -148,14 +158,14 @@ class RaggedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         """A copy to go on with by itself; the method and the model are shared."""
         twin = RaggedCache(copy.deepcopy(self.layers, memo))
-        twin.told = self.told.copy()
+        twin.told, twin._made_for = self.told.copy(), self._made_for
         if self._model is not None:
             twin._listen(self._model)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """What is written to a file: no model, nor text that waits to be read again."""
-        return {**vars(self), "_model": None, "told": self._untold()}
+        return {**vars(self), "_model": None, "_made_for": None, "told": self._untold()}
 
     @torch.compiler.disable
     def update(
@@ -261,6 +271,62 @@ class RaggedCache(Cache):
             raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
         for layer, taken in zip(self.layers, snapshot, strict=True):
             layer.restore(RaggedLayer.from_snapshot(taken))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """A file of the compressed context, from which `load` makes it again: safetensors, written whole or not at all.
+
+        It holds what every head stores and what the model is, but neither the text nor the method.
+
+        Raises:
+            RuntimeError: nothing is stored yet, a prompt waits to be compressed, a call failed on its way, or the
+                cache's model is gone.
+        """
+        self.check_even()
+        if self.waiting:
+            raise RuntimeError("cannot save during a chunked prefill; call finalize_prefill() first")
+        layers = [layer.filled() for layer in self.layers]
+        model = None if self._made_for is None else self._made_for()
+        if model is None:
+            raise RuntimeError(
+                "cannot save a cache whose model is gone, or that was pickled: nothing says what it is"
+            )
+        files.write(path, layers, {"model": identity(model)})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        method: Method | PromptMethod | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> RaggedCache:
+        """The cache that `save` wrote, to be passed as `past_key_values`; sets the model's attention to "headkv".
+
+        What is generated from it equals, bit for bit, what the cache that was saved would give.
+
+        Args:
+            path: the file.
+            model: the one that the context was read by, or its equal: same shape, rotary embeddings, weights and dtype.
+            method: what each head keeps of another prompt, after `reset()`. Without one such a prompt is refused.
+            backend: of attention, as in `for_model`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, damaged, of something else, of a newer headkv or of another model; the message
+                names the file and says which.
+            TypeError: as in `for_model`. The model is unchanged after any error.
+        """
+        options = CacheOptions(backend)
+        model = supported_model(model)
+        chosen = NoMethod() if method is None else method
+        check_method(chosen, model, False)
+        cache = cls.unattached(model, chosen, options)
+        layers = files.read(path, lambda about: check_identity(about, model), devices_of(model))
+        for layer, ragged in zip(cache.layers, layers, strict=True):
+            layer.restore(ragged)
+        cache._attach(model)
+        return cache
 
     @property
     def max_batch_size(self) -> int:

@@ -1,0 +1,182 @@
+"""Ragged layers in a file: safetensors, a version, and checksums, so that what is read is what was written.
+
+Of every row only the entries that it stores are written; head room is made anew. `FORMAT` and `VERSION` stand in the
+file's header with what is said `about` it, and that with its checksum. Each layer has one as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headkv._files import replacing
+from headkv.cache import layout, moves
+from headkv.cache.checks import DTYPES
+from headkv.cache.ragged import RaggedLayer
+from headkv.cache.rows import Pools
+
+FORMAT = "headkv-cache"
+VERSION = 1
+
+# What rows are, beside their pools: all int64 `[rows]`. Where they begin follows from their capacities.
+_NUMBERS = ("length", "capacity", "sinks", "recent", "evicted_end")
+_SUMS = ("key_sum", "value_sum", "count")
+_FACTS = ("num_kv_heads", "seen", "rollback")
+
+
+def write(path: str | os.PathLike[str], layers: Sequence[RaggedLayer], about: dict[str, Any]) -> None:
+    """A file of `layers` at `path`, whole or not at all.
+
+    Args:
+        path: what is there is replaced.
+        layers: on any devices.
+        about: what else the file says; plain JSON values.
+    """
+    from safetensors.torch import save_file
+
+    parts = [_packed(layer) for layer in layers]
+    said = [
+        {**{name: getattr(layer, name) for name in _FACTS}, "sha256": _digest(tensors)}
+        for layer, tensors in zip(layers, parts, strict=True)
+    ]
+    text = json.dumps({**about, "layers": said})
+    header = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _of_text(text)}
+    tensors = {f"{i}.{name}": x for i, part in enumerate(parts) for name, x in part.items()}
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=header)
+
+
+def read(
+    path: str | os.PathLike[str],
+    check: Callable[[dict[str, Any]], None],
+    devices: Sequence[torch.device],
+) -> list[RaggedLayer]:
+    """The layers that `write` wrote.
+
+    Args:
+        path: the file.
+        check: is given what the file says, before a layer is read; raises ValueError where that does not fit.
+        devices: where to put each layer.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no whole file of this version, or `check` says so; the message names it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    where = os.fspath(path)
+    if not os.path.exists(where):
+        raise FileNotFoundError(f"there is no file of a cache at {where}")
+    try:
+        with safe_open(where, "pt") as file:
+            about = _about(file.metadata() or {})
+            check(about)
+            return [
+                _unpacked(_tensors(file, i), facts, f"layer {i}", device)
+                for i, (facts, device) in enumerate(zip(about["layers"], devices, strict=True))
+            ]
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} can not be read as a whole safetensors file: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _about(header: dict[str, str]) -> dict[str, Any]:
+    """What a file says of itself, if it is one of ours."""
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f'not a cache of headkv: its "format" must be "{FORMAT}", got {header.get("format")!r}'
+        )
+    if (version := header.get("version")) != str(VERSION):
+        newer = " of a newer headkv" if version is not None and version.isdecimal() else ""
+        raise ValueError(f"version must be {VERSION}, got {version!r}{newer}")
+    text = header.get("about", "")
+    if header.get("sha256") != _of_text(text):
+        raise ValueError("damaged: what its header says does not have the checksum that it names")
+    about: dict[str, Any] = json.loads(text)
+    return about
+
+
+def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
+    """The contents of a layer on the CPU: its entries row after row, and what its rows are."""
+    pools = moves.gather(layer.pools, layout.source_of_rows(layer.start, layer.length, layer.length))
+    sums = [name for name in _SUMS if getattr(layer, name) is not None]
+    rest = {name: getattr(layer, name) for name in (*_NUMBERS, *sums)}
+    return {name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items()}
+
+
+def _tensors(file: Any, index: int) -> dict[str, Tensor]:
+    prefix = f"{index}."
+    return {
+        name.removeprefix(prefix): file.get_tensor(name)
+        for name in file.keys()  # noqa: SIM118 (not a mapping)
+        if name.startswith(prefix)
+    }
+
+
+def _unpacked(
+    tensors: dict[str, Tensor], facts: dict[str, Any], name: str, device: torch.device
+) -> RaggedLayer:
+    """A layer with the head room that it had."""
+    if _digest(tensors) != facts.get("sha256"):
+        raise ValueError(f"damaged: {name} does not have the checksum that the file names")
+    _check(tensors, facts, name)
+    moved = {key: x.to(device, copy=True) for key, x in tensors.items()}
+    start, length, capacity = layout.starts(moved["length"]), moved["length"], moved["capacity"]
+    pools = Pools(*(moved[key] for key in Pools._fields))
+    moved |= moves.gather(pools, layout.source_of_rows(start, length, capacity))._asdict()
+    numbers = {key: int(facts[key]) for key in _FACTS}
+    contents: dict[str, Any] = {**moved, **numbers, "start": layout.starts(capacity)}
+    return RaggedLayer(**contents)
+
+
+def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None:
+    """Tensors that are a layer: nothing that reads it then leaves its memory."""
+    for key in _FACTS:
+        if not isinstance(facts.get(key), int) or facts[key] < 0:
+            raise ValueError(f"{key} of {name} must be an int of at least 0, got {facts.get(key)!r}")
+    keys, length = tensors.get("keys"), tensors.get("length")
+    if keys is None or keys.ndim != 2 or keys.dtype not in DTYPES or length is None:
+        raise ValueError(f"{name} must have keys [slots, D] and lengths [rows]")
+    slots, rows = list(keys.shape), [length.numel()]
+    shapes: dict[str, tuple[list[int], torch.dtype]] = {
+        **{key: (slots, keys.dtype) for key in ("keys", "values")},
+        "positions": (slots[:1], torch.int32),
+        **{key: (rows, torch.int64) for key in _NUMBERS},
+    }
+    if set(_SUMS) & tensors.keys():
+        sums = [*rows, slots[1]], torch.float32
+        shapes |= {"key_sum": sums, "value_sum": sums, "count": (rows, torch.int64)}
+    found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}
+    if found != shapes:
+        raise ValueError(f"{name} must hold {shapes}, got {found}")
+    heads, positions = facts["num_kv_heads"], tensors["positions"]
+    right = (
+        heads > 0 and rows[0] > 0 and rows[0] % heads == 0,
+        bool((length > 0).all()) and int(length.sum()) == slots[0],
+        bool((tensors["capacity"] >= length).all()),
+        all(bool((tensors[key] >= 0).all()) for key in ("sinks", "recent", "evicted_end")),
+        bool(((positions >= 0) & (positions < facts["seen"])).all()),
+    )
+    if not all(right):
+        raise ValueError(f"{name} must be made of rows that lie within it, got {facts}")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """A checksum of tensors on the CPU: their names, dtypes, shapes and bits."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
