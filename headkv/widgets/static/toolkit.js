@@ -59,9 +59,11 @@ export function widgetRoot(kind, title, label, ...children) {
   );
 }
 
+// A notebook loads this file once for each kind of widget: a random part keeps what they count apart.
+const mine = Math.random().toString(36).slice(2, 8);
 let idsGiven = 0;
 /** @param {string} stem */
-export const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
+export const freshId = (stem) => `hk-${stem}-${mine}-${++idsGiven}`;
 
 /** @param {number} x */
 export const count = (x) => Math.round(x).toLocaleString("en-US");
