@@ -71,6 +71,18 @@ probe
 ```{code-cell} python
 probe
 ```
+
+:::{admonition} Predict
+:class: tip
+How many? <!-- ask: 4 of 90 -->
+:::
+
+```{code-cell} python
+print("four")
+```
+
+1. Which share?
+   <!-- ask: Share = 0.51 -->
 '''
 INDEX = "# A small book\n\nBuilt with the real one's configuration. See [the probe](probe.md).\n"
 
@@ -131,6 +143,24 @@ def test_formulas_are_drawn_from_local_files(small_address: str, page_checker: C
         page.wait_for_selector("mjx-container")
         assert page.locator("mjx-container").count() == 2
         assert page.evaluate("document.fonts.ready.then(fonts => [...fonts].some(f => /MJX/.test(f.family)))")
+
+
+def test_a_page_says_how_to_run_it_and_takes_answers(
+    small_address: str, page_checker: Callable[..., Any]
+) -> None:
+    with page_checker(small_address, "probe.html") as page:
+        assert page.locator("h1 + p").inner_text() == "Run this page: make lab, then open probe.md."
+        guess, exercise = page.locator("form.ask").all()
+        result = page.locator(".cell_output", has_text="four")
+        assert result.count() == 1 and not result.is_visible()
+        guess.get_by_role("textbox").fill("5")
+        guess.get_by_role("textbox").press("Enter")
+        assert guess.locator("output").inner_text() == "✗ It is 4 of 90." and result.is_visible()
+        exercise.get_by_label("Share").fill("0.51")
+        exercise.get_by_role("button", name="Check").click()
+        assert exercise.locator("output").inner_text() == "✓ Right."
+    with page_checker(small_address) as page:
+        assert page.locator(".run-this-page").count() == 0, "no code, nothing to run"
 
 
 def test_search_works_offline(small_address: str, page_checker: Callable[..., Any]) -> None:

@@ -11,10 +11,10 @@ def tell(app: Sphinx, doctree: nodes.document) -> None:
     titles = list(doctree.findall(nodes.title))
     if not titles or not any("cell_input" in node["classes"] for node in doctree.findall(nodes.container)):
         return
-    command, file = nodes.literal(text="make lab"), nodes.literal(text=f"{app.env.docname}.md")
-    line = nodes.paragraph(
-        "", "Run this page: ", command, ", then open ", file, ".", classes=["run-this-page"]
-    )
+    words = ["Run this page: ", nodes.literal(text="make lab"), ", then open "]
+    words += [nodes.literal(text=f"{app.env.docname}.md"), "."]
+    line = nodes.paragraph(classes=["run-this-page"])
+    line += [nodes.Text(word) if isinstance(word, str) else word for word in words]
     titles[0].parent.insert(titles[0].parent.index(titles[0]) + 1, line)
 
 
