@@ -21,7 +21,7 @@ MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
+.PHONY: help setup book lab test test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,10 @@ book: setup $(BUILT) ## build the book, every notebook executed, and serve it on
 ifneq ($(SERVE),0)
 	@$(PY) tools/serve.py book/_build/html --port $(PORT)
 endif
+
+lab: PORT := $(if $(filter file,$(origin PORT)),8888,$(PORT))
+lab: setup ## open JupyterLab on the chapters, as notebooks that run (PORT=8888; without a browser it prints the address)
+	@$(PY) tools/lab.py book --port $(PORT)
 
 test: setup lint ## everything that must hold: style, types, Rust, Python, pages in a browser (PYTEST_ARGS=...)
 	cargo test --workspace --quiet

@@ -71,6 +71,18 @@ probe
 ```{code-cell} python
 probe
 ```
+
+:::{admonition} Predict
+:class: tip
+How many? <!-- ask: 4 of 90 -->
+:::
+
+```{code-cell} python
+print("four")
+```
+
+1. Which share?
+   <!-- ask: Share = 0.51 -->
 '''
 INDEX = """# A small book
 
@@ -159,6 +171,24 @@ def test_a_term_carries_its_definition(small_address: str, page_checker: Callabl
         assert shown == '"A place in a pool, free or taken."'
         links.first.click()
         page.wait_for_url("**/glossary.html#term-slot")
+
+
+def test_a_page_says_how_to_run_it_and_takes_answers(
+    small_address: str, page_checker: Callable[..., Any]
+) -> None:
+    with page_checker(small_address, "probe.html") as page:
+        assert page.locator("h1 + p").inner_text() == "Run this page: make lab, then open probe.md."
+        guess, exercise = page.locator("form.ask").all()
+        result = page.locator(".cell_output", has_text="four")
+        assert result.count() == 1 and not result.is_visible()
+        guess.get_by_role("textbox").fill("5")
+        guess.get_by_role("textbox").press("Enter")
+        assert guess.locator("output").inner_text() == "✗ It is 4 of 90." and result.is_visible()
+        exercise.get_by_label("Share").fill("0.51")
+        exercise.get_by_role("button", name="Check").click()
+        assert exercise.locator("output").inner_text() == "✓ Right."
+    with page_checker(small_address) as page:
+        assert page.locator(".run-this-page").count() == 0, "no code, nothing to run"
 
 
 def test_search_works_offline(small_address: str, page_checker: Callable[..., Any]) -> None:

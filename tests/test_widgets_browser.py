@@ -18,9 +18,11 @@ pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from headkv.allocators import AdaptiveAllocator, UniformAllocator  # noqa: E402
 from headkv.cache import RaggedLayer  # noqa: E402
+from headkv.cache.ragged import MIN_HEADROOM  # noqa: E402
 from headkv.methods import Prefill, plan_by_scores  # noqa: E402
 from headkv.scorers import SnapKVScorer  # noqa: E402
 from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, SideBySide, WorkShares  # noqa: E402
+from headkv.widgets.budget_explorer import HEADROOM  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 HOST = """
@@ -193,9 +195,7 @@ def test_the_page_keeps_what_the_package_keeps(chromium, shape, window, ties):
 
 
 def test_by_hand_two_heads_three_slots_each(chromium):
-    scores = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
-    explorer = BudgetExplorer(scores, budget=3, window=0, pooling="none", head_names=["A", "B"])
-    with shown(chromium, explorer) as page:
+    with shown(chromium, by_hand(budget=3)) as page:
         assert page.state()["budgets"] == [[2, 4]]
         story = page.page.locator(".hk-story").text_content()
         assert "80.0% of the attention" in story and "uniform budgets would hold 77.5%" in story, (
@@ -203,6 +203,79 @@ def test_by_hand_two_heads_three_slots_each(chromium):
         )  # of 2: 1.60, 1.55
         page.page.get_by_role("radio", name="Uniform").check()
         assert page.state()["budgets"] == [[3, 3]]
+
+
+def by_hand(budget: int) -> BudgetExplorer:
+    scores = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
+    return BudgetExplorer(scores, budget=budget, window=0, pooling="none", head_names=["A", "B"])
+
+
+def test_a_case_by_hand_shows_every_weight_and_every_step_counts(chromium):
+    with shown(chromium, by_hand(budget=1)) as page:
+        budget = page.page.get_by_label("Budget", exact=True)
+        totals = []
+        for _ in range(6):
+            totals.append(sum(page.state()["budgets"][0]))
+            kept = page.page.locator(".hk-weight:not(.hk-evicted-weight)").count()
+            assert kept == totals[-1], "a solid bar is an entry kept, of either head"
+            budget.press("ArrowRight")
+        assert totals == [2, 4, 6, 8, 10, 12] and page.get("budget") == 1
+        bar = page.page.get_by_role("img", name="head B, entry 3: weight .15, kept")
+        assert bar.inner_text() == ".15"
+        assert page.page.get_by_label("Slots given").is_visible(), "the race is open"
+        assert not page.page.locator(".hk-bill").is_visible(), "a few bytes say nothing"
+
+
+def test_the_bill_shows_head_room_and_in_how_many_heads_a_fact_is_whole(chromium):
+    explorer = explorer_with_text()
+    assert HEADROOM == MIN_HEADROOM == explorer.headroom
+    with shown(chromium, explorer) as page:
+        room = 6 * 3 * MIN_HEADROOM * 512
+        assert f"{room / 1e3:.0f} kB more are free slots" in page.page.locator(".hk-bill-line").text_content()
+        width = page.page.locator(".hk-bill-room").evaluate("(e) => Number.parseFloat(e.style.width)")
+        assert width == pytest.approx(100 * MIN_HEADROOM / 120, abs=1e-3)
+        for budget in (0.2, 0.5, 1.0):
+            page.set(budget=budget)
+            kept = page.kept((6, 3), 120)
+            whole = [int(kept[..., start:end].all(-1).sum()) for start, end in ((36, 40), (70, 72))]
+            note = page.page.locator(".hk-bill-note").text_content()
+            assert f"Kept whole: fact 1 by {whole[0]}, fact 2 by {whole[1]} of 18 heads." in note
+        assert whole == [18, 18]
+
+
+def test_cells_are_told_from_the_even_share(chromium):
+    with shown(chromium, explorer_with_text()) as page:
+        lengths = np.array(page.state()["budgets"]).ravel()
+        cells = page.page.locator("[role=gridcell]")
+        for i, ratio in enumerate(lengths / lengths.mean()):
+            kind = ("more-3" if ratio >= 4 else "more-2" if ratio >= 2 else "more-1" if ratio >= 1.1 else
+                    "even" if ratio > 0.9 else "less-1" if ratio > 0.5 else "less-2")  # fmt: skip
+            assert f"hk-{kind}" in cells.nth(i).get_attribute("class")
+        page.page.get_by_role("radio", name="Attention", exact=True).check()
+        assert page.page.locator("[role=gridcell].hk-against").count() == 0
+
+
+def test_slider_and_bill_stay_in_sight_on_a_phone(chromium):
+    with shown(chromium, explorer_with_text(), width=390) as page:
+        page.page.locator(".hk-strip").scroll_into_view_if_needed()
+        page.page.mouse.wheel(0, 200)
+        for part in (page.page.get_by_label("Budget", exact=True), page.page.locator(".hk-bill-bar")):
+            box = part.bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 300
+
+
+def test_a_head_chosen_in_one_picture_is_chosen_in_all_of_its_size(chromium):
+    with shown(chromium, HeadGrid(skewed(6, 3, 1)[..., 0])) as page:
+        tell = """(detail) => document.dispatchEvent(new CustomEvent("headkv-selected", { detail }))"""
+        page.page.evaluate(tell, {"layers": 6, "heads": 3, "selected": [4, 2]})
+        assert page.get("selected") == [4, 2]
+        page.page.evaluate(tell, {"layers": 5, "heads": 3, "selected": [1, 1]})
+        assert page.get("selected") == [4, 2], "another grid"
+        page.page.evaluate(
+            "document.addEventListener('headkv-selected', (event) => (window.said = event.detail.selected))"
+        )
+        page.page.locator('[data-layer="2"][data-head="1"]').click()
+        assert page.page.evaluate("said") == [2, 1]
 
 
 def explorer_with_text() -> BudgetExplorer:
@@ -510,6 +583,8 @@ def test_side_by_side_shows_what_was_measured(chromium):
 MAKERS = {
     "BudgetExplorer": explorer_with_text,
     "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
+    "HeadGrid, every shade": lambda: HeadGrid(np.linspace(0, 1, 90).reshape(30, 3)),
+    "BudgetExplorer, by hand": lambda: by_hand(budget=3),
     "CacheBill": CacheBill,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
     "SideBySide": two_ways,
@@ -548,8 +623,8 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 def test_fits_a_phone_and_can_be_read(chromium, make, theme):
     with shown(chromium, make(), width=360, theme=theme) as page:
-        if page.page.locator("summary").count():
-            page.page.locator("summary").click()
+        for folded in page.page.locator("details:not([open]) > summary").all():
+            folded.click()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.page.evaluate(CONTRAST) == []
         dark = page.page.locator(".hk").evaluate("(e) => getComputedStyle(e).colorScheme")

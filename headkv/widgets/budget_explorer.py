@@ -14,6 +14,8 @@ from headkv.widgets.base import Buffer, Picture, bundle
 POOLINGS = ("max", "avg", "none")
 ALLOCATORS = ("uniform", "adaptive")
 CELLS = ("entries", "attention")
+# Free slots that compression leaves behind a row: headkv.cache.ragged.MIN_HEADROOM, as a test holds.
+HEADROOM = 64
 CONTROLS = ("budget", "allocator", "safeguard", "pooling", "kernel_size", "cells", "slots")
 
 
@@ -36,6 +38,8 @@ class BudgetExplorer(Picture):
         kernel_size: odd, 1 to 31.
         window: last entries, which are always kept.
         bytes_per_entry: bytes of one key and one value of one head (512: head dim 64, float32).
+        headroom: free slots that a stored cache owns behind each row, striped on the bill; None: as many as headkv
+            leaves, or none for a case by hand of fewer entries than that.
         allocator: "adaptive" (Ada-KV) or "uniform" (SnapKV).
         head_names: one name a KV head.
         answers: measured beforehand, shown on the bill: mappings with `budget` (share), `right` and `asked`
@@ -68,6 +72,7 @@ class BudgetExplorer(Picture):
     facts: t.List[Any] = t.List().tag(sync=True)
     window = t.Int().tag(sync=True)
     bytes_per_entry = t.Int().tag(sync=True)
+    headroom = t.Int().tag(sync=True)
     head_names = t.List(t.Unicode()).tag(sync=True)
     answers = t.List(t.Dict()).tag(sync=True)
     cells = t.Enum(CELLS).tag(sync=True)
@@ -94,6 +99,7 @@ class BudgetExplorer(Picture):
         kernel_size: int = 7,
         window: int = 32,
         bytes_per_entry: int = 512,
+        headroom: int | None = None,
         allocator: str = "adaptive",
         head_names: Sequence[str] | None = None,
         answers: Sequence[Mapping[str, Any]] | None = None,
@@ -123,6 +129,9 @@ class BudgetExplorer(Picture):
             kernel_size=_kernel(kernel_size),
             window=int(window),
             bytes_per_entry=checks.whole("bytes_per_entry", bytes_per_entry, 1),
+            headroom=(
+                checks.whole("headroom", headroom) if headroom is not None else HEADROOM * (n > HEADROOM)
+            ),
             allocator=checks.one_of("allocator", allocator, ALLOCATORS),
             head_names=checks.strings("head_names", head_names, heads),
             answers=[_answer(i, answer) for i, answer in enumerate(answers or ())],

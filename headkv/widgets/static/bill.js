@@ -1,4 +1,5 @@
-// The bill: one bar, the bytes of the full cache, filled to what is kept. Empty is hatched, never only paler.
+// The bill: one bar, the bytes of the full cache, filled to what is kept; behind it, striped, the head room that rows own.
+// Empty is hatched, never only paler.
 
 import { bytesText, h, percent } from "./toolkit.js";
 
@@ -9,7 +10,8 @@ import { bytesText, h, percent } from "./toolkit.js";
  */
 export function billBar({ marks = [] }) {
   const fill = h("div.bill-fill");
-  const bar = h("div.bill-bar", { role: "img" }, fill);
+  const roomFill = h("div.bill-room");
+  const bar = h("div.bill-bar", { role: "img" }, fill, roomFill);
   const amount = h("strong.bill-amount");
   const rest = h("span.bill-rest");
   const note = h("p.bill-note");
@@ -27,13 +29,15 @@ export function billBar({ marks = [] }) {
     bar,
     el: h("div.bill", {}, h("div.bill-line", {}, amount, rest), ...track, note),
     /**
-     * @param {{ kept: number, full: number, share: number, words: string, text?: string,
+     * @param {{ kept: number, full: number, share: number, words: string, room?: number, text?: string,
      *   shows?: (mark: Mark) => boolean }} now
      */
-    update({ kept, full, share, words, text, shows = () => true }) {
+    update({ kept, full, share, words, room = 0, text, shows = () => true }) {
       fill.style.width = `${100 * share}%`;
       amount.textContent = bytesText(kept);
-      rest.textContent = `of ${bytesText(full)}, ${percent(share, 1)} of the full cache`;
+      roomFill.style.width = `${(100 * room) / full}%`;
+      rest.textContent = `of ${bytesText(full)}, ${percent(share, 1)} of the full cache` +
+        (room ? `; ${bytesText(room)} more are free slots (striped)` : "");
       note.textContent = text ?? "";
       note.hidden = !text;
       bar.setAttribute("aria-label", words);

@@ -9,6 +9,7 @@ import {
   h,
   percent,
   picker,
+  shareSelection,
   slider,
   throttle,
   times,
@@ -16,10 +17,11 @@ import {
   widgetRoot,
 } from "./toolkit.js";
 import { capacityOf, keptMask, makePlan, packKept, Scores } from "./plan.js";
-import { headGrid, paintLevel } from "./grid.js";
+import { againstKey, headGrid, paintAgainst, paintLevel } from "./grid.js";
 import { overview, textStrip } from "./strip.js";
 import { billBar } from "./bill.js";
 import { slotRace } from "./slots.js";
+import { weightBars } from "./weight_bars.js";
 
 /** @import { Model } from "./toolkit.js" */
 
@@ -32,6 +34,7 @@ function render({ model, el }) {
   const headNames = get("head_names")?.length ? get("head_names") : null;
   const tokens = get("tokens")?.length ? get("tokens") : null;
   const facts = get("facts");
+  const small = layers === 1 && n <= 12; // a case by hand: every weight of every head is drawn
   const scores = new Scores(get("_scores"), [layers, heads, m], get("_exponent"));
   const nameOf = (head) => headNames?.[head] ?? head;
 
@@ -56,13 +59,13 @@ function render({ model, el }) {
   const budget = slider({
     label: "Budget",
     name: "budget",
-    min: 0.01,
+    min: n < 100 ? 1 / n : 0.01,
     max: 1,
-    step: 0.01,
+    step: n < 100 ? 1 / n : 0.01, // no step that changes nothing
     value: now.budget,
     format: (x) =>
       `${percent(x, Number.isInteger(Math.round(x * 1e6) / 1e4) ? 0 : 1)} · ${count(capacityOf(x, n))} a head`,
-    oninput: (x) => put("budget", x),
+    oninput: (x) => put("budget", n < 100 ? Math.round(x * n) / n : x),
   });
   const allocator = choice({
     label: "Who gets the slots",
@@ -127,14 +130,11 @@ function render({ model, el }) {
     onselect: choose,
     paint: (cell, l, k) => {
       const [length, held] = [plan.lengths[l][k], plan.held[l][k]];
-      const [level, text] = get("cells") === "entries" ? [length / n, count(length)] : [held, percent(held)];
-      paintLevel(
-        cell,
-        level,
-        heads > 12 ? "" : text,
-        `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ` +
-          `${count(n)} entries, ${percent(length / n)}, and ${percent(held)} of its attention`,
-      );
+      const even = (plan.kept / plan.total) * n;
+      const words = `layer ${l}, head ${nameOf(k)}: keeps ${count(length)} of ${count(n)} entries, ` +
+        `${(length / even).toFixed(1)} times the even share, and ${percent(held)} of its attention`;
+      if (get("cells") === "entries") paintAgainst(cell, length / even, heads > 12 ? "" : count(length), words);
+      else paintLevel(cell, held, heads > 12 ? "" : percent(held), words);
     },
   });
 
@@ -155,6 +155,8 @@ function render({ model, el }) {
   layerPick.el.hidden = layers === 1;
   const caption = h("p.caption");
   const headLine = h("span.head-line");
+  const cellKey = againstKey();
+  const bars = small ? weightBars({ scores, heads, nameOf, n, m }) : null;
   const strip = tokens ? textStrip({ n, tokens, facts }) : null;
   const lines = overview({
     n,
@@ -180,27 +182,29 @@ function render({ model, el }) {
     "explorer",
     get("title"),
     "Budget explorer",
-    h("div.controls", {}, ...Object.values(controls).map((c) => c.el)),
+    h("div.pinned", {}, budget.el, bill.el),
+    h("div.controls", {}, ...Object.values(controls).slice(1).map((c) => c.el)),
     story,
     h(
       "div.stage",
       {},
-      h("div.stage-grid", {}, cells.el, caption, grid.el),
+      h("div.stage-grid", {}, cells.el, caption, grid.el, cellKey),
       h(
         "div.stage-strip",
         {},
         h("div.strip-head", {}, layerPick.el, headPick.el, headLine),
-        lines.el,
+        bars ? bars.el : lines.el,
         ...(strip ? [strip.el, stripKey(facts, window_)] : []),
       ),
     ),
-    bill.el,
     raceBox,
     status.el,
     data,
   );
   el.append(root);
+  bill.el.hidden = small; // a few bytes say nothing
   raceBox.hidden = !get("controls").includes("slots");
+  raceBox.open = small && !raceBox.hidden;
 
   function drawRace() {
     race.update(scores.ranked(layer, now.pooling, now.kernel), {
@@ -217,12 +221,14 @@ function render({ model, el }) {
     headPick.set(head);
     masks = Array.from({ length: heads }, (_, k) => keptMask(scores, plan, now, layer, k));
     lines.update(masks, plan.lengths[layer], head);
+    bars?.update(masks, head);
     strip?.update(masks[head], plan.recent);
     const length = plan.lengths[layer][head];
-    const found = facts.filter(([a, b]) => masks[head].subarray(a, b).some(Boolean)).length;
+    const holds = (mask, [a, b]) => mask.subarray(a, b).every(Boolean);
+    const found = facts.filter((fact) => holds(masks[head], fact)).length;
     headLine.textContent =
       `keeps ${count(length)} of ${count(n)} entries, ${percent(plan.held[layer][head])} of its attention` +
-      (facts.length ? `, and touches ${found} of ${facts.length} facts` : "");
+      (facts.length ? `, and ${found} of ${times(facts.length, "fact")} whole` : "");
     if (raceBox.open) drawRace();
   }
 
@@ -242,6 +248,21 @@ function render({ model, el }) {
       }${compare}.`;
   };
 
+  /** In how many heads each fact stands whole: what an answer can be read from. */
+  function wholeFacts() {
+    if (!facts.length) return "";
+    const whole = new Array(facts.length).fill(0);
+    for (let l = 0; l < layers; l++) {
+      for (let k = 0; k < heads; k++) {
+        const mask = keptMask(scores, plan, now, l, k);
+        facts.forEach(([a, b], f) => (whole[f] += Number(mask.subarray(a, b).every(Boolean))));
+      }
+    }
+    const said = whole.map((x, f) => (whole.length > 1 ? `fact ${f + 1} by ${count(x)}` : `by ${count(x)}`));
+    return `${facts.length > 1 ? "Kept whole:" : "The fact is kept whole"} ${said.join(", ")} of ` +
+      `${times(layers * heads, "head")}. `;
+  }
+
   function drawAnswers() {
     const marks = get("answers").filter((mark) => mark.allocator === now.allocator);
     if (!marks.length) return "";
@@ -251,9 +272,9 @@ function render({ model, el }) {
 
   function drawPlan() {
     plan = makePlan(scores, now);
-    caption.textContent = get("cells") === "entries"
-      ? "Entries kept by each KV head"
-      : "Attention kept by each KV head";
+    const byEntries = get("cells") === "entries";
+    caption.textContent = `${byEntries ? "Entries" : "Attention"} kept by each KV head`;
+    cellKey.hidden = !byEntries;
     grid.paintAll();
     const entry = get("bytes_per_entry");
     const share = plan.kept / plan.total;
@@ -261,7 +282,8 @@ function render({ model, el }) {
       kept: plan.kept * entry,
       full: plan.total * entry,
       share,
-      text: drawAnswers(),
+      room: layers * heads * get("headroom") * entry,
+      text: wholeFacts() + drawAnswers(),
       shows: (mark) => mark.allocator === now.allocator,
       words: `${bytesText(plan.kept * entry)} of ${bytesText(plan.total * entry)}: ${
         percent(share, 1)
@@ -288,6 +310,7 @@ function render({ model, el }) {
   }
 
   const drop = [
+    shareSelection(model, layers, heads),
     follow(model, ["budget", "safeguard", "pooling", "kernel_size", "allocator", "cells"], () => {
       now = setting();
       budget.set(now.budget);

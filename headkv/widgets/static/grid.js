@@ -89,11 +89,17 @@ export function headGrid({ layers, heads, label, headNames, paint, onselect, cor
   };
 }
 
-/** Fill a cell: `level` in [0, 1] gives its colour AND the length of its bar, `text` its number. */
+/**
+ * Fill a cell: `level` in [0, 1] gives its colour, `text` its number, or its bar where cells are too small for one.
+ * No shade lies between the darkest that bears dark ink and the lightest that bears light ink.
+ */
 export function paintLevel(cell, level, text, description) {
+  cell.className = "hk-cell";
   cell.style.setProperty("--hk-level", `${(100 * level).toFixed(1)}%`);
-  cell.style.setProperty("--hk-shade", `${(6 + 94 * level ** 0.75).toFixed(1)}%`);
-  cell.classList.toggle("hk-deep", level > 0.42);
+  const deep = level > 0.42;
+  const shade = deep ? 82 + (18 * (level - 0.42)) / 0.58 : 6 + 42 * (level / 0.42) ** 0.75;
+  cell.style.setProperty("--hk-shade", `${shade.toFixed(1)}%`);
+  cell.classList.toggle("hk-deep", deep);
   cell.textContent = text;
   cell.setAttribute("aria-label", description);
 }
@@ -114,4 +120,19 @@ export function paintAgainst(cell, ratio, text, description) {
   cell.className = `hk-cell hk-against hk-${kind}`;
   cell.textContent = text;
   cell.setAttribute("aria-label", description);
+}
+
+/** How to read cells that are filled against the even share. */
+export function againstKey() {
+  const item = (kind, text) => h("span.key-item", {}, h(`span.cell.sample.${kind}`), ` ${text}`);
+  return h(
+    "div.key",
+    {},
+    item("less-2", "half the even share or less"),
+    item("less-1", "fewer"),
+    item("even", "even"),
+    item("more-1", "more"),
+    item("more-2", "twice"),
+    item("more-3", "four times or more"),
+  );
 }

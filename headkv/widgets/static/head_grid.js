@@ -1,6 +1,6 @@
 // HeadGrid: the grid alone, for any number or kind a head has, with all heads in order beside it.
 
-import { announcer, count, follow, h, percent, s, tooltip, widgetRoot } from "./toolkit.js";
+import { announcer, count, follow, h, percent, s, shareSelection, tooltip, widgetRoot } from "./toolkit.js";
 import { headGrid, paintLevel } from "./grid.js";
 
 const MARKS = ["■", "□", "◆", "○", "▲", "✕"];
@@ -90,9 +90,11 @@ function render({ model, el }) {
     root,
     (target) => (grid.cellOf(target) ? target.getAttribute("aria-label") : side.describe(target, wordsOf, heads)),
   );
+  const alone = shareSelection(model, layers, heads);
   const off = follow(model, ["selected"], draw);
   draw();
   return () => {
+    alone();
     off();
     status.stop();
   };

@@ -1,7 +1,18 @@
 // SideBySide: the same bytes, split over the heads in several ways, and what the model answers with each.
 
-import { announcer, bytesText, count, follow, h, percent, slider, tooltip, widgetRoot } from "./toolkit.js";
-import { headGrid, paintAgainst } from "./grid.js";
+import {
+  announcer,
+  bytesText,
+  count,
+  follow,
+  h,
+  percent,
+  shareSelection,
+  slider,
+  tooltip,
+  widgetRoot,
+} from "./toolkit.js";
+import { againstKey, headGrid, paintAgainst } from "./grid.js";
 import { textStrip } from "./strip.js";
 
 /** @import { Model } from "./toolkit.js" */
@@ -59,7 +70,7 @@ function render({ model, el }) {
     h("p.question", {}, h("span.asked", {}, "The text says: "), h("strong", {}, get("expected"))),
     h("div.controls", {}, budget.el),
     h("div.columns", {}, ...columns.map((one) => one.el)),
-    gridKey(),
+    againstKey(),
     status.el,
   );
   budget.el.classList.add("hk-whole");
@@ -74,6 +85,7 @@ function render({ model, el }) {
   }
   const speak = () =>
     status.say(`${percent(shares[get("at")])} kept. ${columns.map((one) => one.words(get("at"))).join(" ")}`);
+  const alone = shareSelection(model, layers, heads);
   const off = follow(model, ["at", "selected"], () => {
     draw();
     speak();
@@ -84,6 +96,7 @@ function render({ model, el }) {
   });
   draw();
   return () => {
+    alone();
     off();
     status.stop();
   };
@@ -175,21 +188,6 @@ function maskReader(view, [steps, layers, heads, m]) {
     const from = (((column * steps + step) * layers + layer) * heads + head) * stride;
     return Uint8Array.from({ length: m }, (_, i) => (packed[from + (i >> 3)] >> (7 - (i & 7))) & 1);
   };
-}
-
-/** How to read the cells. */
-function gridKey() {
-  const item = (kind, text) => h("span.key-item", {}, h(`span.cell.sample.${kind}`), ` ${text}`);
-  return h(
-    "div.key",
-    {},
-    item("less-2", "half the even share or less"),
-    item("less-1", "fewer"),
-    item("even", "even"),
-    item("more-1", "more"),
-    item("more-2", "twice"),
-    item("more-3", "four times or more"),
-  );
 }
 
 export default { render };

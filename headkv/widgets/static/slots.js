@@ -87,7 +87,7 @@ export function slotRace({ heads, headNames, m }) {
       const fresh = !state || state.ranked !== ranked || state.allocator !== setting.allocator;
       const finished = state && given === heads * state.slots;
       state = { ranked, ...setting };
-      panels.forEach((panel, head) => panel.scale(ranked, head, state.slots));
+      panels.forEach((panel, head) => panel.scale(ranked, head, state.slots, state.budgets));
       if (fresh) controls.pause();
       given = fresh || finished ? total() : Math.min(given, total());
       draw();
@@ -103,6 +103,7 @@ function racePanel(name, m) {
   const filled = s("path.race-filled", { "clip-path": `url(#${clip})` });
   const level = s("line.race-level", { x1: 0, x2: m });
   const even = s("line.race-even", { y1: 0, y2: 100 });
+  let reach = m;
   const svg = s(
     "svg.race-plot",
     { viewBox: `0 0 ${m} 100`, preserveAspectRatio: "none", role: "img" },
@@ -119,7 +120,9 @@ function racePanel(name, m) {
   const y = (score) => 100 - 96 * Math.max(0, Math.log(Math.max(score, bottom) / bottom) / Math.log(top / bottom));
   return {
     el: h("div.race-panel", {}, title, h("div.race-frame", {}, safe, svg)),
-    scale(ranked, head, slots) {
+    scale(ranked, head, slots, budgets) {
+      reach = Math.min(m, Math.max(8, 2 * Math.max(slots, ...budgets))); // the race is run at the left end
+      svg.setAttribute("viewBox", `0 0 ${reach} 100`);
       top = ranked.pooled[ranked.order[0]] || 1;
       bottom = top * 1e-4;
       let path = "M0 100"; // a step an entry
@@ -138,7 +141,7 @@ function racePanel(name, m) {
         level.setAttribute("y1", String(y(score)));
         level.setAttribute("y2", String(y(score)));
       }
-      safe.style.left = `${(100 * budget) / m}%`;
+      safe.style.left = `${(100 * budget) / reach}%`;
       title.textContent = `head ${name}: ${times(given, "slot")}`;
       title.classList.toggle("hk-last", isLast);
       svg.setAttribute("aria-label", `Head ${name} has ${count(given)} slots, ${count(budget)} after the safeguard`);

@@ -59,9 +59,11 @@ export function widgetRoot(kind, title, label, ...children) {
   );
 }
 
+// A notebook loads this file once for each kind of widget: a random part keeps what they count apart.
+const mine = Math.random().toString(36).slice(2, 8);
 let idsGiven = 0;
 /** @param {string} stem */
-export const freshId = (stem) => `hk-${stem}-${++idsGiven}`;
+export const freshId = (stem) => `hk-${stem}-${mine}-${++idsGiven}`;
 
 /** @param {number} x */
 export const count = (x) => Math.round(x).toLocaleString("en-US");
@@ -124,7 +126,12 @@ export function choice({ label, options, value, onchange, name }) {
     })
   );
   const segments = options.map(([key, text, hint], i) =>
-    h("span.segment", { title: hint ?? null }, inputs[i], h("label", { for: `${group}-${key}` }, text))
+    h(
+      "span.segment",
+      { title: hint ?? null },
+      inputs[i],
+      h("label", { for: `${group}-${key}`, "data-text": text }, text),
+    )
   );
   const set = (key) => inputs.forEach((input) => (input.checked = input.value === key));
   set(value);
@@ -240,6 +247,35 @@ export function follow(model, names, handler) {
   const events = names.map((name) => `change:${name}`);
   events.forEach((event) => model.on(event, handler));
   return () => events.forEach((event) => model.off(event, handler));
+}
+
+/**
+ * A head chosen in one picture is chosen in all of a page that show a grid of the same size. Answers how to stop.
+ * @param {Model} model with the trait `selected`
+ * @param {number} layers
+ * @param {number} heads
+ */
+export function shareSelection(model, layers, heads) {
+  if (layers === 1) return () => {}; // a case by hand is about its own two heads
+  let hearing = false;
+  const tell = () => {
+    const detail = { layers, heads, selected: model.get("selected"), from: model };
+    if (!hearing) document.dispatchEvent(new CustomEvent("headkv-selected", { detail }));
+  };
+  const hear = (event) => {
+    const { selected, from } = event.detail;
+    if (from === model || event.detail.layers !== layers || event.detail.heads !== heads) return;
+    hearing = true;
+    model.set("selected", selected);
+    hearing = false;
+    model.save_changes();
+  };
+  document.addEventListener("headkv-selected", hear);
+  const off = follow(model, ["selected"], tell);
+  return () => {
+    off();
+    document.removeEventListener("headkv-selected", hear);
+  };
 }
 
 /**
