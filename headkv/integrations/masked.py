@@ -1,7 +1,7 @@
 """A full cache whose evicted entries stay and are masked, as kvpress does it: for comparison only, it saves nothing.
 
-Every head of a rectangular cache has the same number of entries. What a head should not see any more gets a fake key, so
-far away from all queries of a call that its weight is 0. Queries that spread leave no such place: then it leaks.
+Every head of a rectangular cache has the same number of entries. What a head should not see any more gets a fake key,
+so far away from all queries of a call that its weight is 0. Queries that spread leave no such place: then it leaks.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class MaskedLayer(DynamicLayer):
 class MaskedCache(Cache):
     """A transformers cache that hides what a method evicts, and stores it all the same.
 
-    For comparison with `RaggedCache`: the same entries are seen, nothing is saved. What slides with the text (windows of
-    a `Keep`) is as it was at the end of the prompt.
+    For comparison with `RaggedCache`: the same entries are seen, nothing is saved. What slides with the text (windows
+    of a `Keep`) is as it was at the end of the prompt.
     """
 
     layers: list[MaskedLayer]  # type: ignore[assignment]
