@@ -45,8 +45,8 @@ test: setup lint ## everything that must hold: style, types, Rust, Python, pages
 test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest supported transformers (its own environment)
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)
 
-test-kvpress: $(VENV)-kvpress/.deps $(VENV)-kvpress-now/.deps ## kvpress's presses, masked in an environment of its own, and realised; prints a table
-	KVPRESS_PYTHON=$(abspath $(VENV)-kvpress/bin/python) OMP_NUM_THREADS=1 \
+test-kvpress: $(VENV)-kvpress/.deps $(VENV)-kvpress-now/.deps ## kvpress's presses, masked in an environment of its own, and realised; prints a table (DATA=book/data: also for the book)
+	KVPRESS_DATA=$(DATA) KVPRESS_PYTHON=$(abspath $(VENV)-kvpress/bin/python) OMP_NUM_THREADS=1 \
 	  $(VENV)-kvpress-now/bin/python -m pytest -p no:cacheprovider tests/test_kvpress*.py $(PYTEST_ARGS)
 
 test-gpu: setup ## the tests marked gpu; needs a CUDA device

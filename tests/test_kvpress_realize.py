@@ -7,6 +7,7 @@ transformers that it pins in an environment of its own, whose Python is named by
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -165,18 +166,25 @@ def test_fake_keys_of_our_masked_cache_are_the_library_s() -> None:
 def test_table(masked: Any, real: Any, capsys: Any) -> None:
     """Printed with -s or by `make test-kvpress`: what became of each press, its bytes and its decode step."""
     theirs = masked(OWN or sys.executable)
+    rows: dict[str, Any] = {}
     lines = [f"{'press':26} {'bytes masked':>13} {'realised':>10} {'step masked':>12} {'realised':>10}"]
     for name in [*REALIZED, *REFUSED]:
         there = theirs[name]
         if name in REFUSED:
             lines.append(f"{name:26} not realised: {REFUSED[name]}")
+            rows[name] = {"why": REFUSED[name]}
         elif "error" in there:
             lines.append(f"{name:26} kvpress itself fails here: {there['error']}")
         else:
             here = real(name, theirs["folder"])
+            rows[name] = {"masked": there["bytes"], "realised": here["bytes"]}
             seconds = f"{there['seconds'] * 1e3:9.2f} ms {here['seconds'] * 1e3:7.2f} ms"
             lines.append(f"{name:26} {there['bytes']:13,} {here['bytes']:10,} {seconds}")
     with capsys.disabled():
         print(f"\nkvpress with transformers {theirs['transformers']}, {TOKENS} tokens, float32, one core")
         print("\n".join(lines))
     assert len(lines) == 1 + len(REALIZED) + len(REFUSED)
+    if folder := os.environ.get("KVPRESS_DATA"):
+        said = {"command": "make test-kvpress DATA=book/data", "transformers": theirs["transformers"]}
+        text = json.dumps(said | {"tokens": TOKENS, "presses": rows}, indent=1) + "\n"
+        (Path(folder) / "kvpress.json").write_text(text, encoding="utf-8")
