@@ -14,7 +14,7 @@ LONG = 40  # letters of a value that are too many
 def brief(thing: Any) -> str:
     """A dataclass as a short call: what it needs first, then what differs from its default.
 
-    Tensors and long lists are said by their shape, whatever has a `label` by that.
+    Tensors and long lists are said by their shape, whatever has a `label` by that; fields with `repr=False` are not.
 
     >>> from dataclasses import dataclass
     >>> @dataclass

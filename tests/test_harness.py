@@ -57,6 +57,8 @@ def test_eval_end_to_end(tmp_path, capsys):
     assert full.score == zipped.score == 1 and full.expected[0] in full.reply
     assert full.log_probability > -0.1 > snap.log_probability and snap.divergence > zipped.divergence
     assert snap.nbytes < full.nbytes / 3 and snap.stored_share == pytest.approx(0.1, abs=0.01)
+    assert zipped.parameters.startswith("KVzip(0.1, scorer=Remembered(")
+    assert " at 0x" not in zipped.parameters, "parameters say the same in another process"
     assert 0 < full.depth < 1 and "lm_eval 0.4" in full.versions
     shown = capsys.readouterr().out
     assert shown.startswith("smollm2-tuned, question unseen, 512 tokens, 1 documents a row")

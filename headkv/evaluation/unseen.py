@@ -79,7 +79,9 @@ class Remembered:
     """
 
     scorer: PromptScorer
-    _known: weakref.WeakKeyDictionary[Prompt, list[Tensor]] = field(default_factory=weakref.WeakKeyDictionary)
+    _known: weakref.WeakKeyDictionary[Prompt, list[Tensor]] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
 
     @property
     def window(self) -> int:
