@@ -96,6 +96,33 @@ slot
   free or taken.
 ```
 """
+TALL = """---
+file_format: mystnb
+kernelspec: {name: python3, display_name: Python 3}
+---
+# A tall picture
+
+```{code-cell} python
+import anywidget
+
+class Tall(anywidget.AnyWidget):
+    _esm = "export default { render({ el }) { el.style.cssText = 'height: 1200px'; el.textContent = 'tall'; } }"
+
+Tall()
+```
+
+What follows does not jump.
+
+```{code-cell} python
+Tall()
+```
+"""
+SHIFT = """() => new Promise((done) => {
+  let sum = 0;
+  const add = (list) => list.getEntries().forEach((entry) => sum += entry.value);
+  new PerformanceObserver(add).observe({ type: "layout-shift", buffered: true });
+  setTimeout(() => done(sum), 100);
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +134,12 @@ def small_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(BOOK / "_config.yml", folder)
     shutil.copy(BOOK / "references.bib", folder)
     (folder / "_toc.yml").write_text(
-        "format: jb-book\nroot: index\nchapters:\n  - file: probe\n  - file: glossary\n"
+        "format: jb-book\nroot: index\nchapters:\n  - file: probe\n  - file: tall\n  - file: glossary\n"
     )
     (folder / "index.md").write_text(INDEX)
     (folder / "glossary.md").write_text(GLOSSARY)
     (folder / "probe.md").write_text(PROBE)
+    (folder / "tall.md").write_text(TALL)
     build = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", build, "build", str(folder), "--warningiserror"]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -150,6 +178,18 @@ def test_widget_is_alive_without_a_kernel(small_address: str, page_checker: Call
         page.locator(".widget-host input").first.press("ArrowRight")
         assert shown.all_text_contents() == ["n 4 twice 8 bytes 1,2,255"] * 2, "two views share one model"
         assert shown.first.evaluate("node => getComputedStyle(node).color") == "rgb(1, 2, 3)"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_picture_has_its_place_before_it_is_drawn(
+    width: int, small_address: str, page_checker: Callable[..., Any]
+) -> None:
+    with page_checker(small_address, "tall.html", width=width) as page:
+        assert page.locator(".widget-host").all_text_contents() == ["tall"] * 2
+        assert page.locator(".cell_output").first.evaluate("(node) => node.offsetHeight") < 1250, (
+            "nothing is left over"
+        )
+        assert page.evaluate(SHIFT) < 0.05
 
 
 def test_formulas_are_drawn_from_local_files(small_address: str, page_checker: Callable[..., Any]) -> None:

@@ -115,6 +115,21 @@ def test_budget_explorer_refuses(scores, options, error, says):
         pytest.param(
             lambda: CacheBill(layers=0), ValueError, "layers must be an int of at least 1", id="layers"
         ),
+        pytest.param(
+            lambda: CacheBill(batch=3),
+            ValueError,
+            "batch must be a power of two, 1 to 256, got 3",
+            id="batch",
+        ),
+        pytest.param(
+            lambda: CacheBill(card_bytes=-1), ValueError, "card_bytes must be an int of at least 0", id="card"
+        ),
+        pytest.param(
+            lambda: BudgetExplorer([[1.0]], window=0, headroom=-1),
+            ValueError,
+            "headroom must be an int",
+            id="headroom",
+        ),
         pytest.param(lambda: CacheBill(dtype="fp4"), ValueError, "dtype must be one of", id="dtype"),
         pytest.param(lambda: CacheBill(share=0.0), ValueError, "share must be a share in (0, 1]", id="share"),
         pytest.param(lambda: CacheBill(context=1.5), TypeError, "context must be an int", id="context"),
@@ -243,6 +258,7 @@ def test_traits_set_later_are_checked_too():
     ("bill", "bytes_a_token", "full"),
     [
         pytest.param(CacheBill(context=1000), 46_080, "46,080,000 bytes", id="SmolLM2"),
+        pytest.param(CacheBill(context=1000, batch=4), 46_080, "184,320,000 bytes", id="four texts"),
         pytest.param(
             CacheBill(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", context=131_072),
             131_072,
@@ -312,3 +328,13 @@ def test_anywidget_loads_only_when_a_widget_is_asked_for():
 def test_heads_that_keep_the_answer_whole_are_counted():
     assert side_by_side().whole().tolist() == [[1, 2]]
     assert side_by_side(answer=(0, 3)).whole().tolist() == [[0, 2]]
+
+
+def test_what_fits_on_a_card_by_hand() -> None:
+    sizes = dict(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", weight_bytes=16 * 10**9)
+    assert CacheBill(**sizes).tokens_that_fit == 0, "no card"
+    assert CacheBill(**sizes, card_bytes=10**9).tokens_that_fit == 0, "not even the weights"
+    bill = CacheBill(**sizes, card_bytes=24 * 10**9)
+    assert bill.tokens_that_fit == 8 * 10**9 // 131072
+    bill.share = 0.5
+    assert bill.tokens_that_fit == 8 * 10**9 * 2 // 131072

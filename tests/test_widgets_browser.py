@@ -419,6 +419,29 @@ def test_cache_bill_follows_its_controls(chromium):
         assert page.get("layers") == 32 and page.page.get_by_label("Layers").input_value() == "32"
 
 
+def test_cache_bill_says_what_fits_on_a_card(chromium):
+    widget = CacheBill(
+        layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", context=8192, card_bytes=24 * 10**9
+    )
+    with shown(chromium, widget) as page:
+        root, story = page.page.locator(".hk-cache-bill"), page.page.locator(".hk-story")
+        for share in (1.0, 0.2):
+            page.set(share=share)
+            widget.share = share
+            assert root.get_attribute("data-fits") == str(widget.tokens_that_fit)
+            assert f"holds {widget.tokens_that_fit:,} tokens" in story.text_content()
+        page.page.get_by_label("Texts at once").press("ArrowRight")
+        page.page.get_by_label("Texts at once").press("ArrowRight")
+        assert page.get("batch") == 4
+        assert root.get_attribute("data-full-bytes") == str(4 * 8192 * 131072)
+        assert "at about 153,200 tokens a text" in story.text_content()  # 122,532 / 0.2 / 4
+        page.page.get_by_label("Card", exact=True).select_option("16.0 GB")
+        assert "does not even hold the weights" in story.text_content()
+        page.page.get_by_label("Card", exact=True).select_option("none")
+        assert "card" not in story.text_content()
+        assert not page.page.locator(".hk-curve-card").is_visible()
+
+
 def test_cache_bill_knows_the_weights_of_known_models_only(chromium):
     with shown(chromium, CacheBill(context=1000)) as page:
         weights, model = page.page.locator(".hk-weights"), page.page.get_by_label("Model")

@@ -134,21 +134,38 @@
     const saved = {};
     for (const script of document.querySelectorAll(STATE)) Object.assign(saved, JSON.parse(script.textContent).state);
     const manager = new Manager(saved);
-    for (const script of document.querySelectorAll(VIEW)) {
+    const hosts = [...document.querySelectorAll(VIEW)].map((script) => {
       const el = document.createElement("div");
       el.className = "widget-host";
       el.dataset.state = "loading";
       script.after(el);
-      try {
-        await manager.render(JSON.parse(script.textContent).model_id, el);
-        el.dataset.state = "ready";
-      } catch (error) {
-        el.dataset.state = "failed";
-        el.textContent = `This picture could not be shown: ${error instanceof Error ? error.message : error}.`;
-        console.error(error);
-      }
+      return { el, id: JSON.parse(script.textContent).model_id };
+    });
+    const inView = ({ el }) => el.getBoundingClientRect().top < innerHeight;
+    const [first, later] = [hosts.filter(inView), hosts.filter((host) => !inView(host))];
+    for (const host of first) await show(manager, host);
+    for (const host of later) {
+      await idle();
+      await show(manager, host);
     }
   }
+
+  async function show(manager, { el, id }) {
+    try {
+      await manager.render(id, el);
+      el.dataset.state = "ready";
+    } catch (error) {
+      el.dataset.state = "failed";
+      el.textContent = `This picture could not be shown: ${error instanceof Error ? error.message : error}.`;
+      console.error(error);
+    }
+  }
+
+  /** Until the page has nothing better to do: pictures further down wait for it. */
+  const idle = () =>
+    new Promise((done) =>
+      "requestIdleCallback" in window ? requestIdleCallback(done, { timeout: 500 }) : setTimeout(done)
+    );
 
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();

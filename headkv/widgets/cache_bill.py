@@ -10,6 +10,7 @@ from headkv.widgets import checks
 from headkv.widgets.base import Picture, bundle
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+CARDS = tuple(int(gb * 1e9) for gb in (16, 24, 80, 141))  # memory of cards that are sold
 PRESETS: tuple[dict[str, Any], ...] = (
     {
         "name": "SmolLM2-135M",
@@ -39,6 +40,8 @@ class CacheBill(Picture):
         context: tokens in the cache, 128 to 1,048,576 on the slider.
         share: share of the cache kept, in (0, 1].
         weight_bytes: bytes of the model's weights, 0 to leave them out.
+        batch: texts at once, each with a cache of its own; a power of two, 1 to 256.
+        card_bytes: a card's memory, to see what fits; 0 for none.
         title: a line above the picture.
 
     Raises:
@@ -60,6 +63,9 @@ class CacheBill(Picture):
     context = t.Int().tag(sync=True)
     share = t.Float().tag(sync=True)
     weight_bytes = t.Int().tag(sync=True)
+    batch = t.Int().tag(sync=True)
+    card_bytes = t.Int().tag(sync=True)
+    cards = t.List(t.Int()).tag(sync=True)
     presets = t.List(t.Dict(), default_value=list(PRESETS)).tag(sync=True)
     title = t.Unicode().tag(sync=True)
 
@@ -73,6 +79,8 @@ class CacheBill(Picture):
         context: int = 4096,
         share: float = 1.0,
         weight_bytes: int | None = None,
+        batch: int = 1,
+        card_bytes: int = 0,
         title: str | None = None,
     ) -> None:
         sizes = {
@@ -84,7 +92,13 @@ class CacheBill(Picture):
         known = (p["weight_bytes"] for p in PRESETS if all(p[key] == value for key, value in sizes.items()))
         if weight_bytes is None:
             weight_bytes = next(known, 0)
+        if checks.whole("batch", batch, 1, 256) & (batch - 1):
+            raise ValueError(f"batch must be a power of two, 1 to 256, got {batch}")
+        memory = checks.whole("card_bytes", card_bytes, 0)
         super().__init__(
+            batch=batch,
+            card_bytes=memory,
+            cards=sorted({*CARDS, memory} - {0}),
             **sizes,
             context=checks.whole("context", context, 1),
             share=checks.share("share", share, zero=False),
@@ -98,10 +112,16 @@ class CacheBill(Picture):
         numbers = 2 * self.layers * self.kv_heads * self.head_dim
         return numbers * DTYPES[self.dtype]
 
+    @property
+    def tokens_that_fit(self) -> int:
+        """Tokens, of all texts together, whose kept cache fits on the card beside the weights; 0 without a card."""
+        return int(max(0, self.card_bytes - self.weight_bytes) / (self.bytes_per_token * self.share))
+
     def describe(self) -> str:
-        full = self.bytes_per_token * self.context
+        full = self.bytes_per_token * self.context * self.batch
+        texts = "" if self.batch == 1 else f" in each of {self.batch} texts"
         return (
             f"CacheBill: 2 x {self.layers} layers x {self.kv_heads} KV heads x {self.head_dim} numbers x "
             f"{DTYPES[self.dtype]} bytes = {self.bytes_per_token:,} bytes a token; {full:,} bytes for "
-            f"{self.context:,} tokens."
+            f"{self.context:,} tokens{texts}."
         )

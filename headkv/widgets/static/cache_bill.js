@@ -16,8 +16,10 @@ import {
   widgetRoot,
 } from "./toolkit.js";
 import { billBar } from "./bill.js";
+import { costCurves } from "./cost_curves.js";
 
 const NAMES = [["layers", "Layers"], ["kv_heads", "KV heads"], ["head_dim", "Head dim"]];
+const FOLLOWED = ["dtype", "context", "share", "weight_bytes", "batch", "card_bytes"];
 const BYTES = { float32: 4, bfloat16: 2, float16: 2, int8: 1 };
 
 /** @import { Model } from "./toolkit.js" */
@@ -85,6 +87,24 @@ function render({ model, el }) {
     format: (x) => percent(x),
     oninput: (x) => put({ share: x }),
   });
+  const batch = slider({
+    label: "Texts at once",
+    name: "batch",
+    min: 0,
+    max: 8,
+    step: 1,
+    value: Math.log2(get("batch")),
+    format: () => times(get("batch"), "text"),
+    oninput: (x) => put({ batch: 2 ** x }),
+  });
+  const card = picker({
+    label: "Card",
+    name: "card",
+    value: get("card_bytes"),
+    options: [[0, "none"], ...get("cards").map((bytes) => [bytes, bytesText(bytes)])],
+    onchange: (x) => put({ card_bytes: Number(x) }),
+  });
+  const curves = costCurves();
   const formula = h("p.formula");
   const bill = billBar({});
   const weightBar = h("div.weight-fill");
@@ -97,11 +117,12 @@ function render({ model, el }) {
     "cache-bill",
     get("title"),
     "What a KV cache costs",
-    h("div.bill-top", {}, preset.el),
+    h("div.bill-top", {}, preset.el, card.el),
     h("div.controls.sizes", {}, ...fields.map((f) => f.el), dtype.el),
-    h("div.controls.two", {}, context.el, share.el),
+    h("div.controls.two", {}, context.el, share.el, batch.el),
     formula,
     scaled,
+    curves.el,
     story,
     status.el,
   );
@@ -111,13 +132,16 @@ function render({ model, el }) {
     const [layers, heads, dim] = NAMES.map(([name]) => get(name));
     const size = BYTES[get("dtype")];
     const token = 2 * layers * heads * dim * size;
-    const full = token * get("context");
+    const texts = get("batch");
+    const full = token * get("context") * texts;
     const kept = full * get("share");
     const weights = get("weight_bytes");
     fields.forEach(({ name, input }) => (input.value = get(name)));
     dtype.set(get("dtype"));
     context.set(asLog(get("context")));
     share.set(get("share"));
+    batch.set(Math.log2(texts));
+    card.set(get("card_bytes"));
     const match = known(sizes());
     preset.set(match < 0 ? "" : String(match));
 
@@ -129,23 +153,40 @@ function render({ model, el }) {
       h("span.term", {}, h("b", {}, `= ${count(token)}`), h("small", {}, "bytes a token")),
     );
     const widest = Math.max(full, weights);
-    const words = `${bytesText(kept)} of ${bytesText(full)} for ${count(get("context"))} tokens`;
+    const words = `${bytesText(kept)} of ${bytesText(full)} for ${count(get("context"))} tokens` +
+      (texts > 1 ? ` in each of ${count(texts)} texts` : "");
     bill.bar.style.width = `${Math.max(0.4, (100 * full) / widest)}%`;
     bill.update({ kept, full, share: get("share"), words });
     weightFrame.hidden = !weights;
     weightText.textContent = weights ? `Weights: ${bytesText(weights)}, drawn to the same scale` : "";
     weightBar.style.width = `${(100 * weights) / widest}%`;
-    const meet = weights / token / get("share");
+    const meet = weights / token / get("share") / texts;
     const kind = get("share") < 1 ? `a cache kept to ${percent(get("share"))}` : "the cache";
     const compared = !weights ? "" : ` Here it is ${(kept / weights).toPrecision(2)} times the weights; ${kind} ` +
-      `weighs as much as they do at about ${count(Number(meet.toPrecision(4)))} tokens.`;
-    story.textContent = `Each decode step reads all ${bytesText(kept)} of it to make one token.${compared}`;
+      `weighs as much as they do at about ${count(Number(meet.toPrecision(4)))} tokens${texts > 1 ? " a text" : ""}.`;
+    const made = texts > 1 ? `${count(texts)} tokens` : "one token";
+    const fits = Math.floor(Math.max(0, get("card_bytes") - weights) / (token * get("share")));
+    const fitting = !get("card_bytes")
+      ? ""
+      : fits
+      ? ` Beside the weights a card of ${bytesText(get("card_bytes"))} holds ${count(fits)} tokens of it: ` +
+        `${times(Math.floor(fits / get("context")), "text")} of this length.`
+      : ` A card of ${bytesText(get("card_bytes"))} does not even hold the weights.`;
+    story.textContent = `Each decode step reads all ${bytesText(kept)} of it to make ${made}.${compared}${fitting}`;
+    curves.update({
+      perToken: token * texts,
+      share: get("share"),
+      weights,
+      card: get("card_bytes"),
+      context: get("context"),
+      words: `Bytes over context: ${words}.${compared}${fitting}`,
+    });
     status.say(`${count(token)} bytes a token. ${words}. ${story.textContent}`);
-    Object.assign(root.dataset, { bytesPerToken: token, fullBytes: full, keptBytes: Math.round(kept) });
+    Object.assign(root.dataset, { bytesPerToken: token, fullBytes: full, keptBytes: Math.round(kept), fits });
   }
 
   tooltip(root, (target) => target.closest?.("[data-tip]")?.dataset.tip);
-  const off = follow(model, ["layers", "kv_heads", "head_dim", "dtype", "context", "share", "weight_bytes"], draw);
+  const off = follow(model, [...FOLLOWED, ...NAMES.map(([name]) => name)], draw);
   draw();
   return () => {
     off();

@@ -224,7 +224,9 @@ function drawPanel({ name, facts, plot, ticks }, served, end, width, busy) {
     {},
     `${share > 0.7 ? "" : "▲ "}ends after ${count(end)} entries${share > 0.7 ? " ▲" : ""}`,
   );
-  mark.style[share > 0.7 ? "right" : "left"] = share > 0.7 ? `${100 * (1 - share)}%` : `${100 * share}%`;
+  // The arrow's point is 5 pixels inside its mark: at the very end it stays within the frame.
+  if (share > 0.7) mark.style.right = `max(5px, ${100 * (1 - share)}%)`;
+  else mark.style.left = `${100 * share}%`;
   ticks.replaceChildren(mark);
 }
 
