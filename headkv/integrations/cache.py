@@ -21,6 +21,7 @@ from headkv.integrations.hook import NAME
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
+from headkv.integrations.probe import check_attention
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
 from headkv.integrations.support import (
     CacheOptions,
@@ -92,6 +93,7 @@ class RaggedCache(Cache):
         """
         options = CacheOptions(backend, headroom, rollback, chunked_prefill)
         model = supported_model(model)
+        check_attention(model)
         check_method(method, model, chunked_prefill)
         cache = cls.unattached(model, method, options)
         cache._listen(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
+from headkv.integrations.probe import check_attention
 from headkv.integrations.support import (
     CacheOptions,
     check_method,
@@ -27,6 +29,7 @@ from headkv.integrations.support import (
     supported_config,
     supported_model,
 )
+from headkv.integrations.text import tokens_in
 from headkv.methods import FullCache
 from headkv.models.attention import choose_attention, kept_attention
 
@@ -111,6 +114,7 @@ class Session:
     ) -> None:
         self.model, self.method = supported_model(model), method
         self._options, self._decoding = options, decoding
+        check_attention(self.model)
         check_method(method, self.model, options.chunked_prefill)
         decoding.check(self.model)
         self._decoder = decoder_of(self.model)
@@ -121,6 +125,7 @@ class Session:
         self._hooks: Hooks | None = None
         self._former = ExitStack()  # puts back the attention that the model had
         self._own_generate: Any = None
+        self._warned = False  # in this block, that a call's logits are the full model's
 
     @property
     def cache(self) -> RaggedCache:
@@ -142,6 +147,7 @@ class Session:
             former.enter_context(kept_attention(self.model))
             choose_attention(self.model, NAME)
             self._former = former.pop_all()
+        self._warned = False
         self._hooks = Hooks(self.model, self._supply, self._known, owner=self)
         # As transformers itself gives a model with a decode loop of its own that loop.
         if self._decoding.cuda_graph:
@@ -173,6 +179,7 @@ class Session:
                 "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
             )
         given: Any = arguments.get("past_key_values")
+        self._warn(arguments, given)
         if given is None and arguments.get("use_cache") is False:
             if is_of_generate(arguments):
                 raise ValueError(
@@ -194,6 +201,25 @@ class Session:
         if len(ragged.layers) == self._num_layers:
             self._cache = ragged
         return None if ragged.listens else ragged
+
+    def _warn(self, arguments: Arguments, given: Any) -> None:
+        """Once a block: a call whose logits look like a score, though its text is read before it is compressed."""
+        if (
+            self._warned
+            or (given is not None and given.get_seq_length())
+            or isinstance(self.method, FullCache)
+        ):
+            return
+        whole = tokens_in(arguments) > 1 and not arguments.get("logits_to_keep")
+        unsaid = given is None and not (arguments.get("use_cache") or self._options.chunked_prefill)
+        if arguments.get("labels") is not None or (whole and unsaid):
+            self._warned = True
+            warnings.warn(
+                "a forward call over a whole text answers as the full model does: compression shows in what is read "
+                "after it, over its cache. headkv.score(model, method, context, continuation) is the likelihood under "
+                "compression; to read a prompt without this warning, call with use_cache=True or logits_to_keep=1",
+                stacklevel=2,
+            )
 
     def _known(self) -> list[RaggedCache]:
         """The caches that calls of this block may be over."""
