@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from contextlib import ExitStack
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headkv.methods.base import Method, PromptMethod
+
+
+# What a block changes and puts back belongs to the model, so that blocks on two threads are entered one by one.
+_TURN = threading.RLock()
 
 
 def compress(
@@ -122,6 +127,7 @@ class Session:
         self._cache: RaggedCache | None = None
         # Caches of the user's own, and what stands for each from the first call on.
         self._others: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
+        self._own_turn = threading.Lock()  # several threads may generate in one block
         self._hooks: Hooks | None = None
         self._former = ExitStack()  # puts back the attention that the model had
         self._own_generate: Any = None
@@ -139,34 +145,39 @@ class Session:
         return self._cache
 
     def __enter__(self) -> Session:
-        hooks = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
-        if any(isinstance(hook, Hooks) and isinstance(hook.owner, Session) for hook in hooks):
-            raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
-        self._decoding.check(self.model)
-        with ExitStack() as former:
-            former.enter_context(kept_attention(self.model))
-            choose_attention(self.model, NAME)
-            self._former = former.pop_all()
-        self._warned = False
-        self._hooks = Hooks(self.model, self._supply, self._known, owner=self)
-        # As transformers itself gives a model with a decode loop of its own that loop.
-        if self._decoding.cuda_graph:
-            own: Any = vars(self.model)
-            self._own_generate = own.get("generate")
-            own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
+        with _TURN:
+            hooks = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
+            if any(isinstance(hook, Hooks) and isinstance(hook.owner, Session) for hook in hooks):
+                raise RuntimeError(
+                    "model is inside another headkv.compress block already, of this thread or another; leave that one "
+                    "first, or give each thread a model of its own"
+                )
+            self._decoding.check(self.model)
+            with ExitStack() as former:
+                former.enter_context(kept_attention(self.model))
+                choose_attention(self.model, NAME)
+                self._former = former.pop_all()
+            self._warned = False
+            self._hooks = Hooks(self.model, self._supply, self._known, owner=self)
+            # As transformers itself gives a model with a decode loop of its own that loop.
+            if self._decoding.cuda_graph:
+                own: Any = vars(self.model)
+                self._own_generate = own.get("generate")
+                own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._hooks is not None
-        self._hooks.remove()
-        if self._decoding.cuda_graph:
-            own: Any = vars(self.model)
-            del own["generate"]
-            if self._own_generate is not None:
-                own["generate"] = self._own_generate
-        self._former.close()
+        with _TURN:
+            self._hooks.remove()
+            if self._decoding.cuda_graph:
+                own: Any = vars(self.model)
+                del own["generate"]
+                if self._own_generate is not None:
+                    own["generate"] = self._own_generate
+            self._former.close()
 
     def _supply(self, arguments: Arguments) -> RaggedCache | None:
         """Give a call a ragged cache where it has none, or an empty one of another kind.
@@ -223,7 +234,8 @@ class Session:
 
     def _known(self) -> list[RaggedCache]:
         """The caches that calls of this block may be over."""
-        return list(self._others.values()) + ([] if self._cache is None else [self._cache])
+        with self._own_turn:
+            return list(self._others.values()) + ([] if self._cache is None else [self._cache])
 
     def _ragged(self, given: Any) -> RaggedCache:
         """What stands for a cache of the user's own from now on."""
@@ -239,7 +251,8 @@ class Session:
             ragged = self._empty()
             # Its layers are a cache: with ours in their place it counts tokens, is cropped, reordered and copied right.
             given.layers = ragged.layers
-        self._others[given] = ragged
+        with self._own_turn:
+            self._others[given] = ragged
         return ragged
 
     def _empty(self) -> RaggedCache:
