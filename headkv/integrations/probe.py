@@ -16,7 +16,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from headkv.integrations.hook import NAME, NewTokens
-from headkv.integrations.support import decoder_of, rotary_of
+from headkv.integrations.support import decoder_of
 from headkv.logits import Rule
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> None:
         why = error
     witness = cache.witness
     if witness.given and not witness.attended:
-        asks = "it changes keys and values behind the cache" if why is None else str(why)
+        asks = "it does not hand them on to attention" if why is None else str(why).partition(". Either")[0]
         raise ValueError(
             f"model {type(model).__name__} can not be served, as its attention {type(attention).__name__} is of a kind "
             f"that headkv does not know: {asks}"
@@ -116,6 +116,8 @@ def _arguments(model: PreTrainedModel, attention: Any, cache: Cache, kind: str |
         "use_cache": True,
     }
     names = inspect.signature(type(attention).forward).parameters
-    if "position_embeddings" in names and (rotary := rotary_of(decoder_of(model), kind)) is not None:
-        known["position_embeddings"] = tuple(x[None].to(**where) for x in rotary(positions))
+    rotary: Any = getattr(decoder_of(model), "rotary_emb", None)
+    if "position_embeddings" in names and rotary is not None:
+        more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+        known["position_embeddings"] = rotary(hidden, positions[None], *more)
     return {name: known[name] for name in names if name in known}

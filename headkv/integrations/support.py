@@ -117,19 +117,14 @@ def _rotary(
     decoder: Module, attention: Module, kind: str | None
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """Cosines and sines by position, where they follow from the position alone and turn halves against each other."""
-    types = getattr(getattr(decoder, "rotary_emb", None), "rope_type", "default")
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    types = getattr(rotary, "rope_type", "default")
     rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
-    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+    if rotary is None or rotate_half is None:
+        return None
+    if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
         return None
     if not {types} <= FIXED if isinstance(types, str) else not set(types.values()) <= FIXED:
-        return None
-    return rotary_of(decoder, kind)
-
-
-def rotary_of(decoder: Module, kind: str | None) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """Cosines and sines of positions `[n]`, in layers of this kind; None where no such module is found."""
-    rotary: Any = getattr(decoder, "rotary_emb", None)
-    if rotary is None:
         return None
     more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
 
