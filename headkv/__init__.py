@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headkv.integrations.cache import RaggedCache as RaggedCache
     from headkv.integrations.graph import DecodeGraph as DecodeGraph
     from headkv.integrations.pipeline import pipeline as pipeline
+    from headkv.integrations.scoring import score as score
     from headkv.integrations.session import compress as compress
     from headkv.methods import AdaKV as AdaKV
     from headkv.methods import CriticalKV as CriticalKV
@@ -45,6 +46,7 @@ _HOME = {
     "RaggedCache": "headkv.integrations.cache",
     "pipeline": "headkv.integrations.pipeline",
     "compress": "headkv.integrations.session",
+    "score": "headkv.integrations.scoring",
     "DecodeGraph": "headkv.integrations.graph",
     **dict.fromkeys(
         ("AdaKV", "CriticalKV", "DefensiveKV", "DuoAttention", "FullCache", "HeadKV", "KVzip", "PyramidKV"),

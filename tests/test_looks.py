@@ -25,7 +25,7 @@ ANSWERED: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "is_initialized": (lambda cache: cache.is_initialized, True),
     "is_compileable": (lambda cache: cache.is_compileable, False),
     "is_sliding": (lambda cache: cache.is_sliding, [False] * 3),
-    "get_max_cache_shape": (lambda cache: cache.get_max_cache_shape(), -1),
+    "get_max_length of a layer": (lambda cache: cache.layers[0].get_max_length(), -1),
     "the dtype of a layer": (lambda cache: cache.layers[0].dtype, torch.float32),
     "the device of a layer": (lambda cache: cache.layers[0].device, torch.device("cpu")),
     "hasattr": (lambda cache: hasattr(cache.layers[0], "keys"), False),

@@ -23,6 +23,7 @@ from headkv.integrations.hook import NAME, register
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
+from headkv.integrations.probe import check_attention
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
 from headkv.integrations.saved import NoMethod, check_identity, devices_of, identity
 from headkv.integrations.support import (
@@ -101,6 +102,7 @@ class RaggedCache(Cache):
         decode = DecodeBudget.of(decode_budget, every)
         options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode)
         model = supported_model(model)
+        check_attention(model)
         check_method(method, model, chunked_prefill)
         cache = cls.unattached(model, method, options)
         cache._attach(model)

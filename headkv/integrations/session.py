@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends, register
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
+from headkv.integrations.probe import check_attention
 from headkv.integrations.support import (
     CacheOptions,
     attentions_to_hear,
@@ -29,6 +32,7 @@ from headkv.integrations.support import (
     supported_config,
     supported_model,
 )
+from headkv.integrations.text import tokens_in
 from headkv.methods import FullCache
 from headkv.models.attention import choose_attention, kept_attention
 
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headkv.methods.base import Method, PromptMethod
+
+
+# What a block changes and puts back belongs to the model, so that blocks on two threads are entered one by one.
+_TURN = threading.RLock()
 
 
 def compress(
@@ -122,6 +130,7 @@ class Session:
     ) -> None:
         self.model, self.method = supported_model(model), method
         self._options, self._decoding = options, decoding
+        check_attention(self.model)
         check_method(method, self.model, options.chunked_prefill)
         decoding.check(self.model)
         self._decoder = decoder_of(self.model)
@@ -129,9 +138,11 @@ class Session:
         self._cache: RaggedCache | None = None
         # Caches of the user's own, and what stands for each from the first call on.
         self._others: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
+        self._own_turn = threading.Lock()  # several threads may generate in one block
         self._hooks: Hooks | None = None
         self._former = ExitStack()  # puts back the attention that the model had
         self._own_generate: Any = None
+        self._warned = False  # in this block, that a call's logits are the full model's
 
     @property
     def cache(self) -> RaggedCache:
@@ -145,35 +156,41 @@ class Session:
         return self._cache
 
     def __enter__(self) -> Session:
-        hooks = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
-        if any(isinstance(hook, Hooks) and isinstance(hook.owner, Session) for hook in hooks):
-            raise RuntimeError("model is inside another headkv.compress block already; leave that one first")
-        self._decoding.check(self.model)
-        with ExitStack() as former:
-            former.enter_context(kept_attention(self.model))
-            register()
-            choose_attention(self.model, NAME)
-            self._former = former.pop_all()
-        heard = attentions_to_hear(self.model, self.method)
-        self._hooks = Hooks(self.model, self._supply, self._known, owner=self, heard=heard)
-        # As transformers itself gives a model with a decode loop of its own that loop.
-        if self._decoding.cuda_graph:
-            own: Any = vars(self.model)
-            self._own_generate = own.get("generate")
-            own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
+        with _TURN:
+            hooks = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
+            if any(isinstance(hook, Hooks) and isinstance(hook.owner, Session) for hook in hooks):
+                raise RuntimeError(
+                    "model is inside another headkv.compress block already, of this thread or another; leave that one "
+                    "first, or give each thread a model of its own"
+                )
+            self._decoding.check(self.model)
+            with ExitStack() as former:
+                former.enter_context(kept_attention(self.model))
+                register()
+                choose_attention(self.model, NAME)
+                self._former = former.pop_all()
+            self._warned = False
+            heard = attentions_to_hear(self.model, self.method)
+            self._hooks = Hooks(self.model, self._supply, self._known, owner=self, heard=heard)
+            # As transformers itself gives a model with a decode loop of its own that loop.
+            if self._decoding.cuda_graph:
+                own: Any = vars(self.model)
+                self._own_generate = own.get("generate")
+                own["generate"] = replaying(cast(Any, self.model).generate, self._decoding.compile_layers)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._hooks is not None
-        self._hooks.remove()
-        if self._decoding.cuda_graph:
-            own: Any = vars(self.model)
-            del own["generate"]
-            if self._own_generate is not None:
-                own["generate"] = self._own_generate
-        self._former.close()
+        with _TURN:
+            self._hooks.remove()
+            if self._decoding.cuda_graph:
+                own: Any = vars(self.model)
+                del own["generate"]
+                if self._own_generate is not None:
+                    own["generate"] = self._own_generate
+            self._former.close()
 
     def _supply(self, arguments: Arguments) -> RaggedCache | None:
         """Give a call a ragged cache where it has none, or an empty one of another kind.
@@ -186,6 +203,7 @@ class Session:
                 "output_attentions=True is not supported: a ragged cache never forms the attention matrix"
             )
         given: Any = arguments.get("past_key_values")
+        self._warn(arguments, given)
         if given is None and arguments.get("use_cache") is False:
             if is_of_generate(arguments):
                 raise ValueError(
@@ -208,9 +226,29 @@ class Session:
             self._cache = ragged
         return None if ragged.listens else ragged
 
+    def _warn(self, arguments: Arguments, given: Any) -> None:
+        """Once a block: a call whose logits look like a score, though its text is read before it is compressed."""
+        if (
+            self._warned
+            or (given is not None and given.get_seq_length())
+            or isinstance(self.method, FullCache)
+        ):
+            return
+        whole = tokens_in(arguments) > 1 and not arguments.get("logits_to_keep")
+        unsaid = given is None and not (arguments.get("use_cache") or self._options.chunked_prefill)
+        if arguments.get("labels") is not None or (whole and unsaid):
+            self._warned = True
+            warnings.warn(
+                "a forward call over a whole text answers as the full model does: compression shows in what is read "
+                "after it, over its cache. headkv.score(model, method, context, continuation) is the likelihood under "
+                "compression; to read a prompt without this warning, call with use_cache=True or logits_to_keep=1",
+                stacklevel=2,
+            )
+
     def _known(self) -> list[RaggedCache]:
         """The caches that calls of this block may be over."""
-        return list(self._others.values()) + ([] if self._cache is None else [self._cache])
+        with self._own_turn:
+            return list(self._others.values()) + ([] if self._cache is None else [self._cache])
 
     def _ragged(self, given: Any) -> RaggedCache:
         """What stands for a cache of the user's own from now on."""
@@ -226,7 +264,8 @@ class Session:
             ragged = self._empty()
             # Its layers are a cache: with ours in their place it counts tokens, is cropped, reordered and copied right.
             given.layers = ragged.layers
-        self._others[given] = ragged
+        with self._own_turn:
+            self._others[given] = ragged
         return ragged
 
     def _empty(self) -> RaggedCache:

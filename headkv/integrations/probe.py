@@ -1,0 +1,123 @@
+"""Whether headkv can serve a model's attention, found by asking it: each kind of attention module is called once.
+
+The module reads two tokens through a cache and the attention function of ours, as in a prefill. It must hand new keys
+and values on as it got them, and ask for nothing that `attention_forward` does not know. No list of models is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from headkv.integrations.hook import NAME, NewTokens
+from headkv.integrations.support import decoder_of
+from headkv.logits import Rule
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+TOKENS = 2
+
+
+class _Witness:
+    """The layer of a cache that only notes how far its tokens came."""
+
+    stored_dtype = None
+
+    def __init__(self) -> None:
+        self.given = self.attended = False
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+        if keys.shape != values.shape or keys.shape[-1] != q.shape[-1]:
+            shapes = ", ".join(str(list(x.shape)) for x in (q, keys, values))
+            raise ValueError(f"queries, keys and values must be of one width, got {shapes}")
+        self.attended = True
+        return torch.zeros_like(q)
+
+
+class _ProbeCache(Cache):
+    """A cache of witnesses: every layer that is written to hands on its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.witness = _Witness()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.witness.given = True
+        tokens = NewTokens(self.witness, key_states, value_states)
+        return tokens, tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Every kind of attention in the decoder of `model` can be served.
+
+    What can not be called so, e.g. because its weights are elsewhere, passes. The model stays as it is.
+
+    Raises:
+        ValueError: one can not, with what it asks for.
+    """
+    seen = set()
+    for module in decoder_of(model).modules():
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        if not isinstance(index, int) or config is None or isinstance(module, GradientCheckpointingLayer):
+            continue
+        kinds = getattr(config, "layer_types", None) or ()
+        kind = type(module), kinds[index] if index < len(kinds) else None
+        if kind not in seen:
+            seen.add(kind)
+            _check(model, module, kind[1])
+
+
+def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> None:
+    cache = _ProbeCache()
+    why: Exception | None = None
+    twin: Any = copy.copy(attention)  # with the same weights, but another configuration
+    twin.config = copy.copy(attention.config)
+    twin.config._attn_implementation = {"": NAME}
+    twin.training = False
+    try:
+        with torch.no_grad():
+            type(attention).forward(twin, **_arguments(model, attention, cache, kind))
+    except Exception as error:  # of whatever kind: what matters is how far the tokens came
+        why = error
+    witness = cache.witness
+    if witness.given and not witness.attended:
+        asks = "it does not hand them on to attention" if why is None else str(why).partition(". Either")[0]
+        raise ValueError(
+            f"model {type(model).__name__} can not be served, as its attention {type(attention).__name__} is of a kind "
+            f"that headkv does not know: {asks}"
+        ) from why
+
+
+def _arguments(model: PreTrainedModel, attention: Any, cache: Cache, kind: str | None) -> dict[str, Any]:
+    """Those of its `forward` that are known, by name: of two tokens at the beginning of a text."""
+    weight = next((x for x in attention.parameters() if not x.is_meta and x.is_floating_point()), None)
+    where: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    if weight is not None:
+        where = {"device": weight.device, "dtype": weight.dtype}
+    positions = torch.arange(TOKENS, device=where["device"])
+    hidden = torch.zeros(1, TOKENS, attention.config.hidden_size, **where)
+    known: dict[str, Any] = {
+        "hidden_states": hidden,
+        "position_ids": positions[None],
+        "cache_position": positions,
+        "attention_mask": None,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    names = inspect.signature(type(attention).forward).parameters
+    rotary: Any = getattr(decoder_of(model), "rotary_emb", None)
+    if "position_embeddings" in names and rotary is not None:
+        more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+        known["position_embeddings"] = rotary(hidden, positions[None], *more)
+    return {name: known[name] for name in names if name in known}
