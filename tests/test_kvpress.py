@@ -9,7 +9,7 @@ import importlib.util
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from torch import Tensor
 
 import headkv
 from headkv.integrations.kvpress import KVPressScorer, realize
+from headkv.integrations.support import parts_of
 from headkv.methods import AdaKV, SnapKV
 from headkv.models.tiny import tiny_model
 from headkv.scorers import KeyNormScorer, ObservedAttentionScorer
@@ -382,6 +383,14 @@ def test_without_a_model() -> None:
 
     with pytest.raises(ValueError, match="ExitPress needs the model, which this prompt does not have"):
         realize(ExitPress()).plan_prompt(Prompt())
+
+
+def test_what_a_prefill_says_of_hidden_states_and_the_model() -> None:
+    parts = parts_of(tiny_model("llama"))[0]
+    p = replace(prefill(20), parts=parts, hidden=torch.zeros(20, 64))
+    assert p.parts.module.layer_idx == 0 and "hidden=<20 x 64>" in repr(p) and "LlamaAttention" not in repr(p)
+    with pytest.raises(ValueError, match=r"hidden must have shape \[20, hidden\], got \[19, 64\]"):
+        replace(p, hidden=torch.zeros(19, 64))
 
 
 AGREE = """
