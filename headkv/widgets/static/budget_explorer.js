@@ -156,8 +156,8 @@ function render({ model, el }) {
   const caption = h("p.caption");
   const headLine = h("span.head-line");
   const cellKey = againstKey();
-  const bars = small ? weightBars({ scores, heads, nameOf, n, m }) : null;
-  const strip = tokens ? textStrip({ n, tokens, facts }) : null;
+  const bars = small ? weightBars({ scores, heads, nameOf, n, m, tokens }) : null;
+  const strip = tokens && !small ? textStrip({ n, tokens, facts }) : null;
   const lines = overview({
     n,
     heads,

@@ -179,7 +179,7 @@ function render({ model, el }) {
       weights,
       card: get("card_bytes"),
       context: get("context"),
-      words: `Bytes over context: ${words}.${compared}${fitting}`,
+      words: `Bytes over tokens: ${words}.${compared}${fitting}`,
     });
     status.say(`${count(token)} bytes a token. ${words}. ${story.textContent}`);
     Object.assign(root.dataset, { bytesPerToken: token, fullBytes: full, keptBytes: Math.round(kept), fits });
