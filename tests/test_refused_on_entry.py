@@ -63,7 +63,7 @@ def test_refused_on_entry_or_served(family: str) -> None:
     try:
         block = headkv.compress(model, headkv.FullCache())
     except ValueError as error:
-        assert "can not be served, as its attention" in str(error) or "layers of kind" in str(error)
+        assert str(error).startswith(f"model {type(model).__name__} ")
         return
     with block:
         assert torch.equal(model.generate(**call), want)
