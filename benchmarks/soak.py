@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--slack", type=float, default=8.0, help="MB that may come on top (default 8)")
     options = parser.parse_args()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     draw, model = random.Random(0), tiny_model("llama")
     ask = headkv.pipeline(model, letters())

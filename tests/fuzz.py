@@ -98,7 +98,8 @@ class Conversation:
             waits = self.chunked or first == "chunked prefill"
             self.oracle: Any = oracle_cache(self.other, self.method, waits)
         else:
-            self.oracle = headkv.RaggedCache.for_model(self.other, self.method, **self.options)
+            never_refused = {**self.options, "rollback": 99}
+            self.oracle = headkv.RaggedCache.for_model(self.other, self.method, **never_refused)
         inputs = prompts(self.batch, self.draw.choice([14, 30, 60]))
         self.ids, self.mask, self.cache = inputs["input_ids"], inputs["attention_mask"], None
         if self.block:
