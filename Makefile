@@ -21,7 +21,7 @@ MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book lab test test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
+.PHONY: help setup book lab test fuzz soak test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,12 @@ test: setup lint ## everything that must hold: style, types, Rust, Python, pages
 	cargo test --workspace --quiet
 	@$(PY) tools/browser.py --install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile $(PYTEST_ARGS)
+
+fuzz: setup ## random conversations against the oracle (FOR=60 seconds; SEED=...: that one again)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) tests/fuzz.py --seconds $(or $(FOR),60) $(if $(SEED),--seed $(SEED))
+
+soak: setup ## 2,000 requests through the pipeline: does the memory stay where it is?
+	OMP_NUM_THREADS=1 $(PY) benchmarks/soak.py
 
 test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest supported transformers (its own environment)
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)

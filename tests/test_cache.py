@@ -24,12 +24,14 @@ class ListModel:
     ):
         self.rows, self.seen, self.sinks, self.recent, self.folds = rows, seen, sinks, recent, folds
         self.dropped: list[list[tuple]] = [[] for _ in rows]
+        self.trimmed: list[list[int]] = [[] for _ in rows]  # where those stood that no eviction dropped
 
     def copy(self) -> ListModel:
         new = ListModel(
             [list(r) for r in self.rows], self.seen, list(self.sinks), list(self.recent), list(self.folds)
         )
         new.dropped = [list(d) for d in self.dropped]
+        new.trimmed = [list(t) for t in self.trimmed]
         return new
 
     def visible(self, r: int) -> list[tuple]:
@@ -120,6 +122,7 @@ class RaggedMachine(RuleBasedStateMachine):
         hidden = {e[0] for e in self.model.rows[r]} - {e[0] for e in self.model.visible(r)}
         assert {e[0] for e in gone} <= hidden, "only hidden entries may be trimmed"
         self.model.dropped[r] += gone
+        self.model.trimmed[r] += [e[0] for e in gone]
         self.model.rows[r] = [e for e in self.model.rows[r] if e[0] in positions]
         return self.model.rows[r]
 
@@ -139,15 +142,11 @@ class RaggedMachine(RuleBasedStateMachine):
             assert any(model.dropped) or any(all(e[0] >= seen for e in row) for row in model.rows)
             return
         for r, row in enumerate(model.rows):
-            was_full = len(row) >= model.sinks[r] + model.recent[r]
             model.rows[r] = row = [e for e in row if e[0] < seen]
             assert all(e[0] < seen for e in model.dropped[r])
-            if (
-                model.recent[r] and model.dropped[r] and was_full
-            ):  # the window is as if nothing had been trimmed
-                window = [e[0] for e in row[-model.recent[r] :]]
-                late = [e[0] for e in model.dropped[r] if e[0] >= seen - model.recent[r]]
-                assert len(row) >= model.sinks[r] + model.recent[r] or not late, (window, late)
+            if model.recent[r]:  # for the next token the window is as if nothing had been trimmed
+                full = len(row) >= model.sinks[r] + model.recent[r] - 1
+                assert full or all(position <= seen - model.recent[r] for position in model.trimmed[r])
         model.seen = seen
 
     @rule(data=st.data())
@@ -158,7 +157,7 @@ class RaggedMachine(RuleBasedStateMachine):
         self.layer.reorder(torch.tensor(index))
         pick = [b * HEADS + h for b in index for h in range(HEADS)]
         old = self.model.copy()
-        for name in ("rows", "sinks", "recent", "folds", "dropped"):
+        for name in ("rows", "sinks", "recent", "folds", "dropped", "trimmed"):
             side = getattr(old, name)
             setattr(self.model, name, [list(side[r]) if isinstance(side[r], list) else side[r] for r in pick])
         self.batch = len(index)
@@ -421,4 +420,6 @@ def test_the_kernels_read_rows_by_the_same_names():
     """What `headkv_kernels.Rows` describes for itself, as it knows nothing of headkv, are fields of `Rows`."""
     kernels = pytest.importorskip("headkv_kernels.rows", reason="needs Triton: pip install triton")
     ours, theirs = ({f.name for f in dataclasses.fields(rows)} for rows in (Rows, kernels.Rows))
-    assert ours - theirs == {"capacity", "evicted_end", "num_kv_heads", "seen"} and theirs < ours
+    assert (
+        ours - theirs == {"capacity", "evicted_end", "trimmed_end", "num_kv_heads", "seen"} and theirs < ours
+    )

@@ -359,4 +359,4 @@ def test_rust_reads_rows_by_their_own_names():
             assert name in str(error)
             asked.append(name)
     fields = {field.name for field in dataclasses.fields(Rows)}
-    assert set(asked) == set(vars(layer)) == fields - {"evicted_end", "num_kv_heads", "seen"}
+    assert set(asked) == set(vars(layer)) == fields - {"evicted_end", "trimmed_end", "num_kv_heads", "seen"}

@@ -417,7 +417,7 @@ def test_layers_alone(tmp_path: Path, seed: int) -> None:
     for batch, heads, dim in ((1, 1, 1), (2, 3, 8), (1, 5, 128)):
         rows = [
             [
-                tuple(torch.randn(2, int(torch.randint(1, 9, (), generator=source)), dim, generator=source))
+                tuple(torch.randn(2, int(torch.randint(0, 9, (), generator=source)), dim, generator=source))
                 for _ in range(heads)
             ]
             for _ in range(batch)

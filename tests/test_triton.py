@@ -19,7 +19,7 @@ from attention_cases import CASES, Case, truth
 
 import headkv
 from headkv.attention import triton as backend
-from headkv.cache import RaggedLayer, moves
+from headkv.cache import RaggedLayer, files, moves
 from headkv.cache.rows import Pools
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +93,15 @@ def test_equals_truth(case):
 MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(25)), dim=32, gaps=False)
 UNEVEN = Case("uneven", ((1, 700, 0, 33, 64),), gaps=False, group=3)
 WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
+
+
+@device
+@pytest.mark.parametrize("case", [UNEVEN, WINDOWS], ids=lambda case: case.name)
+def test_a_layer_from_a_file_gives_the_same_bits(case, tmp_path):
+    q, layer = case.build(DEVICE)
+    files.write(tmp_path / "layer", [layer], {})
+    (loaded,) = files.read(tmp_path / "layer", lambda about: None, [torch.device(DEVICE)])
+    assert torch.equal(attend(q, loaded, **case.options), attend(q, layer, **case.options))
 
 
 @device

@@ -191,7 +191,17 @@ def test_models_layout_and_a_dense_one_are_stored_alike(name, pad):
         want = run()
     finally:
         RaggedLayer.from_dense = from_dense
-    for name in ("positions", "start", "length", "capacity", "sinks", "recent", "evicted_end", "count"):
+    for name in (
+        "positions",
+        "start",
+        "length",
+        "capacity",
+        "sinks",
+        "recent",
+        "evicted_end",
+        "trimmed_end",
+        "count",
+    ):
         a, b = getattr(got, name), getattr(want, name)
         assert (a is None and b is None) or name == "positions" or torch.equal(a, b), name
     for h in range(3):

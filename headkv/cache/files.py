@@ -25,7 +25,7 @@ FORMAT = "headkv-cache"
 VERSION = 1
 
 # What rows are, beside their pools: all int64 `[rows]`. Where they begin follows from their capacities.
-_NUMBERS = ("length", "capacity", "sinks", "recent", "evicted_end")
+_NUMBERS = ("length", "capacity", "sinks", "recent", "evicted_end", "trimmed_end")
 _SUMS = ("key_sum", "value_sum", "count")
 _FACTS = ("num_kv_heads", "seen", "rollback")
 
@@ -159,9 +159,9 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
     heads, positions = facts["num_kv_heads"], tensors["positions"]
     right = (
         heads > 0 and rows[0] > 0 and rows[0] % heads == 0,
-        bool((length > 0).all()) and int(length.sum()) == slots[0],
+        bool((length >= 0).all()) and int(length.sum()) == slots[0],
         bool((tensors["capacity"] >= length).all()),
-        all(bool((tensors[key] >= 0).all()) for key in ("sinks", "recent", "evicted_end")),
+        all(bool((tensors[key] >= 0).all()) for key in ("sinks", "recent", "evicted_end", "trimmed_end")),
         bool(((positions >= 0) & (positions < facts["seen"])).all()),
     )
     if not all(right):

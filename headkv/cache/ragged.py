@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,12 +129,15 @@ class RaggedLayer(Rows):
             )
         sums = None if compensate is None or not folds else Sums.none(compensate, layer.head_dim)
         layer._keep_only(wanted, everything & ~wanted, headroom, sums, step)
+        # Which of what is gone a window hides, and which was evicted, nobody says: age decides.
+        behind = (n - rollback - layer.recent + 1).clamp(min=0)
+        layer.trimmed_end = torch.where(layer.recent > 0, torch.minimum(layer.evicted_end, behind), 0)
         return layer
 
     @classmethod
     def _bare(cls, pools: Pools, start: Tensor, length: Tensor, num_kv_heads: int, seen: int) -> RaggedLayer:
         none = torch.zeros_like(start)
-        windows = none, none.clone(), none.clone()
+        windows = none, none.clone(), none.clone(), none.clone()
         return cls(*pools, start, length, length.clone(), *windows, num_kv_heads, seen)
 
     def set_windows(
@@ -324,7 +328,8 @@ class RaggedLayer(Rows):
 
     def _note(self, gone: Gone) -> None:
         """Entries have gone: take over what was computed while they were there. Allocates nothing."""
-        self.evicted_end, sums, held = gone.evicted_end, gone.sums, Sums.of(self)
+        self.evicted_end, self.trimmed_end = gone.evicted_end, gone.trimmed_end
+        sums, held = gone.sums, Sums.of(self)
         if sums is None:
             return
         if held is None:
@@ -340,11 +345,19 @@ class RaggedLayer(Rows):
         Raises:
             ValueError: when entries would be needed that are gone; the layer is unchanged then.
         """
+        self.cropping(tokens)()
+
+    def cropping(self, tokens: int) -> Callable[[], None]:
+        """`crop`, checked but still to be done, so that several layers do it or none.
+
+        Raises:
+            ValueError: as `crop`.
+        """
         tokens = _checks.whole("tokens", tokens)
         if tokens > self.seen:
             raise ValueError(f"tokens must be at most the {self.seen} tokens seen, got {tokens}")
         if tokens == 0:
-            return
+            return self._become
         seen = self.seen - tokens
         length, intact = windows.cropped(self, tokens)
         if not bool(intact.all()):
@@ -353,7 +366,7 @@ class RaggedLayer(Rows):
                 f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) would be empty, or has evicted entries "
                 f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
-        self._become(length=length, seen=seen)
+        return partial(self._become, length=length, seen=seen)
 
     # -- batch and copies -------------------------------------------------------------------------------------------
 
@@ -401,7 +414,7 @@ class RaggedLayer(Rows):
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies that a kernel reads or writes: what a recorded CUDA graph relies on."""
-        return tuple(tensor.data_ptr() for name, tensor in self.tensors() if name != "evicted_end")
+        return tuple(tensor.data_ptr() for name, tensor in self.tensors() if not name.endswith("_end"))
 
     def _become(self, **changes: Any) -> None:
         """Take over new fields at once. The tensors of old, which another stream may have made, wait for this one."""

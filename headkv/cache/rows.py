@@ -31,6 +31,7 @@ class Rows:
         sinks, recent: `[rows]` int64. `recent > 0` makes a windowed row: attention sees its first `sinks` and its last
             `recent` entries, and what lies between is dropped when the row's head room is used up.
         evicted_end: `[rows]` int64, one more than the last position that was ever dropped from the row (0: none).
+        trimmed_end: `[rows]` int64, the same of what windows dropped: a text before that has holes (0: none).
         num_kv_heads: H.
         seen: logical tokens so far, also those that are no longer stored.
         key_sum, value_sum, count: `[rows, D]` float32 twice, `[rows]` int64, or None when no row compensates:
@@ -47,6 +48,7 @@ class Rows:
     sinks: Tensor
     recent: Tensor
     evicted_end: Tensor
+    trimmed_end: Tensor
     num_kv_heads: int
     seen: int
     key_sum: Tensor | None = None

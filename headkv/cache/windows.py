@@ -48,6 +48,7 @@ class Gone(NamedTuple):
     """What rows will know of their past once entries are gone: computed before, taken over after they are."""
 
     evicted_end: Tensor
+    trimmed_end: Tensor
     sums: Sums | None
 
 
@@ -60,11 +61,14 @@ def hidden_for_good(rows: Rows, rollback: int) -> Tensor:
 def trimmed(rows: Rows, skip: Tensor) -> Gone:
     """What is known once `skip[r]` entries behind the sinks of row `r` are gone."""
     behind = rows.start + rows.sinks
-    end, sums = _evicted_end(rows, behind + skip - 1, skip > 0), Sums.of(rows)
+    evicted, trimmed = (
+        _end(known, rows, behind + skip - 1, skip > 0) for known in (rows.evicted_end, rows.trimmed_end)
+    )
+    sums = Sums.of(rows)
     if sums is not None:
         which, offsets = layout.rows_of_slots(torch.where(sums.number >= 0, skip, 0))
         sums = sums.including(rows.pools, which, behind[which] + offsets)
-    return Gone(end, sums)
+    return Gone(evicted, trimmed, sums)
 
 
 def dropped(rows: Rows, mask: Tensor, sums: Sums | None, step: int = 1) -> Gone:
@@ -77,11 +81,11 @@ def dropped(rows: Rows, mask: Tensor, sums: Sums | None, step: int = 1) -> Gone:
     # Positions increase along a row, so that its last dropped entry tells.
     place = torch.arange(1, mask.shape[1] + 1, dtype=torch.int32, device=mask.device)
     last = torch.where(mask, place, 0).amax(1).long() - 1
-    end = _evicted_end(rows, rows.start + last * step, last >= 0)
+    end = _end(rows.evicted_end, rows, rows.start + last * step, last >= 0)
     if sums is not None:
         which, entries = (mask & (sums.number >= 0)[:, None]).nonzero(as_tuple=True)
         sums = sums.including(rows.pools, which, rows.start[which] + entries * step)
-    return Gone(end, sums)
+    return Gone(end, rows.trimmed_end, sums)
 
 
 def trim_in_place(rows: Rows, skip: Tensor) -> None:
@@ -98,7 +102,8 @@ def trim_in_place(rows: Rows, skip: Tensor) -> None:
 def cropped(rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
     """Entries of each row without the last `tokens` tokens of the text, and whether it still holds all that it needs.
 
-    Such a row is not empty, has evicted nothing of a later text, and its window, if it was full, still is.
+    Such a row is not empty, has evicted nothing of a later text, and its window, if it was full, is so again with the
+    next token.
 
     Returns:
         `length` `[rows]` int64 and `intact` `[rows]` bool.
@@ -109,16 +114,15 @@ def cropped(rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
     inside = age <= rows.length[:, None]
     positions = rows.positions[slots.clamp(min=0)] if rows.positions.numel() else slots
     length = rows.length - (inside & (positions >= seen)).sum(1)
-    full = rows.sinks + rows.recent
-    emptied = (
-        (rows.recent > 0) & (rows.length >= full) & (length < full) & (rows.evicted_end > seen - rows.recent)
-    )
-    return length, (length > 0) & ((rows.evicted_end == 0) | ((rows.evicted_end <= seen) & ~emptied))
+    # Beside itself the next token sees this many entries, and what is older than the oldest of them may be gone.
+    full, oldest = rows.sinks + rows.recent - 1, seen - rows.recent + 1
+    holes = (rows.recent > 0) & (length < full) & (rows.trimmed_end > oldest)
+    return length, (length > 0) & (rows.evicted_end <= seen) & ~holes
 
 
-def _evicted_end(rows: Rows, last: Tensor, some: Tensor) -> Tensor:
-    """`evicted_end` once the entries until slot `last[r]` have gone from the rows `r` where `some[r]`."""
+def _end(known: Tensor, rows: Rows, last: Tensor, some: Tensor) -> Tensor:
+    """`known`, an `..._end` of `Rows`, once the entries until slot `last[r]` have gone from rows with `some[r]`."""
     if rows.positions.numel() == 0:
-        return rows.evicted_end
+        return known
     position = rows.positions[torch.where(some, last, 0)].long()
-    return torch.where(some, torch.maximum(rows.evicted_end, position + 1), rows.evicted_end)
+    return torch.where(some, torch.maximum(known, position + 1), known)

@@ -253,6 +253,15 @@ class RaggedCache(Cache):
         """Whether a prompt is stored that is not compressed yet."""
         return any(layer.observed is not None for layer in self.layers)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, or all but a positive number of them: in all layers or none.
+
+        Raises:
+            ValueError: some head would need entries that are gone, or a prompt waits; the cache is unchanged then.
+        """
+        for change in [layer.cropping(tokens_to_remove) for layer in self.layers]:
+            change()
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()

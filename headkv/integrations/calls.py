@@ -56,6 +56,12 @@ def is_of_generate(arguments: Arguments) -> bool:
     return arguments.get("return_dict") is True and "position_ids" in arguments
 
 
+def is_assisted(arguments: Arguments) -> bool:
+    """Whether the assisted decode loop made this call, with drafts or without: no other leaves `return_dict` out."""
+    named = "position_ids" in arguments and "return_dict" not in arguments
+    return named and arguments.get("use_cache") is True and isinstance(arguments.get("logits_to_keep"), int)
+
+
 def read_call(arguments: Arguments, seen: int) -> Call:
     """What a call of `generate` says; nothing is known of other calls.
 
@@ -66,9 +72,9 @@ def read_call(arguments: Arguments, seen: int) -> Call:
     tokens, positions = tokens_in(arguments), arguments.get("position_ids")
     if arguments.get("use_cache") is not True or "position_ids" not in arguments:
         return PLAIN
-    if "return_dict" not in arguments:  # no decode loop but the assisted one leaves that out
-        wanted = arguments.get("logits_to_keep")
-        return Call(drafts=wanted - 1) if isinstance(wanted, int) and 1 < wanted <= tokens else PLAIN
+    if is_assisted(arguments):
+        wanted = arguments["logits_to_keep"]
+        return Call(drafts=wanted - 1) if 1 < wanted <= tokens else PLAIN
     if not is_of_generate(arguments) or not isinstance(positions, Tensor) or positions.ndim < 2:
         return PLAIN
     total = positions.stride(-2)  # columns of what the positions were cut from, itself unless it is longer
@@ -94,7 +100,7 @@ def check_chunk(arguments: Arguments, seen: int) -> None:
 def only_new(arguments: Arguments, call: Call, seen: int) -> Arguments:
     """The arguments without tokens that the cache has seen: assisted decoding sends a conversation from its start."""
     tokens, positions, new = tokens_in(arguments), arguments.get("position_ids"), dict(arguments)
-    if not call.drafts or seen == 0 or tokens - call.drafts <= seen:
+    if not is_assisted(arguments) or seen == 0 or tokens - call.drafts <= seen:
         return arguments
     if not isinstance(positions, Tensor) or bool(positions[..., 0].any()):
         return arguments

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -279,13 +279,26 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; older transformers give the length to keep, a positive number."""
+        self.cropping(tokens_to_remove)()
+
+    def cropping(self, tokens_to_remove: int) -> Callable[[], None]:
+        """`crop`, checked but still to be done, so that all layers do it or none.
+
+        Raises:
+            ValueError: it can not be done; the layer is unchanged then.
+        """
         if self.ragged is None:
-            return
+            return _nothing
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.ragged.seen - tokens_to_remove)
         if remove and self._observed is not None:
             raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
-        self.ragged.crop(remove)
-        self.growth = self.growth.crop(remove)
+        cropped = self.ragged.cropping(remove)
+
+        def crop() -> None:
+            cropped()
+            self.growth = self.growth.crop(remove)
+
+        return crop
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch entry `i` becomes a copy of batch entry `beam_idx[i]`."""
@@ -361,3 +374,7 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"RaggedCacheLayer({self.layer_idx}: {'empty' if self.ragged is None else self.ragged})"
+
+
+def _nothing() -> None:
+    """To an empty layer."""
