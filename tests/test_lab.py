@@ -143,8 +143,8 @@ def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
 def test_a_page_runs_and_its_pictures_reach_python(lab_page: Any) -> None:
     notebook = lab_page.locator(".jp-Notebook")
     notebook.locator(".jp-CodeCell").nth(3).wait_for()
-    notebook.get_by_text("(Feng et al., 2024)").wait_for()
-    notebook.get_by_text("How many slots for head B?").wait_for()
+    notebook.get_by_role("link", name="(Feng et al., 2024)").wait_for()
+    notebook.get_by_text("How many slots for head B?", exact=True).wait_for()
     text = notebook.inner_text()
     assert "(Feng et al., 2024)" in text and ":::" not in text, "boxes and citations are rendered"
     assert "How many slots for head B?" in text and "ask:" not in text
