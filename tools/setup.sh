@@ -72,7 +72,7 @@ check_rust
 check_disk
 make_venv
 echo "headkv: installing into $venv (a few minutes the first time)"
-build="maturin hatchling" # what builds headkv and headkv-kernels
+build="maturin hatchling setuptools wheel" # what builds headkv and headkv-kernels, and the sources that lm-eval needs
 if ! { python -m pip install --quiet uv && uv pip install --quiet -c constraints.txt $build; }; then
     echo "headkv: going on with pip alone"
     installer=pip
