@@ -182,6 +182,7 @@ def test_continuations_are_scored_from_the_compressed_context(tiny, method, budg
             cache = headkv.RaggedCache.for_model(model, own, rollback=0)
             model(torch.tensor([ids[:-1]]), past_key_values=cache)
             logs = model(asked, past_key_values=cache).logits[0].log_softmax(-1)
+            assert total == pytest.approx(float(headkv.score(model, own, [ids], [answer])), abs=1e-3)
         assert total == pytest.approx(float(sum(x[t] for x, t in zip(logs, answer, strict=True))), abs=1e-3)
         assert greedy == all(int(x.argmax()) == t for x, t in zip(logs, answer, strict=True))
 
