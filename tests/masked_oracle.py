@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 from headkv.heads.observe import observe
-from headkv.integrations.support import parts_of
+from headkv.integrations.support import parts_of, supported_config
 from headkv.prefill import Parts, Prefill
 
 NAME = "headkv-test-oracle"
@@ -255,7 +255,7 @@ def attention(
     elif first and not layer.chunked and layer is layer.siblings[-1]:
         for one in layer.siblings:
             one.make_plan(valid, **one.rule)
-    return out.flatten(1, 2).transpose(1, 2), None
+    return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
@@ -267,7 +267,7 @@ def oracle_cache(model, method, chunked_prefill=False, decode=None):
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
-    n = model.config.num_hidden_layers
+    n = supported_config(model).num_hidden_layers
     layers = [OracleLayer(method, i, n, chunked_prefill) for i in range(n)]
     cache, ids = Cache(layers=layers), []
     for layer, layer.parts in zip(layers, parts_of(model), strict=True):
@@ -275,7 +275,7 @@ def oracle_cache(model, method, chunked_prefill=False, decode=None):
 
     def remember(module, args, kwargs):
         if kwargs.get("past_key_values") is cache:
-            ids.append(kwargs["input_ids"])
+            ids.append(kwargs.get("input_ids", args[0] if args else None))  # None: it was given embeddings
 
     model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
     return cache

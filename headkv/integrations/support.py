@@ -91,8 +91,11 @@ FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
 
 def decoder_of(model: PreTrainedModel) -> Module:
     """The part of `model` that hands a cache to the layers: the decoder without its head."""
-    decoder: Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return decoder
+    from transformers import PreTrainedModel
+
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    # Where transformers looks for a decoder by its name, the head of some models is found.
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def parts_of(model: PreTrainedModel) -> list[Parts]:
