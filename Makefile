@@ -21,7 +21,7 @@ MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book lab test fuzz soak test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
+.PHONY: help setup book lab test fuzz soak families test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ fuzz: setup ## random conversations against the oracle (FOR=60 seconds; SEED=...
 
 soak: setup ## 2,000 requests through the pipeline: does the memory stay where it is?
 	OMP_NUM_THREADS=1 $(PY) benchmarks/soak.py
+
+families: setup ## which decoder families of the installed transformers are served, for the book
+	FAMILIES_DATA=book/data $(PY) -m pytest -q -p no:cacheprovider tests/test_families.py
 
 test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest supported transformers (its own environment)
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
-"""Every decoder family of the installed transformers, tiny and random: equal to eager, and to the masked oracle, or refused.
+"""Every decoder family of the installed transformers, tiny and random: equal to eager and to the masked oracle, or refused.
 
-`DATA=book/data python -m pytest tests/test_families.py` writes what came out to `book/data/families.json`, which the book
-shows; without it, what comes out must be what the file says, for families that both have.
+`make families` writes what came out to `book/data/families.json`, which the book shows; without it, what comes out must be
+what the file says, for families that both have.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def outcome(family: str) -> str:
 def written() -> Any:
     found: dict[str, str] = {}
     yield found
-    if folder := os.environ.get("DATA"):
+    if folder := os.environ.get("FAMILIES_DATA"):
         said = {
-            "command": "DATA=book/data python -m pytest tests/test_families.py",
+            "command": "make families",
             "transformers": transformers.__version__,
             "families": dict(sorted(found.items())),
         }
@@ -108,5 +108,5 @@ def written() -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, written: dict[str, str]) -> None:
     written[family] = outcome(family)
-    if family in KNOWN and "DATA" not in os.environ:
+    if family in KNOWN and "FAMILIES_DATA" not in os.environ:
         assert (written[family] == "served") == (KNOWN[family] == "served"), written[family]
