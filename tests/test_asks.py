@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from headkv.cache import RaggedLayer
+from headkv.evaluation.compare import interval
 from headkv.heads import HeadProfile
 from headkv.widgets import SideBySide
 
@@ -37,6 +38,24 @@ def share_left_needs() -> float:
     return 100 * min(
         share for share, (right, _) in zip(screen.shares, screen.answers[0], strict=True) if right
     )
+
+
+def heads_for_half(name: str) -> int:
+    """The fewest full heads, of those that were tried, with half of the full cache's answers."""
+    made = json.loads((BOOK / "data" / "chapters.json").read_text(encoding="utf-8"))["full_heads, unseen"]
+    found = {tuple(key.split()): right for key, right in made["found"].items() if key.startswith(f"{name} ")}
+    return min(int(count) for (_, count), right in found.items() if right >= made["found"]["full"] / 2)
+
+
+def times_less() -> float:
+    table = json.loads((BOOK / "data" / "kernel_gpu.json").read_text(encoding="utf-8"))["table"]
+    return table["26214"]["headkv"] / table["1638"]["headkv"]
+
+
+def enough_beside_none() -> int:
+    """The fewest of twenty whose interval lies above that of none."""
+    most = interval(0, 20)[1]
+    return next(n for n in range(21) if interval(n, 20)[0] > most)
 
 
 def press_that_moves() -> int:
@@ -71,6 +90,10 @@ PREDICTED: dict[tuple[str, str], Callable[[], float]] = {
     ("head_kv", ""): lambda: 0,  # the chapter's next cell asserts it
     ("kernel", "Equally fast with"): lambda: 8,  # one a row
     ("ragged_cache", "The first press that moves all"): press_that_moves,
+    ("duo_attention", "The first list needs"): lambda: heads_for_half("distilled"),
+    ("duo_attention", "The best one needs"): lambda: heads_for_half("ablation"),
+    ("what_bounds_it", "Times less"): times_less,
+    ("does_it_work", "At least"): enough_beside_none,
 }
 
 

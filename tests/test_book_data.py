@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import readme_picture
 
 from headkv.models.tuned import tuned_weights
 
@@ -34,3 +35,10 @@ def test_first_screen_holds_what_the_page_says(first_screen):
     assert max(map(max, own)) >= 50 * min(map(min, own))
     wrong, right = (column["answers"][tenth][0] for column in first_screen["columns"].values())
     assert (wrong, right) == (False, True)
+
+
+def test_the_readme_shows_the_first_screen(first_screen):
+    """Otherwise: python tools/readme_picture.py."""
+    assert readme_picture.PICTURE.read_text("utf-8") == readme_picture.draw(first_screen)
+    readme = (readme_picture.BOOK.parent / "README.md").read_text("utf-8")
+    assert readme_picture.PICTURE.relative_to(readme_picture.BOOK.parent).as_posix() in readme
