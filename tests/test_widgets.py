@@ -10,10 +10,20 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 
-from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, SideBySide, WorkShares  # noqa: E402
+from headkv.cache import RaggedLayer  # noqa: E402
+from headkv.widgets import (  # noqa: E402
+    BudgetExplorer,
+    CacheBill,
+    EvictionTimeline,
+    HeadGrid,
+    RaggedPool,
+    SideBySide,
+    WorkShares,
+)
 from headkv.widgets.work_shares import UNIT, equal_shares  # noqa: E402
 
 STATIC = files("headkv.widgets") / "static"
@@ -41,10 +51,47 @@ def side_by_side(**changes):
     return SideBySide(**made | {k: v for k, v in changes.items() if k not in made["columns"]["even"]})
 
 
+def zeros(rows, tokens, batch=1):
+    return (torch.zeros(batch, rows, tokens, 2),) * 2
+
+
+def four_rows(prompt=9, **options):
+    """One row keeps all, one its best three, one streams, one compensates; five tokens follow, with two trims."""
+    layer = RaggedLayer.from_dense(*zeros(4, prompt))
+    moments = [("prefill", layer.snapshot())]
+    keep = torch.zeros(1, 4, prompt, dtype=torch.bool)
+    keep[0, 0], keep[0, 1, [0, 3, 5]], keep[0, 2:, :1], keep[0, 2:, -3:] = True, True, True, True
+    windows = {"sinks": torch.tensor([[0, 0, 1, 1]]), "recent": torch.tensor([[0, 0, 3, 3]])}
+    layer.evict(keep, **windows, compensate=torch.tensor([[False, False, False, True]]))
+    moments.append(("compression", layer.snapshot()))
+    for step in range(5):
+        layer.append(*zeros(4, 1))
+        moments.append(("one token", layer.snapshot()))
+        if step % 2:
+            layer.trim()
+            moments.append(("trim", layer.snapshot()))
+    names = ["keeps all", "keeps its best", "streams", "compensates"]
+    return EvictionTimeline(moments, **{"names": names, **options})
+
+
+def moments_of(*layers):
+    return [("now", layer.snapshot()) for layer in layers]
+
+
+def late_compensation():
+    """What was evicted before the row began to compensate, nobody remembers."""
+    layer = RaggedLayer.from_dense(*zeros(1, 6))
+    layer.evict(torch.tensor([[[True, False, True, True, True, True]]]))
+    first = layer.snapshot()
+    layer.set_windows(1, 2, torch.tensor([[True]]))
+    return EvictionTimeline([("a", first), ("b", layer.snapshot())])
+
+
 ALL = [
     BudgetExplorer(SCORES),
     HeadGrid([[0.1, 0.9]]),
     CacheBill(),
+    four_rows(),
     RaggedPool(),
     side_by_side(),
     WorkShares([9, 2]),
@@ -175,6 +222,44 @@ def test_budget_explorer_refuses(scores, options, error, says):
             id="answer",
         ),
         pytest.param(lambda: side_by_side(at=2), ValueError, "at must be an int in [0, 1], got 2", id="at"),
+        pytest.param(
+            lambda: EvictionTimeline(moments_of(RaggedLayer.from_dense(*zeros(1, 3)))),
+            ValueError,
+            "moments must hold at least 2, got 1",
+            id="one-moment",
+        ),
+        pytest.param(
+            lambda: EvictionTimeline([("a", RaggedLayer.from_dense(*zeros(1, 3)))] * 2),
+            TypeError,
+            "moments[0] must be (name, layer.snapshot()), got RaggedLayer",
+            id="no-snapshot",
+        ),
+        *(
+            pytest.param(
+                lambda shape=shape: EvictionTimeline(
+                    moments_of(*[RaggedLayer.from_dense(*zeros(*shape))] * 2)
+                ),
+                ValueError,
+                f"at most 40 tokens, got batch {shape[-1]} of {shape[0]} rows, {shape[1]} tokens",
+                id=f"timeline-{name}",
+            )
+            for name, shape in {"rows": (9, 3, 1), "tokens": (1, 41, 1), "batch": (1, 3, 2)}.items()
+        ),
+        pytest.param(
+            lambda: EvictionTimeline(moments_of(*(RaggedLayer.from_dense(*zeros(1, n)) for n in (4, 3)))),
+            ValueError,
+            "moments[1] must follow moments[0] of 1 rows and 4 tokens, got 1 rows and 3 tokens",
+            id="backwards",
+        ),
+        pytest.param(
+            late_compensation,
+            ValueError,
+            "row 0, must compensate for all 3 entries that it does not see, got 2",
+            id="late-compensation",
+        ),
+        pytest.param(lambda: four_rows(tokens=["a"]), ValueError, "tokens must hold 14 strings", id="words"),
+        pytest.param(lambda: four_rows(names=["a"]), ValueError, "names must hold 4 strings", id="row-names"),
+        pytest.param(lambda: four_rows(at=9), ValueError, "at must be an int in [0, 8], got 9", id="moment"),
         pytest.param(lambda: WorkShares([]), ValueError, "lengths must hold 1 to 64 rows", id="nothing"),
         pytest.param(
             lambda: WorkShares([4], multiprocessors=3), ValueError, "an int in [4, 132], got 3", id="few"
@@ -338,3 +423,40 @@ def test_what_fits_on_a_card_by_hand() -> None:
     assert bill.tokens_that_fit == 8 * 10**9 // 131072
     bill.share = 0.5
     assert bill.tokens_that_fit == 8 * 10**9 * 2 // 131072
+
+
+# (moment, row): stored, hidden, taken into the mean, and the words.
+HAPPENED = {
+    (0, 0): ([*range(9)], [], None, "0 to 8 stored"),
+    (0, 3): ([*range(9)], [], None, "0 to 8 stored"),
+    (1, 0): ([*range(9)], [], None, "no change"),
+    (1, 1): ([0, 3, 5], [], None, "drops 1, 2, 4, 6 to 8"),
+    (1, 2): ([0, 6, 7, 8], [], None, "drops 1 to 5"),
+    (1, 3): ([0, 6, 7, 8], [], [1, 2, 3, 4, 5], "drops 1 to 5, into the diamond"),
+    (2, 1): ([0, 3, 5, 9], [], None, "9 comes"),
+    (2, 2): ([0, 6, 7, 8, 9], [6], None, "9 comes, 6 leaves the window"),
+    (2, 3): ([0, 6, 7, 8, 9], [6], [*range(1, 7)], "9 comes, 6 leaves the window, into the diamond"),
+    (3, 2): ([0, 6, 7, 8, 9, 10], [6, 7], None, "10 comes, 7 leaves the window"),
+    (4, 0): ([*range(11)], [], None, "no change"),
+    (4, 2): ([0, 8, 9, 10], [], None, "drops 6, 7"),
+    (4, 3): ([0, 8, 9, 10], [], [*range(1, 8)], "drops 6, 7"),
+    (8, 1): ([0, 3, 5, *range(9, 14)], [], None, "13 comes"),
+    (8, 3): ([0, 10, 11, 12, 13], [10], [*range(1, 11)], "13 comes, 10 leaves the window, into the diamond"),
+}
+
+
+@pytest.mark.parametrize(("moment", "row"), HAPPENED, ids=str)
+def test_a_timeline_tells_what_happened_to_each_row(moment, row):
+    said = four_rows().moments[moment]["rows"][row]
+    assert (said["stored"], said["hidden"], said["mean"], said["says"]) == HAPPENED[moment, row]
+
+
+def test_a_timeline_says_the_moment_in_words():
+    timeline = four_rows(at=2)
+    assert timeline.describe() == (
+        "EvictionTimeline: moment 3 of 9, one token, 10 tokens. Keeps all: 9 comes; stores 10 of 10. "
+        "Keeps its best: 9 comes; stores 4 of 10. Streams: 9 comes, 6 leaves the window; stores 5 of 10. "
+        "Compensates: 9 comes, 6 leaves the window, into the diamond; stores 5 of 10, and one entry stands for 6."
+    )
+    with pytest.raises(ValueError, match=re.escape("at must be an int in [0, 8], got 9")):
+        timeline.at = 9

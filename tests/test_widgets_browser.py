@@ -21,7 +21,15 @@ from headkv.cache import RaggedLayer  # noqa: E402
 from headkv.cache.ragged import MIN_HEADROOM  # noqa: E402
 from headkv.methods import Prefill, plan_by_scores  # noqa: E402
 from headkv.scorers import SnapKVScorer  # noqa: E402
-from headkv.widgets import BudgetExplorer, CacheBill, HeadGrid, RaggedPool, SideBySide, WorkShares  # noqa: E402
+from headkv.widgets import (  # noqa: E402
+    BudgetExplorer,
+    CacheBill,
+    EvictionTimeline,
+    HeadGrid,
+    RaggedPool,
+    SideBySide,
+    WorkShares,
+)
 from headkv.widgets.budget_explorer import HEADROOM  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
@@ -603,12 +611,88 @@ def test_side_by_side_shows_what_was_measured(chromium):
             assert [text.strip() for text in gone] == [f"w{i}" for i in np.flatnonzero(bits[c, 1, 1, 2] == 0)]
 
 
+def timeline_and_layers() -> tuple[EvictionTimeline, list[RaggedLayer]]:
+    """One row keeps all, one three entries, one streams, one compensates; eight tokens follow, two trims among them."""
+    zeros = torch.zeros(1, 4, 12, 2)
+    layer = RaggedLayer.from_dense(zeros, zeros)
+    moments = [("prefill", layer.snapshot())]
+    keep = torch.zeros(1, 4, 12, dtype=torch.bool)
+    keep[0, 0], keep[0, 1, [0, 3, 5]], keep[0, 2:, :2], keep[0, 2:, -3:] = True, True, True, True
+    layer.evict(keep, sinks=torch.tensor([[0, 0, 2, 2]]), recent=torch.tensor([[0, 0, 3, 3]]),
+                compensate=torch.tensor([[False, False, False, True]]))  # fmt: skip
+    moments.append(("compression", layer.snapshot()))
+    for step in range(8):
+        layer.append(zeros[:, :, :1], zeros[:, :, :1])
+        moments.append(("one token", layer.snapshot()))
+        if step % 3 == 2:
+            layer.trim()
+            moments.append(("trim", layer.snapshot()))
+    names = ["keeps all", "keeps its best three", "streams", "compensates"]
+    words = [f"word{i} " for i in range(20)]
+    timeline = EvictionTimeline(moments, tokens=words, names=names, title="Moment by moment")
+    return timeline, [RaggedLayer.from_snapshot(snapshot) for _, snapshot in moments]
+
+
+def test_the_timeline_shows_what_the_cache_stores(chromium):
+    widget, layers = timeline_and_layers()
+    with shown(chromium, widget) as page:
+        state = lambda: json.loads(page.page.locator(".hk-eviction-timeline").get_attribute("data-state"))  # noqa: E731
+        heights = set()
+        for at, layer in enumerate(layers):
+            assert state()["at"] == page.get("at") == at
+            for row, kinds in enumerate(state()["rows"]):
+                stored = [position for position, kind in enumerate(kinds) if kind in ("stored", "hidden")]
+                assert stored == layer.row(0, row).positions.tolist()
+                outside = max(0, len(stored) - 5) if layer.recent[row] else 0
+                assert kinds.count("hidden") == outside
+                assert kinds.count("later") == 20 - layer.seen
+                dropped = "taken" if at and row == 3 else "gone"
+                assert kinds.count(dropped) == layer.seen - len(stored)
+                number = page.page.locator(".hk-diamond").nth(row).inner_text()
+                stands = outside + int(layer.count[row]) if at and row == 3 else 0
+                assert number == (f"◆ {stands}" if stands else "")
+            line = page.page.locator(".hk-timeline-row").nth(2)
+            assert f"{int(layer.length[2])} of {layer.seen} stored" in line.inner_text()
+            assert widget.moments[at]["rows"][2]["says"] in line.inner_text()
+            assert page.page.locator(".hk-timeline-text .hk-later").count() == 20 - layer.seen
+            heights.add(page.page.locator(".hk-eviction-timeline").bounding_box()["height"])
+            page.page.get_by_role("button", name="Step: the next moment").click()
+        assert page.get("at") == len(layers) - 1, "no step behind the last"
+        assert len(heights) == 1, "nothing jumps"
+
+
+def test_the_timeline_goes_by_buttons_keys_and_itself(chromium):
+    widget, layers = timeline_and_layers()
+    with shown(chromium, widget) as page:
+        moment = page.page.get_by_label("Moment", exact=True)
+        moment.press("End")
+        last = len(layers) - 1
+        assert page.get("at") == last
+        assert moment.get_attribute("aria-valuetext") == f"{last + 1} of {last + 1}: one token, 20 tokens"
+        page.page.get_by_role("button", name="Back").press("Enter")
+        moment.press("ArrowLeft")
+        assert page.get("at") == last - 2
+        page.set(at=3)  # as from Python
+        assert moment.input_value() == "3"
+        page.page.wait_for_function(
+            "document.querySelector('[role=status]').textContent.includes('compensates: ')"
+        )
+        page.page.get_by_role("button", name="Restart").click()
+        page.page.get_by_role("button", name="Back").click()
+        assert page.get("at") == 0
+        page.page.get_by_role("button", name="Play").click()
+        page.page.wait_for_function("model.get('at') === 1")
+        page.page.get_by_role("button", name="Pause").click()
+        assert page.get("at") == 1 and page.page.evaluate("model.saves") > 5
+
+
 MAKERS = {
     "BudgetExplorer": explorer_with_text,
     "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
     "HeadGrid, every shade": lambda: HeadGrid(np.linspace(0, 1, 90).reshape(30, 3)),
     "BudgetExplorer, by hand": lambda: by_hand(budget=3),
     "CacheBill": CacheBill,
+    "EvictionTimeline": lambda: timeline_and_layers()[0],
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
     "SideBySide": two_ways,
     "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),

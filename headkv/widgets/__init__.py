@@ -1,7 +1,7 @@
 """Pictures that a reader can move: anywidgets over plain arrays, alive in JupyterLab and in a built page.
 
-Each class takes arrays or numbers, never a model. The front end computes everything in the page: with its
-state embedded, a widget needs neither kernel nor network. anywidget is imported when a widget is asked for.
+Each class takes arrays or numbers (one a cache's snapshots), never a model. The front end computes everything in the
+page: with its state embedded, a widget needs neither kernel nor network. anywidget is imported when one is asked for.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from typing import Any
 _HOMES = {
     "BudgetExplorer": "budget_explorer",
     "CacheBill": "cache_bill",
+    "EvictionTimeline": "eviction_timeline",
     "HeadGrid": "head_grid",
     "RaggedPool": "ragged_pool",
     "SideBySide": "side_by_side",
     "WorkShares": "work_shares",
 }
 
-__all__ = ["BudgetExplorer", "CacheBill", "HeadGrid", "RaggedPool", "SideBySide", "WorkShares"]  # noqa: F822 (loaded when first used)
+__all__ = [
+    "BudgetExplorer",
+    "CacheBill",
+    "EvictionTimeline",
+    "HeadGrid",
+    "RaggedPool",
+    "SideBySide",
+    "WorkShares",
+]  # noqa: F822 (loaded when first used)
 
 
 def __getattr__(name: str) -> Any:

@@ -203,11 +203,12 @@ export function announcer() {
 }
 
 /**
- * Play, pause, one step, back to the start. `advance(steps)` moves on and answers whether there is more.
- * @param {{ advance: (steps: number) => boolean, reset: () => void, rate?: () => number, every?: number,
- *   noun: string }} options
+ * Play, pause, one step, `back` if there is a way, back to the start. `advance(steps)` moves on and answers whether there
+ * is more.
+ * @param {{ advance: (steps: number) => boolean, reset: () => void, back?: () => void, rate?: () => number,
+ *   every?: number, noun: string }} options
  */
-export function player({ advance, reset, rate = () => 1, every = 60, noun }) {
+export function player({ advance, reset, back, rate = () => 1, every = 60, noun }) {
   let timer = 0;
   const playing = () => timer !== 0;
   const show = () => {
@@ -233,8 +234,9 @@ export function player({ advance, reset, rate = () => 1, every = 60, noun }) {
   }, { "data-control": "play" });
   const step = button("Step", () => (pause(), advance(1)), { "data-control": "step", "aria-label": `Step: ${noun}` });
   const restart = button("↺ Restart", () => (pause(), reset()), { "data-control": "restart" });
+  const undo = back ? button("Back", () => (pause(), back()), { "data-control": "back" }) : null;
   show();
-  return { el: h("div.player", {}, play, step, restart), start, pause };
+  return { el: h("div.player", {}, play, undo, step, restart), start, pause };
 }
 
 /**
