@@ -12,10 +12,10 @@ from headkv.cli import main
 from headkv.evaluation.report import as_text, bootstrap, cells, sections
 from headkv.evaluation.report_page import as_html
 from headkv.evaluation.report_plots import plot_needles, plot_quality, save_pictures
-from headkv.evaluation.rows import Result, write_rows
+from headkv.evaluation.rows import SweepRow, write_rows
 
 
-def row(method: str, score: float, doc_id: int, **other) -> Result:
+def row(method: str, score: float, doc_id: int, **other) -> SweepRow:
     values = {
         "model": "tiny",
         "device": "cpu",
@@ -42,7 +42,7 @@ def row(method: str, score: float, doc_id: int, **other) -> Result:
         "divergence": 0.0 if method == "FullCache" else 0.5,
         **other,
     }
-    return Result(**values)
+    return SweepRow(**values)
 
 
 SCORES = {"mills": (1.0, 1.0, 0.0, 0.0), "harbours": (1.0, 0.5)}

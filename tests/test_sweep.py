@@ -13,7 +13,7 @@ import pytest
 from letters import letters
 
 from headkv.evaluation.harness import Sample
-from headkv.evaluation.rows import Result, read_rows, write_rows
+from headkv.evaluation.rows import SweepRow, read_rows, write_rows
 from headkv.evaluation.sweep import Sweep, run_sweep
 from headkv.models import tiny_model
 
@@ -47,12 +47,12 @@ def documents(task: str, length: int, seed: int, limit: int) -> list[Sample]:
     ]
 
 
-def run(out: Path, **options) -> list[Result]:
+def run(out: Path, **options) -> list[SweepRow]:
     return run_sweep(SWEEP, tiny_model("llama"), letters(), documents, out, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> list[Result]:
+def whole(tmp_path_factory) -> list[SweepRow]:
     """The rows of a sweep that nothing disturbed."""
     return run(tmp_path_factory.mktemp("whole") / "rows.parquet")
 

@@ -10,10 +10,10 @@ import torch
 
 from headkv import _checks
 from headkv._table import table
-from headkv.evaluation.rows import Result
+from headkv.evaluation.rows import SweepRow
 
 DEPTHS = 4  # parts of a text
-SPLITS: dict[str, Callable[[Result], Any]] = {
+SPLITS: dict[str, Callable[[SweepRow], Any]] = {
     "task": lambda row: row.task,
     "length": lambda row: row.length,
     "depth": lambda row: None if row.depth is None else min(int(row.depth * DEPTHS), DEPTHS - 1),
@@ -69,7 +69,7 @@ def bootstrap(
     return float(ends[0]), float(ends[1])
 
 
-def cells(rows: Iterable[Result], by: str = "task") -> list[Cell]:
+def cells(rows: Iterable[SweepRow], by: str = "task") -> list[Cell]:
     """The cells of rows of one model and one way to ask, the greatest caches first.
 
     Args:
@@ -80,7 +80,7 @@ def cells(rows: Iterable[Result], by: str = "task") -> list[Cell]:
         ValueError: no such parts.
     """
     part_of = SPLITS[_checks.one_of("by", by, tuple(SPLITS))]
-    groups: dict[tuple[str, float], dict[Any, list[Result]]] = {}
+    groups: dict[tuple[str, float], dict[Any, list[SweepRow]]] = {}
     for row in rows:
         if (part := part_of(row)) is not None:
             groups.setdefault((row.method, row.budget), {}).setdefault(part, []).append(row)
@@ -88,8 +88,8 @@ def cells(rows: Iterable[Result], by: str = "task") -> list[Cell]:
     return sorted(made, key=lambda cell: -cell.nbytes)
 
 
-def _cell(method: str, budget: float, parts: dict[Any, list[Result]], by: str) -> Cell:
-    def mean(value: Callable[[Result], float]) -> float:
+def _cell(method: str, budget: float, parts: dict[Any, list[SweepRow]], by: str) -> Cell:
+    def mean(value: Callable[[SweepRow], float]) -> float:
         return sum(sum(map(value, some)) / len(some) for some in parts.values()) / len(parts)
 
     ordered = {part: parts[part] for part in sorted(parts)} if by != "task" else parts
@@ -114,7 +114,7 @@ def _name(by: str, part: Any) -> str:
     return {"length": f"{part} tokens", "seed": f"seed {part}"}.get(by, str(part))
 
 
-def sections(rows: Sequence[Result], by: str = "task") -> list[tuple[str, list[dict[str, str]]]]:
+def sections(rows: Sequence[SweepRow], by: str = "task") -> list[tuple[str, list[dict[str, str]]]]:
     """A heading and a table for each model and way to ask; every heading says how the question was asked.
 
     Raises:
@@ -150,6 +150,6 @@ def _line(cell: Cell) -> dict[str, str]:
     }
 
 
-def as_text(rows: Sequence[Result], by: str = "task") -> str:
+def as_text(rows: Sequence[SweepRow], by: str = "task") -> str:
     """All sections, for reading in a terminal."""
     return "\n\n".join(f"{title}\n{table(lines, words=WORDS)}" for title, lines in sections(rows, by))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from headkv.evaluation.report import sections
 from headkv.evaluation.report_plots import plot_quality
-from headkv.evaluation.rows import Result
+from headkv.evaluation.rows import SweepRow
 
 STYLE = """:root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
@@ -20,7 +20,7 @@ div { overflow-x: auto; }
 img { max-width: 100%; }"""
 
 
-def as_html(rows: Sequence[Result], by: str = "task") -> str:
+def as_html(rows: Sequence[SweepRow], by: str = "task") -> str:
     """All sections and the figure as one page: nothing from the network, light or dark as the reader has it."""
     sources = []
     for dark in (True, False):

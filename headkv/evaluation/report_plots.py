@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv._figure import draw_grid, new_figure
 from headkv.evaluation.report import DEPTHS, SPLITS, cells
-from headkv.evaluation.rows import Result
+from headkv.evaluation.rows import SweepRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PAPERS = {False: ("#222222", "#ffffff"), True: ("#e6e6e6", "#16181c")}  # ink and paper
 
 
-def plot_quality(rows: Sequence[Result], by: str = "task", *, dark: bool = False) -> Figure:
+def plot_quality(rows: Sequence[SweepRow], by: str = "task", *, dark: bool = False) -> Figure:
     """Mean score against megabytes with its interval: a panel a model and way to ask, a line a method.
 
     Raises:
@@ -60,7 +60,7 @@ def plot_quality(rows: Sequence[Result], by: str = "task", *, dark: bool = False
     return figure
 
 
-def plot_needles(rows: Sequence[Result], *, dark: bool = False, columns: int = 4) -> Figure:
+def plot_needles(rows: Sequence[SweepRow], *, dark: bool = False, columns: int = 4) -> Figure:
     """The needle map: mean score by depth (downward) and length (across), a panel a method, budget and way to ask.
 
     Args:

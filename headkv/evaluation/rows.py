@@ -15,7 +15,7 @@ INSTALL = "pip install 'headkv[eval]'"
 
 
 @dataclass(frozen=True)
-class Result:
+class SweepRow:
     """One method on one question.
 
     Attributes:
@@ -77,7 +77,7 @@ class Result:
         return {**asdict(self), "expected": list(self.expected)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Result:
+    def from_json(cls, values: dict[str, Any]) -> SweepRow:
         """What `to_json` wrote.
 
         Raises:
@@ -90,7 +90,7 @@ class Result:
         return cls(**{**values, "expected": tuple(values["expected"])})
 
 
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Result]) -> None:
+def write_rows(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
     """Write rows as one parquet file, whole or not at all.
 
     Raises:
@@ -103,7 +103,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Result]) -> None:
     beside.replace(path)
 
 
-def read_rows(*paths: str | os.PathLike[str]) -> list[Result]:
+def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:
     """The rows of several files; a row that stands in more than one of them counts once.
 
     Raises:
@@ -111,12 +111,12 @@ def read_rows(*paths: str | os.PathLike[str]) -> list[Result]:
         OSError, ValueError: a file is not there, or holds no rows of a sweep.
     """
     arrow, parquet = _arrow()
-    found: dict[tuple[Any, ...], Result] = {}
+    found: dict[tuple[Any, ...], SweepRow] = {}
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"FILE must be what headkv eval wrote, got {path}, which is not there")
         try:
-            rows = [Result.from_json(values) for values in parquet.read_table(path).to_pylist()]
+            rows = [SweepRow.from_json(values) for values in parquet.read_table(path).to_pylist()]
         except (arrow.ArrowInvalid, ValueError) as error:
             raise ValueError(f"FILE must be what headkv eval wrote, got {path}: {error}") from error
         for row in rows:

@@ -16,7 +16,7 @@ from headkv._version import find_version
 from headkv.evaluation.asking import WAYS, ask
 from headkv.evaluation.harness import Sample
 from headkv.evaluation.roster import BY_SHARE, Sized, roster, share_of, sized
-from headkv.evaluation.rows import Result, write_rows
+from headkv.evaluation.rows import SweepRow, write_rows
 from headkv.heads.journal import Journal
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run_sweep(
     *,
     progress: bool = False,
     on_document: Callable[[int], None] = lambda done: None,
-) -> list[Result]:
+) -> list[SweepRow]:
     """Ask all of it, and write the rows to `out` as parquet.
 
     Until then they are in a journal beside it (".partial" added to the name), a line a document. A run that was killed
@@ -110,7 +110,7 @@ def run_sweep(
     make = roster([name for name in sweep.methods if name.casefold() != FULL.casefold()], model, tokenizer)
     about = where(model)
     journal = Journal(beside, _plain(sweep))
-    rows = [Result.from_json(row) for piece in journal.pieces for row in piece["rows"]]
+    rows = [SweepRow.from_json(row) for piece in journal.pieces for row in piece["rows"]]
     done = {row.key[4:] for row in rows}
     with tqdm(total=len(sweep.groups) * sweep.limit, initial=len(done), disable=not progress) as bar:
         for sample in _left(sweep, documents, done):
@@ -142,7 +142,7 @@ def _ask(
     sample: Sample,
     make: dict[str, Sized],
     about: dict[str, str],
-) -> Iterator[Result]:
+) -> Iterator[SweepRow]:
     """The rows of one document."""
     names: list[tuple[str, int | float]] = [(FULL, 1.0)]
     names += [(name, budget) for name in make for budget in sweep.budgets]
@@ -155,7 +155,7 @@ def _ask(
         max_new_tokens=most,
     ):
         for (name, budget), reply in zip(names, replies, strict=True):
-            yield Result(
+            yield SweepRow(
                 model=sweep.model,
                 **about,
                 method=name,
