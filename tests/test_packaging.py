@@ -242,7 +242,7 @@ def imported(*sources: str) -> Iterator[tuple[str, str]]:
 
 KERNELS = {"headkv-kernels", *names_of(read_toml("kernels/pyproject.toml")["project"]["dependencies"])}
 PLACES = {
-    "headkv": (["headkv/**/*.py"], lambda: declared("gpu", "widgets", "plots")),
+    "headkv": (["headkv/**/*.py"], lambda: declared("eval", "gpu", "widgets", "plots")),
     "kernels": (["kernels/headkv_kernels/*.py"], lambda: KERNELS),
     "tests": (["tests/*.py"], lambda: declared("gpu", "widgets", "plots", "test") | KERNELS),
     "book": (["book/*.md", "book/_ext/*.py"], lambda: declared("gpu", "widgets", "plots", "book") | KERNELS),
@@ -253,12 +253,18 @@ PLACES = {
 }
 
 
+WITH_KVPRESS = (
+    *("tests/kvpress_cases.py", "tests/test_kvpress.py", "tests/test_kvpress_realize.py"),
+    "book/faking_it.md",  # in code that is shown, not run
+)
+
+
 @pytest.mark.parametrize(("sources", "allowed"), PLACES.values(), ids=PLACES.keys())
 def test_what_is_imported_is_declared(sources: list[str], allowed: Callable[[], set[str]]) -> None:
     """Not merely there because another package happens to bring it."""
     homes = importlib.metadata.packages_distributions() | {"headkv_kernels": ["headkv-kernels"]}
     # kvpress is installed without its pins, which fit no transformers of today.
-    found = {*imported(*sources)} - {("tests/test_kvpress.py", "kvpress")}
+    found = {*imported(*sources)} - {(where, "kvpress") for where in WITH_KVPRESS}
     assert found
     names = allowed()
     wrong = [

@@ -115,7 +115,7 @@ def cropped(rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
     positions = rows.positions[slots.clamp(min=0)] if rows.positions.numel() else slots
     length = rows.length - (inside & (positions >= seen)).sum(1)
     # Beside itself the next token sees this many entries, and what is older than the oldest of them may be gone.
-    full, oldest = rows.sinks + rows.recent - 1, seen - rows.recent + 1
+    full, oldest = rows.sinks + rows.recent - 1, (seen - rows.recent + 1).clamp(min=0)
     holes = (rows.recent > 0) & (length < full) & (rows.trimmed_end > oldest)
     return length, (length > 0) & (rows.evicted_end <= seen) & ~holes
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from headkv.integrations.hook import NAME, NewTokens
+from headkv.integrations.hook import NAME, NewTokens, register
 from headkv.integrations.support import decoder_of
 from headkv.logits import Rule
 
@@ -66,6 +66,7 @@ def check_attention(model: PreTrainedModel) -> None:
     Raises:
         ValueError: one can not, with what it asks for.
     """
+    register()
     seen = set()
     for module in decoder_of(model).modules():
         index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
