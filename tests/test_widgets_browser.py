@@ -381,7 +381,7 @@ def test_slots_go_one_by_one_and_can_be_paused(chromium):
         page.page.locator("summary").click()
         slots = page.page.get_by_label("Slots given")
         total = 3 * (24 - 10)
-        assert slots.input_value() == str(total)
+        page.page.wait_for_function(f"document.querySelector('[data-control=slots]').value == {total}")
         page.page.get_by_role("button", name="Restart").click()
         page.page.get_by_role("button", name="Step").click()
         assert slots.input_value() == "1"
