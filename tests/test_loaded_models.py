@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from seeing import seeing_model
 
 import headkv
 from headkv.data.chat import chat_frame
@@ -29,17 +29,7 @@ def seeing() -> Any:
         num_key_value_heads=2, head_dim=16, sliding_window=8,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    torch.manual_seed(0)
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = Gemma3ForConditionalGeneration(config).eval()
+    model = seeing_model(text)
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     return model
 

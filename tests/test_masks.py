@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from generation_cases import METHODS, prompts
+from seeing import seeing_model
 from transformers import DynamicCache
 
 import headkv
@@ -24,25 +24,12 @@ TEXT = dict(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-VISION = dict(
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=28,
-    patch_size=14,
-)
 
 
 def seeing(kinds: list[str]) -> Any:
     """Gemma 3 with a vision tower."""
     text = {**TEXT, "sliding_window": 8, "layer_types": [f"{kind}_attention" for kind in kinds]}
-    torch.manual_seed(0)
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=VISION, mm_tokens_per_image=4,
-        image_token_index=96, boi_token_index=95, eoi_token_index=94,
-    )  # fmt: skip
-    return transformers.Gemma3ForConditionalGeneration(config).eval()
+    return seeing_model(text, image_token_index=96, boi_token_index=95, eoi_token_index=94)
 
 
 LAYERS = [["sliding", "sliding", "full"], ["full", "sliding", "full"], ["full", "full", "full"]]

@@ -16,24 +16,13 @@ import torch
 from torch import Tensor
 
 from headkv.evaluation.reading import Reading
-from headkv.evaluation.unseen import Remembered
+from headkv.evaluation.roster import by_name, reader
 from headkv.heads import HeadProfile
 from headkv.integrations.hook import NAME
-from headkv.methods import (
-    AdaKV,
-    DuoAttention,
-    FullCache,
-    HeadKV,
-    KVzip,
-    RandomHeads,
-    RazorAttention,
-    ScoredMethod,
-    SnapKV,
-    StreamingLLM,
-)
+from headkv.methods import FullCache, KVzip
+from headkv.methods.selection import check_budget
 from headkv.models.attention import chosen_attention
 from headkv.models.tuned import TUNED_ID
-from headkv.scorers import KVzipScorer, SnapKVScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,34 +110,26 @@ def smollm2_methods(share: float, request: Sequence[int] = (), *, tuned: bool = 
         made = HeadProfile.builtin(f"smollm2-{kind}")
         return made.renamed(TUNED_ID) if tuned else made
 
-    echo, induction, ablation, gate = map(profile, ("echo", "induction", "ablation", "gate"))
-    # SmolLM2 reads one token a digit: a narrow kernel would keep only the first ones of a number.
-    snap = SnapKVScorer(kernel_size=21)
-    # One scorer for all that read a text again, so that each is read again once.
-    again = Remembered(KVzipScorer(request, chunk=512, window=8))
+    check_budget(share)
+    again = reader(request)
 
-    def same(method: Method | PromptMethod) -> Sized:
-        return lambda n: method
+    def sized(name: str) -> Sized:
+        make = by_name(name, profile, again, num_kv_heads=3)
+        return lambda n: make(share, n)
 
+    ablation = profile("ablation")
     uniform, specific = "uniform", "head-specific"
     return {
-        "StreamingLLM": Entry(uniform, same(StreamingLLM(share)), looks=False),
-        "SnapKV": Entry(uniform, same(SnapKV(share, snap))),
-        "KVzip's scores, uniform": Entry(uniform, same(ScoredMethod(share, again)), looks=False),
-        "RandomHeads": Entry(specific, lambda n: RandomHeads.for_share(share, n), looks=False),
-        "AdaKV": Entry(specific, same(AdaKV(share, snap))),
-        "RazorAttention": Entry(
-            specific,
-            # The paper's 14% of the heads would leave nothing for windows below a share of 17%.
-            lambda n: RazorAttention.for_share(
-                *(share, n, echo, induction), num_kv_heads=3, induction_share=min(0.14, share / 2)
-            ),
-            looks=False,
-        ),
-        "DuoAttention": Entry(specific, lambda n: DuoAttention.for_share(share, n, gate), looks=False),
-        "HeadKV": Entry(specific, same(HeadKV(share, ablation, 1.1, snap, reduce="max"))),
-        "KVzip": Entry(specific, same(KVzip(share, again)), looks=False),
-        "KVzip, ablation": Entry(specific, same(KVzip(share, again, 0.6, profile=ablation)), looks=False),
+        "StreamingLLM": Entry(uniform, sized("StreamingLLM"), looks=False),
+        "SnapKV": Entry(uniform, sized("SnapKV")),
+        "KVzip's scores, uniform": Entry(uniform, sized("KVzip-uniform"), looks=False),
+        "RandomHeads": Entry(specific, sized("RandomHeads"), looks=False),
+        "AdaKV": Entry(specific, sized("AdaKV")),
+        "RazorAttention": Entry(specific, sized("RazorAttention"), looks=False),
+        "DuoAttention": Entry(specific, sized("DuoAttention"), looks=False),
+        "HeadKV": Entry(specific, sized("HeadKV")),
+        "KVzip": Entry(specific, sized("KVzip"), looks=False),
+        "KVzip, ablation": Entry(specific, lambda n: KVzip(share, again, 0.6, profile=ablation), looks=False),
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from headkv import _checks
+from headkv._config import kv_heads
 from headkv.data.chat import REPEAT, chat_frame
 from headkv.evaluation.unseen import Remembered
 from headkv.heads import HeadProfile
@@ -72,33 +74,48 @@ def roster(
     """
     known = {name.casefold(): name for name in NAMES}
     made: dict[str, Sized] = {}
+    num_kv_heads = kv_heads(model.config.get_text_config())
     again: Remembered | None = None  # one for all, so that a text is read again once
     for name in names:
         if (found := known.get(name.casefold())) is None:
             raise ValueError(f"method must be one of {', '.join(NAMES)}, got {name!r}")
         if found in READERS and again is None:
             request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
-            again = Remembered(KVzipScorer(request, chunk=512, window=8))
-        made[found] = BY_SHARE[found] if found in BY_SHARE else _made(found, model, again)
+            again = reader(request)
+        made[found] = by_name(found, partial(_profile, model), again, num_kv_heads)
     return made
 
 
-def _made(name: str, model: PreTrainedModel, again: Any) -> Sized:
-    """What reads the text again, or has a profile."""
+def reader(request: Sequence[int]) -> Remembered:
+    """KVzip's scorer, behind a request to repeat the text, for all methods that read it again: each text once."""
+    return Remembered(KVzipScorer(request, chunk=512, window=8))
+
+
+def by_name(name: str, profile: Callable[[str], HeadProfile], again: Any, num_kv_heads: int) -> Sized:
+    """What makes the method `name`, one of `NAMES`.
+
+    Args:
+        name: of the method.
+        profile: from a kind to the model's profile; asked by methods that have one.
+        again: what `reader` gives, for methods of `READERS`; others take None.
+        num_kv_heads: of the model.
+    """
+    if name in BY_SHARE:
+        return BY_SHARE[name]
     if name == "KVzip":
         return lambda share, n: KVzip(share, again)
     if name == "KVzip-uniform":
         return lambda share, n: ScoredMethod(share, again)
-    profile = _profile(model, PROFILED[name])
+    own = profile(PROFILED[name])
     if name == "HeadKV":
-        return lambda share, n: HeadKV(share, profile, 1.1, SNAP, reduce="max")
+        return lambda share, n: HeadKV(share, own, 1.1, SNAP, reduce="max")
     if name == "DuoAttention":
-        return lambda share, n: DuoAttention.for_share(share, n, profile)
-    induction, heads = _profile(model, "induction"), model.config.get_text_config().num_key_value_heads
+        return lambda share, n: DuoAttention.for_share(share, n, own)
+    induction = profile("induction")
     return lambda share, n: RazorAttention.for_share(
         # The paper's 14% of the heads would leave nothing for windows below a share of 17%.
-        *(share, n, profile, induction),
-        num_kv_heads=heads,
+        *(share, n, own, induction),
+        num_kv_heads=num_kv_heads,
         induction_share=min(0.14, share / 2),
     )
 

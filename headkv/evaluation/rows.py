@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from headkv._files import replacing
+
 INSTALL = "pip install 'headkv[eval]'"
 
 
@@ -97,10 +99,8 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
         ImportError: there is no pyarrow.
     """
     arrow, parquet = _arrow()
-    path = Path(path)
-    beside = path.with_name(path.name + ".new")
-    parquet.write_table(arrow.Table.from_pylist([row.to_json() for row in rows]), beside)
-    beside.replace(path)
+    with replacing(path) as partial:
+        parquet.write_table(arrow.Table.from_pylist([row.to_json() for row in rows]), partial)
 
 
 def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:
