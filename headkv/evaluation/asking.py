@@ -136,11 +136,8 @@ def replies(
     """Compress a prompt by every method, then go on with `tokens` `[1, m]`; `answer` `[1, a]` should come next."""
     n = prompt.cache.seen
     made = [make(n) for make in methods.values()]
-    caches = [prompt.compressed(method) for method in made]
-    shares = [float(cache.lengths().double().mean()) / n for cache in caches]
-    sizes = [cache.nbytes for cache in caches]
-    together = side_by_side(caches)
-    del caches
+    compressed = side_by_side(prompt, made)
+    together, shares, sizes = compressed.cache, compressed.shares, compressed.sizes
     saved = together.snapshot()
     with chosen_attention(model, NAME):
         texts = answers(model, tokenizer, Question(tokens, (), max_new_tokens), together, len(made))

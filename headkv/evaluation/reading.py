@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv.cache import RaggedLayer
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
 from headkv.methods.base import Keep
@@ -122,8 +123,7 @@ class Reading:
                 answer: Sequence[Keep] = asked.plan_prompt(self.prompt)
             return answer
         wanted, keeps = method.observed_queries, []
-        for i in range(self.prompt.num_layers):
-            layer = self.prompt.layer(i)
+        for layer in self.layers:
             first = 0 if wanted is None else max(0, layer.queries.shape[1] - wanted)
             keeps.append(asked.plan(replace(layer, queries=layer.queries[:, first:])))
         return keeps
@@ -150,9 +150,14 @@ class Reading:
         keeps = self.plan(method) if keeps is None else keeps
         with kept_attention(self.model):
             cache = RaggedCache.for_model(self.model, method, rollback=0)
-        for layer, full, keep in zip(cache.layers, self.cache.layers, keeps, strict=True):
-            layer.restore(full.compressed([keep], rollback=0))
+        for i, (layer, keep) in enumerate(zip(cache.layers, keeps, strict=True)):
+            layer.restore(self.stored(i, keep))
         return cache
+
+    def stored(self, layer_idx: int, keep: Keep) -> RaggedLayer:
+        """What a layer stores of the prompt, if this is what it keeps."""
+        dense = self.layers[layer_idx].keys[None], self.layers[layer_idx].values[None], None
+        return self.cache.layers[layer_idx].compressed([keep], rollback=0, dense=dense)
 
     @torch.inference_mode()
     def answer(self, method: Method | PromptMethod, max_new_tokens: int = 4) -> Tensor:

@@ -125,29 +125,48 @@ def judge(
     context_ids = context_ids.to(model.device)
     # A reading holds the last token back, which here is the first of a question: all of the text is compressed.
     reading = Reading(model, torch.cat([context_ids, questions[0].ids[:, :1].to(model.device)], 1))
-    n, names = context_ids.shape[1], ["full", *methods]
-    caches = [reading.compressed(method) for method in (FullCache(), *methods.values())]
-    shares = [float(cache.lengths().double().mean()) / n for cache in caches]
-    sizes = [cache.nbytes for cache in caches]
-    together = side_by_side(caches)
-    del caches
-    saved, verdicts = together.snapshot(), []
+    names = ["full", *methods]
+    together = side_by_side(reading, [FullCache(), *methods.values()])
+    saved, verdicts = together.cache.snapshot(), []
     with chosen_attention(model, NAME):
         for question in questions:
-            together.restore(saved)
-            texts = answers(model, tokenizer, question, together, len(names))
+            together.cache.restore(saved)
+            texts = answers(model, tokenizer, question, together.cache, len(names))
             found = [question.found_in(text) for text in texts]
-            verdicts.append(list(map(Verdict, names, shares, sizes, found, texts)))
+            verdicts.append(list(map(Verdict, names, together.shares, together.sizes, found, texts)))
     return verdicts
 
 
-def side_by_side(caches: Sequence[RaggedCache]) -> RaggedCache:
-    """The first of `caches`, holding the sequences of all as one batch; the others are not to be used any more."""
-    layers = [RaggedLayer.join([c.layers[i].filled() for c in caches]) for i in range(len(caches[0].layers))]
-    together = caches[0]
-    for layer, joined in zip(together.layers, layers, strict=True):
-        layer.restore(joined)
-    return together
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """A prompt, compressed by several methods.
+
+    Attributes:
+        cache: what each method keeps is one sequence of its batch.
+        shares: for each method the stored entries over those of the prompt, without head room.
+        sizes: for each method the bytes that it stores, as the allocator has them.
+    """
+
+    cache: RaggedCache
+    shares: list[float]
+    sizes: list[int]
+
+
+@torch.inference_mode()
+def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> SideBySide:
+    """Compress one prompt by several methods, and put the results side by side, a layer after the other.
+
+    A ragged cache does not mind that its sequences are of different lengths.
+    """
+    plans = [reading.plan(method) for method in methods]
+    cache = reading.compressed(methods[0], plans[0])
+    shares, sizes = torch.zeros(len(methods), dtype=torch.float64), [0] * len(methods)
+    for i, layer in enumerate(cache.layers):
+        stored = [reading.stored(i, plan[i]) for plan in plans]
+        shares += torch.stack([some.length.double().mean() for some in stored]).cpu()
+        sizes = [size + some.nbytes for size, some in zip(sizes, stored, strict=True)]
+        layer.restore(RaggedLayer.join(stored))
+    return SideBySide(cache, (shares / len(cache.layers) / reading.cache.seen).tolist(), sizes)
 
 
 def answers(

@@ -211,15 +211,23 @@ class RaggedCacheLayer(CacheLayerMixin):
             self.ragged = self.compressed(chosen)
         self._observed = None
 
-    def compressed(self, chosen: Sequence[Keep] | None = None, *, rollback: int | None = None) -> RaggedLayer:
+    def compressed(
+        self,
+        chosen: Sequence[Keep] | None = None,
+        *,
+        rollback: int | None = None,
+        dense: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    ) -> RaggedLayer:
         """What will be stored of a prompt that waits; the layer stays as it is.
 
         Args:
             chosen: what to keep, for each sequence; default: the method is asked for this layer.
             rollback: in place of the layer's own.
+            dense: what `to_dense` of the layer's store gives, if that was asked before.
         """
         assert self._observed is not None
-        return self._compressed(*self.filled().to_dense(), self._observed, chosen, rollback)
+        dense = self.filled().to_dense() if dense is None else dense
+        return self._compressed(*dense, self._observed, chosen, rollback)
 
     def _compressed(
         self,
