@@ -1,11 +1,12 @@
 """What the tuned SmolLM2 can do beside the plain one, each with its full cache.
 
-    python benchmarks/tuned.py --documents ruler.json
+    headkv documents --model smollm2-tuned --tasks niah_single_1 ruler_vt --limit 100 --out ruler.jsonl.gz
+    python benchmarks/tuned.py --documents ruler.jsonl.gz --lengths 1024 --only niah_single_1 ruler_vt
 
-Four tables: RULER's offline tasks on lm-evaluation-harness's documents (`ruler_documents.py` writes them; without
---documents they are left out), headkv's own forms of question (`headkv.data.tasks`, words and names that were not
-tuned on), the loss on prose and on the plain model's own answers, neither of them trained on, and a few answers to
-everyday questions. Replies are greedy; a score is the mean share of the reference answers that stand in the reply.
+Four tables: RULER's offline tasks on lm-evaluation-harness's documents (without --documents they are left out),
+headkv's own forms of question (`headkv.data.tasks`, words and names that were not tuned on), the loss on prose and on
+the plain model's own answers, neither of them trained on, and a few answers to everyday questions. Replies are greedy;
+a score is the mean share of the reference answers that stand in the reply.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ruler_documents import NEW_TOKENS, split
 from torch import Tensor
 
 import headkv
 from headkv.data.haystacks import chat_frame
-from headkv.data.tasks import FORMS, Source, Task, make_task, own_prose, token_counter
+from headkv.data.tasks import FORMS, Source, make_task, own_prose, token_counter
 from headkv.data.words import Words
+from headkv.evaluation.documents import read_documents
+from headkv.evaluation.harness import OFFLINE, Sample
 from headkv.models.smollm2 import MODEL_ID
 from headkv.models.tuned import TUNED_ID, add_low_rank
 
@@ -40,48 +42,50 @@ CHATS = (
 )
 
 
-def ruler_tasks(path: Path, count: int, only: Sequence[str] | None) -> dict[str, list[Task]]:
-    """Read lm-eval's documents as tasks, the question cut off behind the text."""
-    tasks = {}
-    for name, documents in json.loads(path.read_text(encoding="utf-8"))["documents"].items():
-        if only and not any(part in name for part in only):
-            continue
-        tasks[name] = []
-        for document in documents[:count]:
-            text, question = split(name, document)
-            answers = tuple(document["outputs"])
-            tasks[name].append(
-                Task(name, text, question, document["gen_prefix"], answers, ("",) * len(answers))
-            )
-    return tasks
-
-
-def own_tasks(tokenizer: Any, words: Words, lengths: Sequence[int], count: int) -> dict[str, list[Task]]:
-    """Make tasks of every form, from the words of the validation part."""
-    counter, prose = token_counter(tokenizer), own_prose()
+def ruler_tasks(
+    path: Path, tokenizer: Any, lengths: Sequence[int], count: int, only: Sequence[str] | None
+) -> dict[str, list[Sample]]:
+    """Read lm-eval's documents."""
+    give = read_documents(path, tokenizer)
+    names = {f"{task}@{length}": (task, length) for task in OFFLINE for length in lengths}
     return {
-        f"{form}@{length}": [
-            make_task(
-                form, Source(random.Random(f"validation-{number}"), words, counter, prose), length - 150
-            )
-            for number in range(count)
-        ]
+        name: list(give(*what, 0, count))
+        for name, what in names.items()
+        if not only or any(part in name for part in only)
+    }
+
+
+def own_tasks(tokenizer: Any, words: Words, lengths: Sequence[int], count: int) -> dict[str, list[Sample]]:
+    """Make documents of every form, from the words of the validation part."""
+    counter, prose = token_counter(tokenizer), own_prose()
+    header, footer = chat_frame(tokenizer)
+
+    def make(form: str, length: int, number: int) -> Sample:
+        source = Source(random.Random(f"validation-{number}"), words, counter, prose)
+        task = make_task(form, source, length - 150)
+        question, most = task.question + footer + task.prefix, 128 if form == "common_words" else 64
+        where = (form, length, 0, number)
+        return Sample(*where, header + task.text, question, task.answers, most, task.score)
+
+    return {
+        f"{form}@{length}": [make(form, length, number) for number in range(count)]
         for form in FORMS
         for length in lengths
     }
 
 
 @torch.inference_mode()
-def replies(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int, tokens: int) -> list[str]:
-    """Answer greedily, some `tokens` tokens a batch.
+def replies(
+    model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], new_tokens: int, tokens: int
+) -> list[str]:
+    """Answer contexts with their questions greedily, some `tokens` tokens a batch.
 
     Prompts of one length are read together, without a mask; their caches are then put side by side, padded on the
     left, for the steps."""
-    header, footer = chat_frame(tokenizer)
-    prompts = []
-    for task in tasks:
-        parts = (header + task.text, task.question + footer + task.prefix)
-        prompts.append([i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]])
+    prompts = [
+        [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        for parts in asked
+    ]
     said = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows = max(1, tokens // max(map(len, prompts)))
@@ -168,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--documents", type=Path, help="what ruler_documents.py wrote")
+    options.add_argument("--documents", type=Path, help="what headkv documents wrote")
+    options.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of these")
     options.add_argument("--models", nargs="+", choices=("plain", "tuned"), default=["plain", "tuned"])
     options.add_argument(
         "--weights", type=Path, help="low-rank weights in place of those that come with headkv"
@@ -193,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plain, tokenizer = headkv.load_smollm2(getattr(torch, given.dtype))
     plain = plain.to(given.device)
     _, validation = Words.parts(tokenizer.get_vocab())
-    tasks = ruler_tasks(given.documents, given.count, given.only) if given.documents else {}
+    ruler = (given.documents, tokenizer, given.lengths, given.count, given.only)
+    tasks = ruler_tasks(*ruler) if given.documents else {}
     own = own_tasks(tokenizer, validation, given.own_lengths, given.own_count or given.count)
     tasks |= {k: v for k, v in own.items() if not given.only or any(part in k for part in given.only)}
     texts = {} if given.no_speech else speech(plain, tokenizer)
@@ -210,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         losses[name] = {key: loss(model, some) for key, some in texts.items()}
         print(name, {key: round(value, 3) for key, value in losses[name].items()}, flush=True)
         scores[name], said[name] = {}, {}
-        chats = [Task("chat", question, "", "", (), ()) for question in CHATS]
+        header, footer = chat_frame(tokenizer)
+        chats = [(header, question + footer) for question in CHATS]
         said[name]["chat"] = replies(model, tokenizer, chats, 60, given.tokens)
         for task, some in tasks.items():
-            kind = task.split("@")[0]
-            limit = NEW_TOKENS.get(kind, 128 if kind == "common_words" else 64)
-            said[name][task] = replies(model, tokenizer, some, limit, given.tokens)
+            parts = [(sample.context, sample.question) for sample in some]
+            said[name][task] = replies(model, tokenizer, parts, some[0].max_new_tokens, given.tokens)
             each = [one.score(reply) for one, reply in zip(some, said[name][task], strict=True)]
             scores[name][task] = sum(each) / len(each)
             print(f"{name}, {task}: {scores[name][task]:.3f}, {time.monotonic() - begin:.0f} s", flush=True)

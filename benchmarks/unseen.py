@@ -1,10 +1,10 @@
 """Questions unseen: every method at the same shares, on SmolLM2 as it is or tuned.
 
-    python benchmarks/unseen.py --model tuned --documents ruler.json --lengths 4096
+    python benchmarks/unseen.py --model tuned --documents ruler.jsonl.gz --lengths 4096
     python benchmarks/unseen.py --model plain --needles 16
 
 The text is compressed before any question is known. Documents are RULER's as lm-evaluation-harness writes them
-(`ruler_documents.py`), needles are `headkv.data.needles`, the validation part. A score is the mean share of the answers
+(`headkv documents`), needles are `headkv.data.needles`, the validation part. A score is the mean share of the answers
 that stand in the reply; the share stored is counted in entries, without head room. All methods of a text decode
 together, from one reading of it.
 """
@@ -21,18 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ruler_documents import NEW_TOKENS, split
 
 import headkv
 from headkv.allocators import AdaptiveAllocator, ProfileAllocator, UniformAllocator
 from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import needle_texts
+from headkv.evaluation.documents import read_documents
+from headkv.evaluation.harness import OFFLINE
 from headkv.evaluation.unseen import Question, Remembered, judge
 from headkv.heads import HeadProfile
 from headkv.methods import ScoredMethod
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer
 
-LIMITS = {**NEW_TOKENS, "niah_multikey_3": 48}  # needles of RULER end sooner than lm-eval's 128
+LIMITS = {
+    "niah_single_1": 16,
+    "niah_multikey_2": 16,
+    "niah_multikey_3": 48,
+}  # they end sooner than lm-eval's 128
 
 
 def readers(request: Sequence[int]) -> dict[str, Remembered]:
@@ -117,16 +122,13 @@ def texts(
             )
     if not given.documents:
         return
-    header, footer = chat_frame(tokenizer)
-    for name, documents in json.loads(given.documents.read_text(encoding="utf-8"))["documents"].items():
-        task, _, length = name.partition("@")
-        if int(length) not in given.lengths or (given.tasks and task not in given.tasks):
-            continue
-        for document in documents[: given.count]:
-            text, question = split(task, document)
-            asked_ids = ids(question + footer + document["gen_prefix"])
-            asked = Question(asked_ids, tuple(document["outputs"]), LIMITS.get(task, 16))
-            yield ids(header + text), [(name, asked)]
+    give = read_documents(given.documents, tokenizer)
+    for task in given.tasks:
+        for length in given.lengths:
+            for sample in give(task, length, 0, given.count):
+                limit = LIMITS.get(task, sample.max_new_tokens)
+                asked = Question(ids(sample.question), sample.expected, limit)
+                yield ids(sample.context), [(f"{task}@{length}", asked)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     options.add_argument("--needles", type=int, default=0, help="texts of each length, of all kinds")
     options.add_argument("--kinds", nargs="+", help="of needles (default: all)")
-    options.add_argument("--documents", type=Path, help="what ruler_documents.py wrote")
-    options.add_argument("--tasks", nargs="+", help="of the documents (default: all)")
+    options.add_argument("--documents", type=Path, help="what headkv documents wrote")
+    options.add_argument("--tasks", nargs="+", default=list(OFFLINE), help="of the documents")
     options.add_argument("--count", type=int, default=100, help="documents of each task and length")
     options.add_argument(
         "--profiles", nargs="*", default=[], help="NAME=FILE of head profiles, or shipped names"

@@ -10,6 +10,7 @@ from typing import Any
 
 from headkv._table import table
 from headkv.evaluation.asking import WAYS, ask
+from headkv.evaluation.documents import NEEDLES, check, maker, read_documents, write_documents
 from headkv.evaluation.roster import BY_SHARE, NAMES, budget_from, roster, share_of, sized
 
 PARTS = ("task", "length", "depth", "seed")
@@ -26,7 +27,17 @@ def add_commands(commands: Any) -> None:
         "method, budget, document and way to ask. A run that was killed goes on when the same command is given again.",
     )
     _add_methods(run)
-    run.add_argument("--tasks", **many, default=["niah_single_1"], metavar="TASK", help="of RULER")
+    _add_documents(run)
+    run.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        metavar="N",
+        help="document to begin with, for runs that share a sweep",
+    )
+    run.add_argument(
+        "--documents", type=Path, metavar="FILE", help="of headkv documents (default: made anew)"
+    )
     run.add_argument(
         "--question",
         **many,
@@ -35,22 +46,31 @@ def add_commands(commands: Any) -> None:
         help="seen: compressed with the text; unseen: comes after; second: comes after another one",
     )
     run.add_argument(
-        "--lengths", **many, type=int, default=[1024], metavar="N", help="in tokens (default: 1024)"
-    )
-    run.add_argument("--limit", type=int, default=8, metavar="N", help="documents of each kind (default: 8)")
-    run.add_argument("--seed", **many, type=int, default=[0], metavar="N", help="of the documents")
-    run.add_argument(
         "--out", type=Path, default=Path("headkv-eval.parquet"), metavar="FILE", help="of the rows"
     )
     run.add_argument("--by", default="task", choices=PARTS, help="the columns of the table")
     run.set_defaults(run=evaluate)
+
+    write = commands.add_parser(
+        "documents",
+        help="write the documents of headkv eval to a file, for machines that can not make them",
+        description="Make documents of RULER (by lm-evaluation-harness) or of headkv's own needles, and write them to "
+        "a file that headkv eval --documents reads without lm-evaluation-harness.",
+    )
+    write.add_argument("--model", default="smollm2", help=MODEL + "; only its tokenizer is used")
+    _add_documents(write)
+    write.add_argument("--out", type=Path, required=True, metavar="FILE", help="gzipped if it ends in .gz")
+    write.set_defaults(run=documents)
 
     tell = commands.add_parser(
         "report",
         help="quality against bytes, from what headkv eval wrote",
         description="Tables of quality against bytes with bootstrap intervals, from files of headkv eval.",
     )
-    tell.add_argument("files", **many, metavar="FILE", help="what headkv eval wrote")
+    tell.add_argument(
+        "files", **many, metavar="FILE", help="what headkv eval wrote, or is still writing (.partial)"
+    )
+    tell.add_argument("--rows", type=Path, metavar="FILE", help="also write all rows to one file")
     tell.add_argument("--by", default="task", choices=PARTS, help="the columns of the table")
     tell.add_argument("--html", type=Path, metavar="FILE", help="also write one page, light and dark")
     tell.add_argument("--png", type=Path, metavar="FILE", help="also draw it; FILE-dark is for dark pages")
@@ -82,6 +102,22 @@ def add_commands(commands: Any) -> None:
     other.set_defaults(run=harness)
 
 
+def _add_documents(command: argparse.ArgumentParser) -> None:
+    many: dict[str, Any] = {"nargs": "+"}
+    command.add_argument(
+        "--tasks",
+        **many,
+        default=["niah_single_1"],
+        metavar="TASK",
+        help=f"of RULER, or {', '.join(NEEDLES)} (default: niah_single_1)",
+    )
+    command.add_argument(
+        "--lengths", **many, type=int, default=[1024], metavar="N", help="in tokens (default: 1024)"
+    )
+    command.add_argument("--limit", type=int, default=8, metavar="N", help="documents of each (default: 8)")
+    command.add_argument("--seed", **many, type=int, default=[0], metavar="N", help="of the documents")
+
+
 def _add_methods(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="smollm2", help=MODEL)
     command.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: cpu)")
@@ -104,7 +140,6 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`headkv eval`."""
-    from headkv.evaluation.harness import check, samples
     from headkv.evaluation.profiling import load_on
     from headkv.evaluation.report import as_text
     from headkv.evaluation.sweep import Sweep, run_sweep
@@ -118,29 +153,44 @@ def evaluate(options: argparse.Namespace) -> None:
         seeds=tuple(options.seed),
         questions=tuple(options.question),
         limit=options.limit,
+        first=options.first,
         max_new_tokens=options.new_tokens,
     )
     for task, length, _ in sweep.groups:
         check(task, length)
     model, tokenizer = load_on(options.device, options.model)
-    rows = run_sweep(
-        sweep,
-        model,
-        tokenizer,
-        lambda task, length, seed, limit: samples(tokenizer, task, length, seed=seed, limit=limit),
-        options.out,
-        progress=True,
-    )
+    source = maker(tokenizer) if options.documents is None else read_documents(options.documents, tokenizer)
+    rows = run_sweep(sweep, model, tokenizer, source, options.out, progress=True)
     print(as_text(rows, options.by))
     print(f"{len(rows)} rows: {options.out}", file=sys.stderr)
+
+
+def documents(options: argparse.Namespace) -> None:
+    """`headkv documents`."""
+    from tqdm import tqdm
+
+    from headkv.data.chat import chat_frame
+    from headkv.evaluation.profiling import load_on
+
+    for task in options.tasks:
+        for length in options.lengths:
+            check(task, length)
+    _, tokenizer = load_on("cpu", options.model)
+    make = maker(tokenizer)
+    groups = [(task, n, seed) for task in options.tasks for n in options.lengths for seed in options.seed]
+    made = (sample for group in tqdm(groups, unit="group") for sample in make(*group, options.limit))
+    count = write_documents(options.out, made, chat_frame(tokenizer))
+    print(f"{count} documents: {options.out}")
 
 
 def report(options: argparse.Namespace) -> None:
     """`headkv report`."""
     from headkv.evaluation.report import as_text, sections
-    from headkv.evaluation.rows import read_rows
+    from headkv.evaluation.rows import read_rows, write_rows
 
     rows = read_rows(*options.files)
+    if options.rows is not None:
+        write_rows(options.rows, rows)
     if options.json:
         print(json.dumps(dict(sections(rows, options.by)), indent=2))
     else:

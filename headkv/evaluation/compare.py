@@ -22,7 +22,6 @@ from headkv.integrations.hook import NAME
 from headkv.methods import FullCache, KVzip
 from headkv.methods.selection import check_budget
 from headkv.models.attention import chosen_attention
-from headkv.models.tuned import TUNED_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,12 +102,11 @@ def smollm2_methods(share: float, request: Sequence[int] = (), *, tuned: bool = 
     Args:
         share: of the entries.
         request: token ids that ask to repeat a text, for `KVzipScorer`.
-        tuned: of the tuned model, with the head profiles of the plain one that it was tuned from.
+        tuned: of the tuned model.
     """
 
     def profile(kind: str) -> HeadProfile:
-        made = HeadProfile.builtin(f"smollm2-{kind}")
-        return made.renamed(TUNED_ID) if tuned else made
+        return HeadProfile.builtin(f"smollm2-{'tuned-' if tuned else ''}{kind}")
 
     check_budget(share)
     again = reader(request)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv import _checks
 from headkv._config import kv_heads
+from headkv.allocators import AdaptiveAllocator
 from headkv.data.chat import REPEAT, chat_frame
 from headkv.evaluation.unseen import Remembered
 from headkv.heads import HeadProfile
@@ -26,7 +27,6 @@ from headkv.methods import (
     SnapKV,
     StreamingLLM,
 )
-from headkv.models.tuned import TUNED_ID
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer
 
 if TYPE_CHECKING:
@@ -54,9 +54,16 @@ BY_SHARE: Mapping[str, Sized] = {
     "ExpectedAttention": lambda share, n: ScoredMethod(share, ExpectedAttentionScorer(epsilon=0.02)),
     "KeyDiff": lambda share, n: ScoredMethod(share, KeyDiffScorer()),
 }
-READERS = ("KVzip", "KVzip-uniform")  # read the text again
-PROFILED = {"HeadKV": "ablation", "DuoAttention": "gate", "RazorAttention": "echo"}  # with a shipped profile
-NAMES = (*BY_SHARE, *READERS, *PROFILED)
+READERS = ("KVzip", "KVzip-layer", "KVzip-uniform", "KVzip-ablation")  # read the text again
+PROFILED = {  # the kind of the shipped profile
+    "HeadKV": "ablation",
+    "HeadKV-R2": "retrieval-reasoning",
+    "DuoAttention": "gate",
+    "DuoAttention-ablation": "ablation",
+    "RazorAttention": "echo",
+    "KVzip-ablation": "ablation",
+}
+NAMES = tuple(dict.fromkeys((*BY_SHARE, *READERS, *PROFILED)))
 
 
 def roster(
@@ -82,7 +89,7 @@ def roster(
         if found in READERS and again is None:
             request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
             again = reader(request)
-        made[found] = by_name(found, partial(_profile, model), again, num_kv_heads)
+        made[found] = by_name(found, partial(HeadProfile.for_model, model), again, num_kv_heads)
     return made
 
 
@@ -106,10 +113,14 @@ def by_name(name: str, profile: Callable[[str], HeadProfile], again: Any, num_kv
         return lambda share, n: KVzip(share, again)
     if name == "KVzip-uniform":
         return lambda share, n: ScoredMethod(share, again)
+    if name == "KVzip-layer":
+        return lambda share, n: ScoredMethod(share, again, AdaptiveAllocator(0.2))
     own = profile(PROFILED[name])
-    if name == "HeadKV":
+    if name == "KVzip-ablation":
+        return lambda share, n: KVzip(share, again, safeguard=0.6, profile=own)
+    if name.startswith("HeadKV"):
         return lambda share, n: HeadKV(share, own, 1.1, SNAP, reduce="max")
-    if name == "DuoAttention":
+    if name.startswith("DuoAttention"):
         return lambda share, n: DuoAttention.for_share(share, n, own)
     induction = profile("induction")
     return lambda share, n: RazorAttention.for_share(
@@ -118,13 +129,6 @@ def by_name(name: str, profile: Callable[[str], HeadProfile], again: Any, num_kv
         num_kv_heads=num_kv_heads,
         induction_share=min(0.14, share / 2),
     )
-
-
-def _profile(model: PreTrainedModel, kind: str) -> HeadProfile:
-    """The shipped one; the tuned SmolLM2 has those of the model that it was tuned from."""
-    if model.config._name_or_path == TUNED_ID:
-        return HeadProfile.builtin(f"smollm2-{kind}").renamed(TUNED_ID)
-    return HeadProfile.for_model(model, kind)
 
 
 def share_of(budget: int | float, length: int) -> float:

@@ -5,6 +5,7 @@ Parquet files can not grow, so that a running sweep notes its rows in a journal 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any
 
 from headkv._files import replacing
 
+PARTIAL = ".partial"  # added to a file's name: the journal beside it
 INSTALL = "pip install 'headkv[eval]'"
 
 
@@ -106,6 +108,9 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
 def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:
     """The rows of several files; a row that stands in more than one of them counts once.
 
+    Args:
+        *paths: parquet files, or journals of sweeps that are not at their end.
+
     Raises:
         ImportError: there is no pyarrow.
         OSError, ValueError: a file is not there, or holds no rows of a sweep.
@@ -116,12 +121,20 @@ def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:
         if not Path(path).is_file():
             raise FileNotFoundError(f"FILE must be what headkv eval wrote, got {path}, which is not there")
         try:
-            rows = [SweepRow.from_json(values) for values in parquet.read_table(path).to_pylist()]
-        except (arrow.ArrowInvalid, ValueError) as error:
+            journal = Path(path).suffix == PARTIAL
+            plain = noted(path) if journal else parquet.read_table(path).to_pylist()
+            rows = [SweepRow.from_json(values) for values in plain]
+        except (arrow.ArrowInvalid, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"FILE must be what headkv eval wrote, got {path}: {error}") from error
         for row in rows:
             found.setdefault(row.key, row)
     return list(found.values())
+
+
+def noted(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows in the journal of a sweep, as plain values; a line that is still being written is left out."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    return [row for line in lines if line.endswith("\n") for row in json.loads(line)["rows"]]
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,16 +14,16 @@ import torch
 from headkv import _checks
 from headkv._version import find_version
 from headkv.evaluation.asking import WAYS, ask
+from headkv.evaluation.documents import Source
 from headkv.evaluation.harness import Sample
 from headkv.evaluation.roster import BY_SHARE, Sized, roster, share_of, sized
-from headkv.evaluation.rows import SweepRow, write_rows
+from headkv.evaluation.rows import PARTIAL, SweepRow, write_rows
 from headkv.heads.journal import Journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FULL = "FullCache"
-Source = Callable[[str, int, int, int], Sequence[Sample]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Sweep:
         model: its name, for the rows.
         methods: names of `headkv.evaluation.roster`; the full cache is always there.
         budgets: shares (floats) or entries a KV head (ints).
-        tasks: of `headkv.evaluation.harness`.
+        tasks: of `headkv.evaluation.documents.TASKS`.
         lengths: of the documents, in tokens.
         seeds: of the documents.
         questions: ways to ask, of `headkv.evaluation.asking.WAYS`.
         limit: documents of each task, length and seed.
+        first: the number of the first of them, so that several runs share a sweep.
         max_new_tokens: of each reply, at most; None: as the task says.
 
     Raises:
@@ -53,6 +54,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     questions: tuple[str, ...] = ("seen", "unseen")
     limit: int = 8
+    first: int = 0
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class Sweep:
         for way in self.questions:
             _checks.one_of("question", way, WAYS)
         _checks.whole("limit", self.limit, 1)
+        _checks.whole("first", self.first)
         if self.max_new_tokens is not None:
             _checks.whole("max_new_tokens", self.max_new_tokens, 1)
 
@@ -72,6 +75,11 @@ class Sweep:
     def groups(self) -> list[tuple[str, int, int]]:
         """Task, length and seed of the documents that are made together."""
         return [(task, n, seed) for task in self.tasks for n in self.lengths for seed in self.seeds]
+
+    @property
+    def doc_ids(self) -> range:
+        """Which of them are asked about."""
+        return range(self.first, self.first + self.limit)
 
 
 def run_sweep(
@@ -104,7 +112,7 @@ def run_sweep(
     from tqdm import tqdm
 
     out = Path(out)
-    beside = out.with_name(out.name + ".partial")
+    beside = out.with_name(out.name + PARTIAL)
     if out.exists() and not beside.exists():
         raise ValueError(f"out must be a new file, got {out}, which exists")
     make = roster([name for name in sweep.methods if name.casefold() != FULL.casefold()], model, tokenizer)
@@ -128,9 +136,9 @@ def run_sweep(
 def _left(sweep: Sweep, documents: Source, done: set[tuple[Any, ...]]) -> Iterator[Sample]:
     """The documents that are not done; groups of which all are done are not even made."""
     for task, length, seed in sweep.groups:
-        if {(task, length, seed, doc) for doc in range(sweep.limit)} <= done:
+        if {(task, length, seed, doc) for doc in sweep.doc_ids} <= done:
             continue
-        for sample in documents(task, length, seed, sweep.limit):
+        for sample in documents(task, length, seed, sweep.doc_ids.stop)[sweep.first :]:
             if (task, length, seed, sample.doc_id) not in done:
                 yield sample
 
