@@ -16,8 +16,8 @@ from headkv.logits import Rule
 
 def run(case: Case, backend: str, q, layer):
     if case.tokens == 1:
-        return headkv.ragged_decode(q[:, :, 0], layer, backend=backend, **case.options)[:, :, None]
-    return headkv.ragged_extend(q, layer, backend=backend, **case.options)
+        return headkv.ragged_decode(q[:, :, 0], layer, backend=backend, **case.options(q))[:, :, None]
+    return headkv.ragged_extend(q, layer, backend=backend, **case.options(q))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -37,7 +37,7 @@ def test_extend_equals_decode_after_decode(case):
     q, layer = case.build()
     at_once = run(case, "reference", q, layer)
     layer.crop(case.tokens - 1)
-    first = headkv.ragged_decode(q[:, :, 0], layer, backend="reference", **case.options)
+    first = headkv.ragged_decode(q[:, :, 0], layer, backend="reference", **case.options(q))
     torch.testing.assert_close(at_once[:, :, 0], first)
 
 

@@ -38,7 +38,7 @@ SHAPES = [
 def attend(case: Case, q, layer, isa):
     positions = torch.arange(layer.seen - case.tokens, layer.seen).expand(q.shape[0], -1)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    rule = Rule(scale, case.sliding_window, case.softcap)
+    rule = Rule(**case.options(q) | {"scale": scale})
     return rust.extend(q.float(), layer, rule, query_positions=positions, isa=isa)
 
 

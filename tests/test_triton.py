@@ -85,13 +85,16 @@ WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, token
 @pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 def test_equals_truth(case):
     q, layer = case.build(DEVICE)
-    got = attend(q, layer, **case.options)
+    got = attend(q, layer, **case.options(q))
     assert got.dtype == q.dtype
     assert_true(got, case, q, layer)
 
 
 MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(25)), dim=32, gaps=False)
 UNEVEN = Case("uneven", ((1, 700, 0, 33, 64),), gaps=False, group=3)
+SINKS = Case(
+    "sinks of uneven rows", ((1, 700, 0, 33, 64), (3, 0, 5, 9, 40)), gaps=False, sink_logits=(2.0, 5.0, -1.0)
+)
 WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
 
 
@@ -101,19 +104,20 @@ def test_a_layer_from_a_file_gives_the_same_bits(case, tmp_path):
     q, layer = case.build(DEVICE)
     files.write(tmp_path / "layer", [layer], {})
     (loaded,) = files.read(tmp_path / "layer", lambda about: None, [torch.device(DEVICE)])
-    assert torch.equal(attend(q, loaded, **case.options), attend(q, layer, **case.options))
+    assert torch.equal(attend(q, loaded, **case.options(q)), attend(q, layer, **case.options(q)))
 
 
 @device
 @pytest.mark.parametrize("gap", [0, 8, 500])
 @pytest.mark.parametrize("programs", [1, 2, 5, 200])
-@pytest.mark.parametrize("case", [UNEVEN, WINDOWS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [UNEVEN, SINKS, WINDOWS], ids=lambda case: case.name)
 def test_any_number_of_shares(case, programs, gap):
     """However the entries are cut, also into more shares than there are entries."""
     q, layer = case.build(DEVICE)
     kernels = backend.kernels()
     config = kernels.DecodeConfig(programs, 32, gap=gap)
-    got = kernels.ragged_decode(q[:, :, 0], backend.rows_of(layer), scale=case.dim**-0.5, config=config)
+    options = case.options(q) | {"scale": case.dim**-0.5}
+    got = kernels.ragged_decode(q[:, :, 0], backend.rows_of(layer), config=config, **options)
     assert_close(got, truth(case, q, layer)[:, :, 0], case.dtype)
 
 
@@ -123,6 +127,7 @@ EXTENDED = [
     replace(WINDOWS, lengths=((90, 250), (3, 40)), tokens=30, compensate=False),
     Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
     replace(MANY, tokens=5),
+    replace(SINKS, lengths=((1, 300, 0, 33, 64), (3, 0, 5, 9, 40)), tokens=21),
 ]
 CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
@@ -136,7 +141,7 @@ def test_any_cut_of_an_extension(case, cut):
     kernels, (queries, block, cuts) = backend.kernels(), cut
     config = kernels.ExtendConfig(queries, block, 2, 4, cuts)
     where = torch.arange(layer.seen - case.tokens, layer.seen, device=DEVICE).expand(q.shape[0], -1)
-    options = case.options | {"scale": case.dim**-0.5, "query_positions": where}
+    options = case.options(q) | {"scale": case.dim**-0.5, "query_positions": where}
     got = kernels.ragged_extend(q, backend.rows_of(layer), config=config, **options)
     assert_true(got, case, q, layer)
 
@@ -182,7 +187,7 @@ def test_edges_of_a_sliding_window(window, tokens):
     case = Case("edges", ((10, 25),), tokens=tokens, sliding_window=window, dim=32)
     q, layer = case.build(DEVICE)
     layer.positions[layer.start[0] : layer.start[0] + 10] = torch.arange(40, 50, device=DEVICE)
-    assert_close(attend(q, layer, **case.options), truth(case, q, layer), FP32)
+    assert_close(attend(q, layer, **case.options(q)), truth(case, q, layer), FP32)
 
 
 @device
@@ -368,7 +373,7 @@ def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
 
 def fused_steps(case, config):
     q, layer = case.build(DEVICE)
-    kernels, options = backend.kernels(), case.options | {"scale": case.scale or case.dim**-0.5}
+    kernels, options = backend.kernels(), case.options(q) | {"scale": case.scale or case.dim**-0.5}
     rows, ticket = backend.rows_of(layer), backend.kernels().new_ticket(backend.rows_of(layer))
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
