@@ -21,6 +21,7 @@ import headkv
 from headkv.attention import triton as backend
 from headkv.cache import RaggedLayer, files, moves
 from headkv.cache.rows import Pools
+from headkv.logits import Rule
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -373,7 +374,8 @@ def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
 
 def fused_steps(case, config):
     q, layer = case.build(DEVICE)
-    kernels, options = backend.kernels(), case.options(q) | {"scale": case.scale or case.dim**-0.5}
+    kernels, rule = backend.kernels(), Rule(**case.options(q) | {"scale": case.scale or case.dim**-0.5})
+    options = backend._keywords(rule)
     rows, ticket = backend.rows_of(layer), backend.kernels().new_ticket(backend.rows_of(layer))
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):

@@ -266,7 +266,7 @@ def extend_rows(
     factor = 1.0 if SOFTCAP else scale * LOG2E
     top, total, acc = start_softmax(0, M, D_PAD)
     if SINK_LOGITS:  # once a row: in its first part
-        top, total = sink_of(sink_logits + head * G + g, (g < G) & (place == 0)), total + 1.0
+        top, total = sink_of(sink_logits + head * G + g, g < tl.where(place == 0, G, 0)), total + 1.0
     for i in tl.range(begin, tl.minimum(stop, edges), num_stages=STAGES):
         at = tl.where(i < inside, i, i - inside + outside) * BLOCK + n
         entry = tl.where(at < block_early, block_first + at, jump + at)
