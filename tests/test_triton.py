@@ -429,6 +429,8 @@ BAD = {
     "heads that do not divide": (lambda k, q, r: k.ragged_decode(q[:, :3], r, scale=1.0), ValueError, "HQ a multiple of H"),
     "scale 0": (lambda k, q, r: k.ragged_decode(q, r, scale=0.0), ValueError, "scale must be positive"),
     "softcap 0": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, softcap=0.0), ValueError, "softcap must be None or positive"),
+    "sinks too few": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sink_logits=q[0, :3, 0].contiguous()), ValueError, r"sink_logits must be contiguous \[4\] on .*, got \[3\]"),
+    "sinks of float64": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=r.length[:1, None], scale=1.0, sink_logits=q[0, :, 0].double()), TypeError, "sink_logits must be float32, bfloat16 or float16, got torch.float64"),
     "window 0": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=0), ValueError, "sliding_window must be"),
     "window without positions": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=3), ValueError, "query_positions must be given"),
     "positions of floats": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(1, 1), scale=1.0), TypeError, "query_positions must be int32 or int64"),
@@ -446,7 +448,7 @@ BAD = {
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
     "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
     "length of int32": (lambda k, q, r: replace(r, length=r.length.int()), TypeError, "length must be a tensor of torch.int64"),
-    "sinks too few": (lambda k, q, r: replace(r, sinks=r.sinks[:1]), ValueError, r"sinks must have shape \[2\]"),
+    "first entries of too few": (lambda k, q, r: replace(r, sinks=r.sinks[:1]), ValueError, r"sinks must have shape \[2\]"),
     "count without sums": (lambda k, q, r: replace(r, count=r.length), TypeError, "key_sum must be a tensor"),
     "append of another D": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None, :8], q[:, :2, None, :8], seen=0), ValueError, "keys must have shape"),
     "append of another dtype": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None].half()] * 2, seen=0), TypeError, "keys must be torch.float32"),
@@ -468,9 +470,9 @@ def test_bad_input_is_named_before_any_launch(call, error, message):
 
 
 ARGUMENTS = {
-    "ragged_decode": ("q", "query_positions"),
-    "ragged_step": ("q", "new_keys", "new_values", "capacity", "ticket", "seen"),
-    "ragged_extend": ("q", "query_positions"),
+    "ragged_decode": ("q", "query_positions", "sink_logits"),
+    "ragged_step": ("q", "new_keys", "new_values", "capacity", "ticket", "seen", "sink_logits"),
+    "ragged_extend": ("q", "query_positions", "sink_logits"),
     "ragged_append": ("capacity", "keys", "values", "seen", "valid"),
 }
 ROWS = ("keys", "values", "positions", "start", "length", "sinks", "recent", "key_sum", "value_sum", "count")
@@ -484,7 +486,7 @@ FAULTS = {
 if not INTERPRETED:
     FAULTS["on the CPU"] = lambda x: x.cpu()
 FREE = {  # what has no D, and what is read by its strides or made dense
-    "of another D": ("query_positions", "capacity", "ticket", "seen", "valid"),
+    "of another D": ("sink_logits", "query_positions", "capacity", "ticket", "seen", "valid"),
     "apart": ("query_positions", "ticket", "seen", "valid", "ragged_append capacity"),
 }
 FAULTY = [
@@ -505,7 +507,12 @@ def test_each_argument_is_checked_before_any_launch(launcher, name, fault):
     last = torch.tensor([layer.seen - 1], device=DEVICE)
     given = {"new_keys": new, "new_values": new, "keys": new[:, :, None], "values": new[:, :, None]}
     given |= {"capacity": layer.capacity, "ticket": kernels.new_ticket(rows), "seen": last + 1}
-    given |= {"q": q[:, :, 0], "query_positions": last, "valid": last[None] > 0}
+    given |= {
+        "q": q[:, :, 0],
+        "query_positions": last,
+        "valid": last[None] > 0,
+        "sink_logits": q[0, :, 0, 0] * 1,
+    }
     if launcher == "ragged_extend":
         given |= {"q": q, "query_positions": last[None]}
     given = {name: given[name] for name in ARGUMENTS[launcher]}
