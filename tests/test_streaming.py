@@ -279,7 +279,7 @@ def same(got, want):
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-sliding"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-sliding", "gpt_oss"])
 @pytest.mark.parametrize("method", STREAMING)
 def test_generation_is_that_of_a_masked_full_cache(method, family):
     model, chosen = tiny_model(family), STREAMING[method]
@@ -310,7 +310,7 @@ def test_chunks_change_nothing(method, chunk):
     assert method == "DuoAttention, none streams" or int(stored.min()) <= window
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3", "gpt_oss"])
 def test_chunks_of_sliding_layers(family):
     model = tiny_model(family)
     with headkv.compress(model, DUO):
