@@ -22,8 +22,8 @@ class SnapKVScorer:
 
     Mean over the window's queries, then reduced over the group, then pooled along the positions, all in
     float32. The softmax runs over all keys, the window's too, and is not normalised again without them: a
-    head that looks mostly at the window, or at its sink, has little left, so that Ada-KV gives it little. With max pooling
-    the order matters; published programs differ in it.
+    head that looks mostly at the window, or at its sink, has little left, so that Ada-KV gives it little.
+    With max pooling the order matters; published programs differ in it.
 
     Attributes:
         window: last queries that observe; their entries are always kept and do not compete.
