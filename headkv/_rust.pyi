@@ -45,6 +45,7 @@ def attend(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: NDArray[float32] | None = None,  # [HQ]
     threads: int = 1,
     isa: str | None = None,
 ) -> None: ...

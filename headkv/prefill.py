@@ -57,7 +57,8 @@ class Prefill:
         values: `[H, n, D]`.
         layer_idx: this layer, from 0.
         num_layers: layers of the model.
-        scale, sliding_window, softcap: how queries meet keys, see `headkv.logits.Rule`.
+        scale, sliding_window, softcap, sink_logits: how queries meet keys, see `headkv.logits.Rule`. Attention weights
+            are the model's own, by which heads can be compared: they sum to less than 1 where a head has a sink.
         parts: of the layer's attention, for scorers that look at weights.
         hidden: `[n, hidden]`, what the layer's attention was given, where the method has `observes_hidden = True`.
 
@@ -76,6 +77,7 @@ class Prefill:
     softcap: float | None = None
     parts: Parts = Parts()
     hidden: Tensor | None = None
+    sink_logits: Tensor | None = None
 
     __repr__ = brief
 
@@ -98,12 +100,12 @@ class Prefill:
             raise ValueError(f"layer_idx must lie in [0, {self.num_layers}), got {self.layer_idx}")
         if self.sliding_window is not None:
             _checks.whole("sliding_window", self.sliding_window, 1)
-        _ = self.rule  # checks the rest
+        self.rule.check_heads(q[None])  # and the rest
 
     @property
     def rule(self) -> Rule:
         """How queries meet keys."""
-        return Rule(self.scale, self.sliding_window, self.softcap)
+        return Rule(self.scale, self.sliding_window, self.softcap, self.sink_logits)
 
     @property
     def length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,8 @@ class Case:
     scale: float | None = None
     dtype: torch.dtype = torch.float32
     gaps: bool = field(default=True)  # positions with gaps, as after an eviction
+    sink_logits: tuple[float, ...] = ()  # of the query heads, again and again; empty: none has a sink
+    sink_dtype: torch.dtype = torch.float32
 
     def build(self, device: str = "cpu") -> tuple[Tensor, RaggedLayer]:
         """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN."""
@@ -69,10 +72,13 @@ class Case:
         layer.to(device)
         return q.to(device), layer
 
-    @property
-    def options(self) -> dict:
-        """Keyword arguments of `ragged_decode` and `ragged_extend`."""
-        return {"scale": self.scale, "sliding_window": self.sliding_window, "softcap": self.softcap}
+    def options(self, q: Tensor) -> dict:
+        """Keyword arguments of `ragged_decode` and `ragged_extend` of these queries."""
+        options = {"scale": self.scale, "sliding_window": self.sliding_window, "softcap": self.softcap}
+        if self.sink_logits:
+            every = torch.tensor(list(itertools.islice(itertools.cycle(self.sink_logits), q.shape[1])))
+            options["sink_logits"] = every.to(q.device, self.sink_dtype)
+        return options
 
 
 def truth(case: Case, q: Tensor, layer: RaggedLayer, eager: torch.dtype | None = None) -> Tensor:
@@ -81,6 +87,7 @@ def truth(case: Case, q: Tensor, layer: RaggedLayer, eager: torch.dtype | None =
     With `eager`, what PyTorch gives instead when keys, values and weights are of that dtype, as models compute it.
     """
     q, tokens = q.cpu().double(), case.tokens
+    learned = case.options(q).get("sink_logits")
     out = torch.zeros_like(q)
     scale = case.scale if case.scale is not None else case.dim**-0.5
     for b in range(layer.batch_size):
@@ -120,16 +127,21 @@ def truth(case: Case, q: Tensor, layer: RaggedLayer, eager: torch.dtype | None =
                 if not extra_keys.shape[0]:
                     continue
                 for g in range(case.group):
-                    query, narrow = q[b, h * case.group + g, t], eager or torch.float64
+                    head, narrow = h * case.group + g, eager or torch.float64
+                    query = q[b, head, t]
                     logits = extra_keys.to(narrow) @ query.to(narrow) * scale
                     if case.softcap is not None:
                         logits = case.softcap * torch.tanh(logits / case.softcap)
-                    weights = (logits + bonus.to(narrow)).softmax(0)
-                    out[b, h * case.group + g, t] = (weights @ extra_values.to(narrow)).double()
+                    logits = logits + bonus.to(narrow)
+                    if learned is not None:  # one more entry, whose value is 0
+                        logits = torch.cat([logits, learned[head : head + 1].to(narrow)])
+                    weights = logits.softmax(0)[: extra_values.shape[0]]
+                    out[b, head, t] = (weights @ extra_values.to(narrow)).double()
     return out
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
+NONE, SINKS = float("-inf"), (0.5, -1.0, 3.0, 2.0, float("-inf"))
 CASES = [
     Case("one entry", ((1,),)),
     Case("an empty row beside others", ((0, 1, 63),), gaps=False),
@@ -173,4 +185,30 @@ CASES = [
     Case("extend, compensation", ((90, 30),), tokens=11, sinks=2, recent=8, compensate=True),
     Case("extend, sliding window", ((90, 30),), tokens=11, sliding_window=6),
     Case("extend, softcap", ((90, 30),), tokens=3, softcap=4.0, dim=80),
+    Case("sinks", ((90, 4),), sink_logits=SINKS),
+    Case("sinks that are none", ((90, 4),), sink_logits=(NONE,)),
+    Case("sinks, an empty row beside others", ((0, 1, 63),), sink_logits=SINKS, gaps=False),
+    Case("sinks, one huge row beside empty ones", ((0, 4097, 0, 1),), sink_logits=(7.0,), gaps=False),
+    Case("large and small sinks", ((33, 200),), sink_logits=(60.0, -60.0, 1e30, -1e30), group=4),
+    Case("sinks at the ends of float32", ((33, 200),), sink_logits=(3.4e38, -3.4e38)),
+    Case("sinks, a batch, groups of 3, D 40", ((5, 9), (17, 3), (1, 1)), group=3, dim=40, sink_logits=SINKS),
+    Case("sinks, no groups", ((7, 30, 2),), group=1, sink_logits=SINKS, sink_dtype=torch.float64),
+    Case("sinks, D 64 bf16", ((33, 200),), group=8, dtype=BF16, sink_logits=SINKS, sink_dtype=BF16),
+    Case("sinks, D 128 fp16", ((33, 200),), group=4, dim=128, dtype=FP16, sink_logits=SINKS, sink_dtype=FP16),
+    Case("sinks, sliding window, softcap", ((300, 40),), sliding_window=100, softcap=5.0, sink_logits=SINKS),
+    Case("sinks, windowed", ((90, 4, 30),), sinks=2, recent=8, sink_logits=SINKS),
+    Case("sinks, compensation", ((90, 4, 30),), sinks=2, recent=8, compensate=True, sink_logits=SINKS),
+    Case("sinks, extend", ((9, 300), (40, 7)), tokens=7, group=3, sink_logits=SINKS),
+    Case("sinks, extend by 130, bf16", ((130, 600),), tokens=130, dtype=BF16, sink_logits=SINKS),
+    Case("sinks, extend an empty layer", ((5, 5),), tokens=5, gaps=False, sink_logits=SINKS),
+    Case(
+        "sinks, extend, compensation",
+        ((90, 30),),
+        tokens=11,
+        sinks=2,
+        recent=8,
+        compensate=True,
+        sink_logits=SINKS,
+    ),
+    Case("sinks, extend, sliding", ((90, 30),), tokens=11, sliding_window=6, softcap=4.0, sink_logits=SINKS),
 ]

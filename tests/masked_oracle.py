@@ -33,7 +33,7 @@ class OracleLayer(DynamicLayer):
         self.method, self.layer_idx, self.num_layers, self.chunked = method, layer_idx, num_layers, chunked
         self.plan = None  # keep [B, H, n], sinks, recent, compensate [B, H]
         self.queries = None
-        self.rule = {}  # scale, sliding_window, softcap
+        self.rule = {}  # scale, sliding_window, softcap, sink_logits
         self.decode = None  # (entries, every, window, kernel_size) of a decode budget
         self.budgets, self.began, self.planned = None, 0, 0
         self.parts = Parts()
@@ -47,13 +47,14 @@ class OracleLayer(DynamicLayer):
         super().update(keys, values)
         return Handle(self), Handle(self)
 
-    def make_plan(self, valid, scale, sliding_window, softcap):
+    def make_plan(self, valid, scale, sliding_window, softcap, sink_logits):
         batch, heads, n, _ = self.keys.shape
         n = valid.shape[1]
         keep = torch.zeros(batch, heads, n, dtype=torch.bool)
         sinks, recent = torch.zeros(2, batch, heads, dtype=torch.int64)
         compensate = torch.zeros(batch, heads, dtype=torch.bool)
         self.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+        self.rule["sink_logits"] = sink_logits
         for b in range(batch):
             real = valid[b]
             if getattr(self.method, "whole_prompt", False):
@@ -124,7 +125,11 @@ class OracleLayer(DynamicLayer):
             if cap := self.rule["softcap"]:
                 logits = cap * torch.tanh(logits / cap)
             late = stored > torch.arange(seen - window, seen)[:, None]
-            weights = logits.masked_fill(late, float("-inf")).softmax(-1)
+            weights = logits.masked_fill(late, float("-inf")).exp()
+            total = weights.sum(-1, keepdim=True)
+            if (sinks := self.rule["sink_logits"]) is not None:
+                total = total + sinks[h * group : (h + 1) * group, None, None].exp()
+            weights = weights / total
             looked_at = weights[..., :-window].mean((0, 1)).tolist()
             half = kernel_size // 2
             pooled = [max(looked_at[max(0, i - half) : i + half + 1]) for i in range(len(looked_at))]
@@ -190,7 +195,16 @@ class OraclePrompt:
 
 
 def attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
 ):
     layer = key.layer
     keys, values = layer.keys, layer.values
@@ -203,7 +217,8 @@ def attention(
         else attention_mask[:, :total].bool()
     )
     whole = getattr(layer.method, "whole_prompt", False)
-    layer.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    s_aux = None if s_aux is None else s_aux.detach()
+    layer.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sink_logits": s_aux}
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
         for one in (
             layer.siblings if whole or layer.decode else [layer]
@@ -248,6 +263,10 @@ def attention(
     takes_part = (compensate[:, :, None] & (number > 0))[:, :, None]
     extra = torch.where(takes_part, extra + number[:, :, None].log(), float("-inf"))
     weights = torch.cat([logits, extra[..., None]], -1).softmax(-1).nan_to_num()  # pad queries see nothing
+    if s_aux is not None:
+        # What a head looks at has a share of e^lse / (e^lse + e^sink) of its attention; the sink has the rest.
+        lse = torch.cat([logits, extra[..., None]], -1).logsumexp(-1)
+        weights = weights * torch.sigmoid(lse - s_aux.view(heads, group, 1))[..., None]
     out = weights[..., :-1] @ values[:, :, None]
     out = out + torch.where(takes_part[..., None], weights[..., -1:] * mean_value[:, :, None], 0)
     if first and not layer.chunked and not whole:

@@ -20,10 +20,14 @@ def prefill(
     num_layers: int = 4,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Prefill:
-    """One layer of a random prompt of n tokens; `queries` is how many of the last are there, None for all."""
+    """One layer of a random prompt of n tokens; `queries` is how many of the last are there, None for all.
+
+    With `sinks` each query head has a learned one, from -3 on by threes.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int, length: int) -> Tensor:
@@ -32,7 +36,9 @@ def prefill(
     q = draw(heads * group, n)
     seen = n if queries is None else min(queries, n)
     k, v = draw(heads, n), draw(heads, n)
-    return Prefill(q[:, n - seen :], k, v, layer_idx, num_layers, dim**-0.5, sliding_window, softcap)
+    learned = 3.0 * torch.arange(-1, heads * group - 1) if sinks else None
+    rule = (dim**-0.5, sliding_window, softcap)
+    return Prefill(q[:, n - seen :], k, v, layer_idx, num_layers, *rule, sink_logits=learned)
 
 
 def profile(

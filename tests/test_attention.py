@@ -16,8 +16,8 @@ from headkv.logits import Rule
 
 def run(case: Case, backend: str, q, layer):
     if case.tokens == 1:
-        return headkv.ragged_decode(q[:, :, 0], layer, backend=backend, **case.options)[:, :, None]
-    return headkv.ragged_extend(q, layer, backend=backend, **case.options)
+        return headkv.ragged_decode(q[:, :, 0], layer, backend=backend, **case.options(q))[:, :, None]
+    return headkv.ragged_extend(q, layer, backend=backend, **case.options(q))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -37,22 +37,26 @@ def test_extend_equals_decode_after_decode(case):
     q, layer = case.build()
     at_once = run(case, "reference", q, layer)
     layer.crop(case.tokens - 1)
-    first = headkv.ragged_decode(q[:, :, 0], layer, backend="reference", **case.options)
+    first = headkv.ragged_decode(q[:, :, 0], layer, backend="reference", **case.options(q))
     torch.testing.assert_close(at_once[:, :, 0], first)
 
 
 @pytest.mark.parametrize("backend", ["reference", "rust", "auto"])
-def test_a_step_is_append_and_decode(backend):
+@pytest.mark.parametrize("sinks", [None, torch.arange(6.0) - 3], ids=["no sinks", "sinks"])
+def test_a_step_is_append_and_decode(sinks, backend):
     """Far enough for the pools to grow and the windowed row to be trimmed."""
     torch.manual_seed(2)
     rows = [[tuple(torch.randn(2, n, 32)) for n in (1, 30)]]
-    sinks, recent = torch.tensor([[0, 2]]), torch.tensor([[0, 9]])
-    once, twice = (RaggedLayer.from_rows(rows, sinks=sinks, recent=recent) for _ in range(2))
+    window, options = (
+        {"sinks": torch.tensor([[0, 2]]), "recent": torch.tensor([[0, 9]])},
+        {"sink_logits": sinks},
+    )
+    once, twice = (RaggedLayer.from_rows(rows, **window) for _ in range(2))
     for _ in range(150):
         q, keys, values = torch.randn(1, 6, 32), torch.randn(1, 2, 32), torch.randn(1, 2, 32)
-        got = headkv.ragged_step(q, keys, values, once, backend=backend)
+        got = headkv.ragged_step(q, keys, values, once, backend=backend, **options)
         twice.append(keys[:, :, None], values[:, :, None])
-        assert torch.equal(got, headkv.ragged_decode(q, twice, backend=backend))
+        assert torch.equal(got, headkv.ragged_decode(q, twice, backend=backend, **options))
     assert once.seen == twice.seen == 180 and torch.equal(once.lengths(), twice.lengths())
 
 
@@ -149,7 +153,10 @@ def test_no_fake_keys_leak():
 
 @pytest.mark.parametrize("window, softcap", [(None, None), (5, None), (None, 3.0), (40, 3.0)])
 @pytest.mark.parametrize("holes", [False, True], ids=["whole", "padded"])
-def test_prefill_equals_extend_of_the_reference(window, softcap, holes):
+@pytest.mark.parametrize(
+    "sinks", [None, torch.tensor([4.0, -3.0, float("-inf"), 0.0])], ids=["no sinks", "sinks"]
+)
+def test_prefill_equals_extend_of_the_reference(window, softcap, holes, sinks):
     """The dense prefill and the ragged specification agree on whole prompts, with padding on the left and in between."""
     torch.manual_seed(5)
     n = 300
@@ -157,7 +164,7 @@ def test_prefill_equals_extend_of_the_reference(window, softcap, holes):
     valid = torch.ones(2, n, dtype=torch.bool)
     if holes:
         valid[1, :7], valid[1, 100:103] = False, False
-    options = {"scale": 0.25, "sliding_window": window, "softcap": softcap}
+    options = {"scale": 0.25, "sliding_window": window, "softcap": softcap, "sink_logits": sinks}
     got = prefill(q, keys, values, Rule(**options), valid=valid)
     layer = RaggedLayer.from_dense(keys, values, valid=valid)
     want = headkv.ragged_extend(q, layer, backend="reference", **options)
@@ -167,6 +174,10 @@ def test_prefill_equals_extend_of_the_reference(window, softcap, holes):
 
 def small_layer(**window):
     return RaggedLayer.from_dense(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), **window)
+
+
+def sunk(sinks, **options):
+    return headkv.ragged_decode(Q, small_layer(), sink_logits=sinks, **options)
 
 
 Q = torch.randn(1, 4, 8)
@@ -185,6 +196,16 @@ BAD = {
     "window with compensation": (lambda: headkv.ragged_decode(Q, small_layer(**FOLDING), sliding_window=3), ValueError, "compensation"),
     "softcap 0": (lambda: headkv.ragged_decode(Q, small_layer(), softcap=0.0), ValueError, "softcap must be None or positive"),
     "scale NaN": (lambda: headkv.ragged_decode(Q, small_layer(), scale=float("nan")), ValueError, "scale must be None or positive"),
+    "sinks of another number": (lambda: sunk(torch.zeros(3)), ValueError, r"sink_logits must have shape \[4\] like the heads of q, got \[3\]"),
+    "sinks of a batch": (lambda: sunk(torch.zeros(1, 4)), ValueError, r"sink_logits must have shape \[HQ\], got \[1, 4\]"),
+    "sinks of ints": (lambda: sunk(torch.zeros(4).int()), TypeError, "sink_logits must be None or a floating tensor .*, got torch.int32"),
+    "a list of sinks": (lambda: sunk([0.0] * 4), TypeError, "sink_logits must be None or a floating tensor .*, got list"),
+    "sinks elsewhere": (lambda: sunk(torch.zeros(4, device="meta")), ValueError, "sink_logits must be on cpu like q, got meta"),
+    "a sink that is no number": (lambda: sunk(torch.tensor([0, 0, torch.nan, 0])), ValueError, r"sink_logits must be below infinity \(-inf: no sink\), got \[0.0, 0.0, nan, 0.0\]"),
+    "an infinite sink": (lambda: sunk(torch.full((4,), torch.inf), backend="reference"), ValueError, "sink_logits must be below infinity"),
+    "sinks of a step": (lambda: headkv.ragged_step(Q, Q[:, :2], Q[:, :2], small_layer(), sink_logits=Q[0, 0]), ValueError, r"sink_logits must have shape \[4\]"),
+    "sinks of an extension": (lambda: headkv.ragged_extend(Q[:, :, None], small_layer(), sink_logits=Q[0, 0]), ValueError, r"sink_logits must have shape \[4\]"),
+    "sinks of a prefill": (lambda: prefill(Q[:, :, None], Q[:, :2, None], Q[:, :2, None], Rule(1.0, sink_logits=Q[0, 0])), ValueError, r"sink_logits must have shape \[4\]"),
     "float64 and rust": (lambda: headkv.ragged_decode(Q.double(), small_layer(), backend="rust"), TypeError, "float64; the backend 'reference' computes in float64"),
     "float64 and triton": (lambda: headkv.ragged_extend(Q[:, :, None].double(), small_layer(), backend="triton"), TypeError, "the backend 'triton', got torch.float64"),
     "unknown backend": (lambda: headkv.ragged_decode(Q, small_layer(), backend="cuda"), ValueError, "backend must be one of 'auto', 'reference'"),

@@ -59,7 +59,7 @@ def test_every_step_is_a_masked_full_cache(method, way):
     assert bool((cache.lengths() <= most).all())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3", "gpt_oss"])
 def test_families(family):
     bounded_as_masked(tiny_model(family), METHODS["AdaKV"])
 

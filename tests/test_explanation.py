@@ -106,7 +106,7 @@ def stored(cache: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2", "gpt_oss"])
 def test_the_cache_stores_what_was_said(family: str, name: str) -> None:
     model, method = tiny_model(family), METHODS[name]
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))

@@ -29,7 +29,18 @@ def masked_logprobs(model, needle: Needle, gates: torch.Tensor) -> torch.Tensor:
     ids = torch.cat([CONTEXT, needle.question_ids, needle.answer_ids], dim=1)
     n, total = CONTEXT.shape[1], ids.shape[1]
 
-    def attend(module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **options):
+    def attend(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        scaling=None,
+        sliding_window=None,
+        softcap=None,
+        s_aux=None,
+        **options,
+    ):
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
         logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -42,7 +53,10 @@ def masked_logprobs(model, needle: Needle, gates: torch.Tensor) -> torch.Tensor:
             for head in range(query.shape[1]):
                 if gates[module.layer_idx, head // group] == 0:
                     seen[head, n:, :n] = HELD
-        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~seen, -torch.inf)
+        weights = logits.softmax(-1)
+        if s_aux is not None:
+            weights = weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - s_aux[:, None, None])
         return (weights @ value).transpose(1, 2).contiguous(), None
 
     with exchanged_attention(model, attend), torch.inference_mode():

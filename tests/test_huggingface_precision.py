@@ -220,7 +220,7 @@ STREAMING = headkv.DuoAttention(
     "family, method",
     [
         ("llama", STREAMING),
-        *((family, METHODS["FullCache"]) for family in ("mistral-sliding", "gemma2", "gemma3")),
+        *((family, METHODS["FullCache"]) for family in ("mistral-sliding", "gemma2", "gemma3", "gpt_oss")),
     ],
 )
 def test_heads_that_stream_or_slide_are_refused(family: str, method: Any) -> None:
@@ -228,8 +228,21 @@ def test_heads_that_stream_or_slide_are_refused(family: str, method: Any) -> Non
     model = tiny_model(family)
     with headkv.compress(model, method):
         model(**prompts())
-        with pytest.raises(RuntimeError, match="nor through heads that stream or slide"):
+        with pytest.raises(RuntimeError, match="nor through heads that stream, slide or have a sink"):
             model(**prompts()).logits.sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5], ids="{} tokens over a cache".format)
+def test_sinks_are_not_trained(tokens: int) -> None:
+    """Nothing but the last layer's sinks asks for a gradient."""
+    model, ids = tiny_model("gpt_oss", layer_types=["full_attention"] * 3), prompts(1)["input_ids"]
+    model.requires_grad_(False).model.layers[2].self_attn.sinks.requires_grad_()
+    with headkv.compress(model, METHODS["FullCache"]):
+        out = model(ids, use_cache=True)
+        if tokens:
+            out = model(ids[:, :tokens], past_key_values=out.past_key_values)
+        with pytest.raises(RuntimeError, match="nor through heads that stream, slide or have a sink"):
+            out.logits.sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["reference", "rust"])
@@ -242,7 +255,9 @@ def test_attention_of_ones_own_is_refused(backend: Any) -> None:
     step = headkv.ragged_step(q[:, :, 0], keys[:, :, 0], values[:, :, 0], layer, backend=backend)
     decoded = headkv.ragged_decode(q[:, :, 0], layer, backend=backend)
     assert not (layer.keys.requires_grad or layer.values.requires_grad)
-    for result in (out, step, decoded):
+    sinks = torch.zeros(4, requires_grad=True)
+    sunk = headkv.ragged_extend(q.detach(), layer, sink_logits=sinks, backend=backend)
+    for result in (out, step, decoded, sunk):
         with pytest.raises(RuntimeError, match="gradients do not pass through a ragged cache"):
             result.sum().backward()
 

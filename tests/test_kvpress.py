@@ -48,9 +48,9 @@ def test_keys_and_values_are_a_batch_of_one() -> None:
     assert torch.equal(values.score(p), p.values.sum(-1))
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
-def test_attention_weights_of_as_many_queries_as_asked(softcap: float | None) -> None:
-    p = prefill(30, softcap=softcap)
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (3.0, False), (None, True)], ids=str)
+def test_attention_weights_of_as_many_queries_as_asked(softcap: float | None, sinks: bool) -> None:
+    p = prefill(30, softcap=softcap, sinks=sinks)
 
     def accumulated(
         module: Any, hidden: Any, keys: Tensor, values: Tensor, attentions: Tensor, kwargs: Any

@@ -30,8 +30,10 @@ def steps(model: Any, cache: Any, *questions: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("fake_keys", [True, False], ids=["fake keys", "boolean"])
-def test_same_answers_different_bills(name: str, fake_keys: bool) -> None:
-    model, method = tiny_model("llama"), METHODS[name]
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_same_answers_different_bills(family: str, name: str, fake_keys: bool) -> None:
+    only_full = {"layer_types": ["full_attention"] * 3} if family == "gpt_oss" else {}
+    model, method = tiny_model(family, **only_full), METHODS[name]
     ragged, masked = (
         headkv.RaggedCache.for_model(model, method),
         MaskedCache.for_model(model, method, fake_keys=fake_keys),

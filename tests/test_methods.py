@@ -437,6 +437,11 @@ def test_profile_of_another_model() -> None:
         ({"layer_idx": 4}, r"layer_idx must lie in \[0, 4\), got 4"),
         ({"sliding_window": 0}, "sliding_window must be an int of at least 1, got 0"),
         ({"softcap": 0.0}, "softcap must be None or positive, got 0.0"),
+        (
+            {"sink_logits": torch.zeros(3)},
+            r"sink_logits must have shape \[6\] like the heads of q, got \[3\]",
+        ),
+        ({"sink_logits": torch.full((6,), torch.nan)}, "sink_logits must be below infinity"),
     ],
 )
 def test_bad_prefill(change: dict[str, Any], message: str) -> None:

@@ -29,8 +29,9 @@ def test_tiny_models_are_as_promised(family: str) -> None:
         "mistral-sliding": [8, 8, 8],
         "gemma2": [8, None, 8],
         "gemma3": [8, 8, None],
+        "gpt_oss": [8, None, 8],
     }.get(family, [None] * 3)
-    if family.startswith("gemma"):
+    if family.startswith(("gemma", "gpt")):
         assert windows == expected
     else:
         assert getattr(config, "sliding_window", None) == expected[0] or family in ("qwen2", "qwen3")
@@ -49,7 +50,7 @@ def test_tiny_models_are_always_the_same_and_leave_the_random_state_alone() -> N
 
 
 def test_an_unknown_family_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="family must be one of 'llama', .*'phi3', got 'gpt2'"):
+    with pytest.raises(ValueError, match="family must be one of 'llama', .*'gpt_oss', got 'gpt2'"):
         tiny_model("gpt2")
 
 

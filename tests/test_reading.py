@@ -39,7 +39,7 @@ def from_the_start(model: PreTrainedModel, ids: Tensor, method: Method, count: i
     return answer
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize(
     ("n", "window"), [(41, 8), (10, 8), (41, 1)], ids=["long", "one earlier", "one query"]
 )
@@ -93,7 +93,7 @@ def test_refuses_what_keeps_by_age() -> None:
         Reading(tiny_model("llama"), prompt(40)).kept(headkv.StreamingLLM(10))
 
 
-@pytest.mark.parametrize("family", ["mistral-sliding", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral-sliding", "gemma3", "gpt_oss"])
 def test_layers_with_a_sliding_window_are_compressed_as_from_the_start(family: str) -> None:
     model, ids = tiny_model(family), prompt(40)
     for method in (METHODS["SnapKV"], METHODS["Ada-KV"], headkv.StreamingLLM(9)):

@@ -30,6 +30,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "diffllama": ({}, "DiffLlamaForCausalLM can not be served"),
     "jetmoe": (dict(kv_channels=16, num_key_value_heads=2), "JetMoeForCausalLM can not be served"),
     "doge": ({}, "DogeForCausalLM can not be served"),
+    "mimo_v2_flash": (
+        dict(v_head_dim=16, num_key_value_heads=2),
+        "must have as many KV heads each, got 2 and 4",
+    ),
 }
 
 

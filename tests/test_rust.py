@@ -38,7 +38,7 @@ SHAPES = [
 def attend(case: Case, q, layer, isa):
     positions = torch.arange(layer.seen - case.tokens, layer.seen).expand(q.shape[0], -1)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    rule = Rule(scale, case.sliding_window, case.softcap)
+    rule = Rule(**case.options(q) | {"scale": scale})
     return rust.extend(q.float(), layer, rule, query_positions=positions, isa=isa)
 
 
@@ -227,6 +227,21 @@ BAD_CALLS = {
     "scale": (dict(scale=float("inf")), ValueError, "scale must be finite"),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap must be positive"),
     "window": (dict(sliding_window=0), ValueError, "sliding_window must be at least 1"),
+    "sinks of a head too few": (
+        dict(sink_logits=torch.zeros(3).numpy()),
+        ValueError,
+        "sink_logits must hold 4 elements, got 3",
+    ),
+    "sinks of float64": (
+        dict(sink_logits=torch.zeros(4).double().numpy()),
+        TypeError,
+        "sink_logits must be a numpy array of float32",
+    ),
+    "a sink that is no number": (
+        dict(sink_logits=torch.tensor([0, torch.nan, 0, 0]).numpy()),
+        ValueError,
+        "sink_logits must be below infinity, got NaN",
+    ),
     "instruction set": (dict(isa="mmx"), ValueError, "isa must be one of"),
 }
 

@@ -38,7 +38,9 @@ def dense_weights(p: Prefill) -> Tensor:
             logits = keys[seen] @ query[t] * p.scale
             if p.softcap is not None:
                 logits = p.softcap * torch.tanh(logits / p.softcap)
-            out[head, t, seen] = torch.softmax(logits, 0)
+            if p.sink_logits is not None:  # an entry more, whose weight nobody gets
+                logits = torch.cat([logits, p.sink_logits[head : head + 1].double()])
+            out[head, t, seen] = torch.softmax(logits, 0)[: position + 1 - first]
     return out
 
 
@@ -79,6 +81,8 @@ SNAP = [
     pytest.param(SnapKVScorer(4, 5), {"n": 40, "sliding_window": 9}, id="sliding-window"),
     pytest.param(SnapKVScorer(4, 5), {"n": 40, "softcap": 2.0}, id="softcap"),
     pytest.param(SnapKVScorer(4, 3, "avg"), {"n": 40, "softcap": 5.0, "sliding_window": 9}, id="both"),
+    pytest.param(SnapKVScorer(4, 5), {"n": 40, "sinks": True}, id="sinks"),
+    pytest.param(SnapKVScorer(4, 5), {"n": 40, "sinks": True, "softcap": 5.0, "sliding_window": 9}, id="all"),
 ]
 
 
@@ -150,10 +154,11 @@ def test_half_precision_is_scored_in_float32(scorer: Any, dtype: torch.dtype) ->
 @pytest.mark.parametrize("sliding_window", [None, 7], ids=["full", "sliding"])
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
 def test_observed_attention_is_its_definition(
-    reduce: str, sliding_window: int | None, average: bool, softcap: float | None
+    reduce: str, sliding_window: int | None, average: bool, softcap: float | None, sinks: bool
 ) -> None:
-    p = prefill(30, sliding_window=sliding_window, softcap=softcap)
+    p = prefill(30, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
     got = dense_weights(p).sum(1).view(3, 2, 30)
     got = {"mean": got.mean(1), "max": got.max(1).values, "sum": got.sum(1)}[reduce]
     if average:
@@ -166,7 +171,7 @@ def test_observed_attention_is_its_definition(
 @pytest.mark.parametrize("block", [1, 500], ids=lambda b: f"block={b}")
 def test_blocks_do_not_change_scores(module: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = SnapKVScorer(8) if module is snapkv else ObservedAttentionScorer(8)
-    p = prefill(50)
+    p = prefill(50, sinks=True)
     whole = scorer.score(p)
     monkeypatch.setattr(module, "BLOCK", block)
     torch.testing.assert_close(scorer.score(p), whole)

@@ -90,7 +90,7 @@ def test_defensive_kv_names_no_head_twice():
     assert int(keep.mask.sum()) == 60 and bool(keep.mask[:, -8:].all())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "mistral", "gpt_oss"])
 @pytest.mark.parametrize(
     "options", [{}, {"covariance": False}, {"value_norm": False, "epsilon": 0.02}, {"window": 7}], ids=str
 )
@@ -143,7 +143,9 @@ def test_expected_attention(family, options):
             if options.get("covariance", True):
                 spread = ahead @ spread @ ahead.T
                 logits += torch.einsum("nd,de,ne->n", keys[h // 2], spread, keys[h // 2]) * p.scale**2 / 2
-            want[h // 2] += logits.softmax(0) / 2
+            if p.sink_logits is not None:
+                logits = torch.cat([logits, p.sink_logits[h : h + 1].double()])
+            want[h // 2] += logits.softmax(0)[: n - sinks] / 2
         want += options.get("epsilon", 0)
         if options.get("value_norm", True):
             want *= p.values[:, sinks:].double().norm(dim=-1)

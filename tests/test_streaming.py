@@ -34,11 +34,14 @@ class Case:
     compensate: bool = False
     sliding_window: int | None = None
     softcap: float | None = None
+    learned: bool = False  # sinks, of query heads from -2 on by ones
     dtype: torch.dtype = torch.float32
 
-    @property
-    def options(self) -> dict:
-        return {"scale": self.dim**-0.5, "sliding_window": self.sliding_window, "softcap": self.softcap}
+    def rule(self, device: str = "cpu") -> Rule:
+        learned = (
+            torch.arange(-2.0, len(self.kinds) * self.group - 2, device=device) if self.learned else None
+        )
+        return Rule(self.dim**-0.5, self.sliding_window, self.softcap, learned)
 
     def build(self, device: str = "cpu") -> tuple[list[Tensor], dict[str, Tensor | None]]:
         """Queries, keys, values and what tells rows apart, padded rows filled with NaN."""
@@ -65,7 +68,7 @@ class Case:
         layer = RaggedLayer.from_rows(pairs)
         layer.set_windows(rows["sinks"], rows["recent"], rows["compensate"])
         where = torch.arange(self.n).expand(len(lengths), -1)
-        out = reference.extend(q.double(), layer, Rule(**self.options), query_positions=where)
+        out = reference.extend(q.double(), layer, self.rule(), query_positions=where)
         for b, pad in enumerate(self.padding):
             out[b, :, :pad] = 0  # padding asks nothing
         return out
@@ -104,6 +107,23 @@ CASES = [
     Case("bf16, compensation, padding", 300, dtype=BF16, padding=(0, 9), compensate=True),
     Case("fp16", 300, dtype=torch.float16),
     Case("fp64", 90, dtype=FP64, compensate=True),
+    Case("learned sinks", 100, learned=True),
+    Case("learned sinks, no head streams", 77, kinds=NONE, learned=True),
+    Case("learned sinks, one token", 1, learned=True),
+    Case("learned sinks, different windows", 100, kinds=((4, 16), (0, 20), (0, 0), (9, 1)), learned=True),
+    Case("learned sinks, more than a block", 700, kinds=((4, 300), (300, 7), (0, 0)), learned=True),
+    Case("learned sinks, padding, compensation", 90, padding=(0, 13, 89, 60), compensate=True, learned=True),
+    Case(
+        "learned sinks, sliding, softcap",
+        300,
+        ((4, 260), (0, 0)),
+        sliding_window=100,
+        softcap=3.0,
+        learned=True,
+    ),
+    Case("learned sinks, bf16", 300, padding=(0, 9), dim=64, dtype=BF16, learned=True),
+    Case("learned sinks, fp16", 300, dtype=torch.float16, learned=True),
+    Case("learned sinks, fp64", 90, dtype=FP64, compensate=True, learned=True),
 ]
 GPU_CASES = [replace(case, dim=64) for case in CASES if case.dtype != FP64] + [
     Case("Llama's shape", 3000, ((64, 256),) * 4 + ((0, 0),) * 4, group=4, dim=128, dtype=BF16),
@@ -117,7 +137,7 @@ TOLERANCE = {torch.float32: 2e-5, BF16: 2e-2, torch.float16: 3e-3, FP64: 1e-10}
 
 def check(case: Case, device: str = "cpu") -> None:
     tensors, rows = case.build(device)
-    got = dense.prefill(*tensors, Rule(**case.options), **rows)
+    got = dense.prefill(*tensors, case.rule(device), **rows)
     assert got.dtype == case.dtype
     error = (got.cpu().double() - case.truth()).abs().max()
     assert error < TOLERANCE[case.dtype], f"{case.name}: {error}"
@@ -259,7 +279,7 @@ def same(got, want):
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-sliding"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-sliding", "gpt_oss"])
 @pytest.mark.parametrize("method", STREAMING)
 def test_generation_is_that_of_a_masked_full_cache(method, family):
     model, chosen = tiny_model(family), STREAMING[method]
@@ -290,7 +310,7 @@ def test_chunks_change_nothing(method, chunk):
     assert method == "DuoAttention, none streams" or int(stored.min()) <= window
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3", "gpt_oss"])
 def test_chunks_of_sliding_layers(family):
     model = tiny_model(family)
     with headkv.compress(model, DUO):

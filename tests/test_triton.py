@@ -21,6 +21,7 @@ import headkv
 from headkv.attention import triton as backend
 from headkv.cache import RaggedLayer, files, moves
 from headkv.cache.rows import Pools
+from headkv.logits import Rule
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,13 +86,16 @@ WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, token
 @pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 def test_equals_truth(case):
     q, layer = case.build(DEVICE)
-    got = attend(q, layer, **case.options)
+    got = attend(q, layer, **case.options(q))
     assert got.dtype == q.dtype
     assert_true(got, case, q, layer)
 
 
 MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(25)), dim=32, gaps=False)
 UNEVEN = Case("uneven", ((1, 700, 0, 33, 64),), gaps=False, group=3)
+SINKS = Case(
+    "sinks of uneven rows", ((1, 700, 0, 33, 64), (3, 0, 5, 9, 40)), gaps=False, sink_logits=(2.0, 5.0, -1.0)
+)
 WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
 
 
@@ -101,19 +105,20 @@ def test_a_layer_from_a_file_gives_the_same_bits(case, tmp_path):
     q, layer = case.build(DEVICE)
     files.write(tmp_path / "layer", [layer], {})
     (loaded,) = files.read(tmp_path / "layer", lambda about: None, [torch.device(DEVICE)])
-    assert torch.equal(attend(q, loaded, **case.options), attend(q, layer, **case.options))
+    assert torch.equal(attend(q, loaded, **case.options(q)), attend(q, layer, **case.options(q)))
 
 
 @device
 @pytest.mark.parametrize("gap", [0, 8, 500])
 @pytest.mark.parametrize("programs", [1, 2, 5, 200])
-@pytest.mark.parametrize("case", [UNEVEN, WINDOWS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [UNEVEN, SINKS, WINDOWS], ids=lambda case: case.name)
 def test_any_number_of_shares(case, programs, gap):
     """However the entries are cut, also into more shares than there are entries."""
     q, layer = case.build(DEVICE)
     kernels = backend.kernels()
     config = kernels.DecodeConfig(programs, 32, gap=gap)
-    got = kernels.ragged_decode(q[:, :, 0], backend.rows_of(layer), scale=case.dim**-0.5, config=config)
+    options = case.options(q) | {"scale": case.dim**-0.5}
+    got = kernels.ragged_decode(q[:, :, 0], backend.rows_of(layer), config=config, **options)
     assert_close(got, truth(case, q, layer)[:, :, 0], case.dtype)
 
 
@@ -123,6 +128,7 @@ EXTENDED = [
     replace(WINDOWS, lengths=((90, 250), (3, 40)), tokens=30, compensate=False),
     Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
     replace(MANY, tokens=5),
+    replace(SINKS, lengths=((1, 300, 0, 33, 64), (3, 0, 5, 9, 40)), tokens=21),
 ]
 CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
@@ -136,7 +142,7 @@ def test_any_cut_of_an_extension(case, cut):
     kernels, (queries, block, cuts) = backend.kernels(), cut
     config = kernels.ExtendConfig(queries, block, 2, 4, cuts)
     where = torch.arange(layer.seen - case.tokens, layer.seen, device=DEVICE).expand(q.shape[0], -1)
-    options = case.options | {"scale": case.dim**-0.5, "query_positions": where}
+    options = case.options(q) | {"scale": case.dim**-0.5, "query_positions": where}
     got = kernels.ragged_extend(q, backend.rows_of(layer), config=config, **options)
     assert_true(got, case, q, layer)
 
@@ -182,7 +188,7 @@ def test_edges_of_a_sliding_window(window, tokens):
     case = Case("edges", ((10, 25),), tokens=tokens, sliding_window=window, dim=32)
     q, layer = case.build(DEVICE)
     layer.positions[layer.start[0] : layer.start[0] + 10] = torch.arange(40, 50, device=DEVICE)
-    assert_close(attend(q, layer, **case.options), truth(case, q, layer), FP32)
+    assert_close(attend(q, layer, **case.options(q)), truth(case, q, layer), FP32)
 
 
 @device
@@ -368,7 +374,8 @@ def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
 
 def fused_steps(case, config):
     q, layer = case.build(DEVICE)
-    kernels, options = backend.kernels(), case.options | {"scale": case.scale or case.dim**-0.5}
+    kernels, rule = backend.kernels(), Rule(**case.options(q) | {"scale": case.scale or case.dim**-0.5})
+    options = backend._keywords(rule)
     rows, ticket = backend.rows_of(layer), backend.kernels().new_ticket(backend.rows_of(layer))
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -422,6 +429,8 @@ BAD = {
     "heads that do not divide": (lambda k, q, r: k.ragged_decode(q[:, :3], r, scale=1.0), ValueError, "HQ a multiple of H"),
     "scale 0": (lambda k, q, r: k.ragged_decode(q, r, scale=0.0), ValueError, "scale must be positive"),
     "softcap 0": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, softcap=0.0), ValueError, "softcap must be None or positive"),
+    "sinks too few": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sink_logits=q[0, :3, 0].contiguous()), ValueError, r"sink_logits must be contiguous \[4\] on .*, got \[3\]"),
+    "sinks of float64": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=r.length[:1, None], scale=1.0, sink_logits=q[0, :, 0].double()), TypeError, "sink_logits must be float32, bfloat16 or float16, got torch.float64"),
     "window 0": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=0), ValueError, "sliding_window must be"),
     "window without positions": (lambda k, q, r: k.ragged_decode(q, r, scale=1.0, sliding_window=3), ValueError, "query_positions must be given"),
     "positions of floats": (lambda k, q, r: k.ragged_extend(q[:, :, None], r, query_positions=torch.ones(1, 1), scale=1.0), TypeError, "query_positions must be int32 or int64"),
@@ -439,7 +448,7 @@ BAD = {
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
     "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
     "length of int32": (lambda k, q, r: replace(r, length=r.length.int()), TypeError, "length must be a tensor of torch.int64"),
-    "sinks too few": (lambda k, q, r: replace(r, sinks=r.sinks[:1]), ValueError, r"sinks must have shape \[2\]"),
+    "first entries of too few": (lambda k, q, r: replace(r, sinks=r.sinks[:1]), ValueError, r"sinks must have shape \[2\]"),
     "count without sums": (lambda k, q, r: replace(r, count=r.length), TypeError, "key_sum must be a tensor"),
     "append of another D": (lambda k, q, r: k.ragged_append(r, r.length, q[:, :2, None, :8], q[:, :2, None, :8], seen=0), ValueError, "keys must have shape"),
     "append of another dtype": (lambda k, q, r: k.ragged_append(r, r.length, *[q[:, :2, None].half()] * 2, seen=0), TypeError, "keys must be torch.float32"),
@@ -461,9 +470,9 @@ def test_bad_input_is_named_before_any_launch(call, error, message):
 
 
 ARGUMENTS = {
-    "ragged_decode": ("q", "query_positions"),
-    "ragged_step": ("q", "new_keys", "new_values", "capacity", "ticket", "seen"),
-    "ragged_extend": ("q", "query_positions"),
+    "ragged_decode": ("q", "query_positions", "sink_logits"),
+    "ragged_step": ("q", "new_keys", "new_values", "capacity", "ticket", "seen", "sink_logits"),
+    "ragged_extend": ("q", "query_positions", "sink_logits"),
     "ragged_append": ("capacity", "keys", "values", "seen", "valid"),
 }
 ROWS = ("keys", "values", "positions", "start", "length", "sinks", "recent", "key_sum", "value_sum", "count")
@@ -477,7 +486,7 @@ FAULTS = {
 if not INTERPRETED:
     FAULTS["on the CPU"] = lambda x: x.cpu()
 FREE = {  # what has no D, and what is read by its strides or made dense
-    "of another D": ("query_positions", "capacity", "ticket", "seen", "valid"),
+    "of another D": ("sink_logits", "query_positions", "capacity", "ticket", "seen", "valid"),
     "apart": ("query_positions", "ticket", "seen", "valid", "ragged_append capacity"),
 }
 FAULTY = [
@@ -498,7 +507,12 @@ def test_each_argument_is_checked_before_any_launch(launcher, name, fault):
     last = torch.tensor([layer.seen - 1], device=DEVICE)
     given = {"new_keys": new, "new_values": new, "keys": new[:, :, None], "values": new[:, :, None]}
     given |= {"capacity": layer.capacity, "ticket": kernels.new_ticket(rows), "seen": last + 1}
-    given |= {"q": q[:, :, 0], "query_positions": last, "valid": last[None] > 0}
+    given |= {
+        "q": q[:, :, 0],
+        "query_positions": last,
+        "valid": last[None] > 0,
+        "sink_logits": q[0, :, 0, 0] * 1,
+    }
     if launcher == "ragged_extend":
         given |= {"q": q, "query_positions": last[None]}
     given = {name: given[name] for name in ARGUMENTS[launcher]}

@@ -98,6 +98,16 @@ CASES = [
     Case("float32, compensation, softcap", ROWS, dim=80, softcap=3.0, **WINDOW),
     Case("float16, sliding window, D 256", ROWS, group=1, dim=256, dtype=FP16, sliding_window=5),
     Case("bfloat16, compensation, D 64", ROWS, group=16, dtype=BF16, **WINDOW),
+    Case(
+        "bfloat16, sinks, sliding window",
+        ROWS,
+        group=8,
+        dtype=BF16,
+        sliding_window=5,
+        sink_logits=(1.0,),
+        sink_dtype=BF16,
+    ),
+    Case("float32, sinks, compensation, D 80", ROWS, dim=80, sink_logits=(1.0,), **WINDOW),
 ]
 
 
@@ -105,8 +115,7 @@ CASES = [
 def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
     for tokens in (1, 3, 100):
         q, layer = replace(case, tokens=min(tokens, 3)).build()
-        rows, scale = backend.rows_of(layer), case.dim**-0.5
-        options = {"scale": scale, "sliding_window": case.sliding_window, "softcap": case.softcap}
+        rows, options = backend.rows_of(layer), case.options(q) | {"scale": case.dim**-0.5}
         where = torch.arange(tokens).expand(2, tokens)
         if tokens == 1:
             backend.kernels().ragged_decode(q[:, :, 0], rows, query_positions=where[:, 0], **options)

@@ -27,6 +27,7 @@ def ragged_decode(
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Attention of one new token a sequence over the ragged layer that already holds it.
@@ -37,6 +38,7 @@ def ragged_decode(
         scale: of the logits; default `D ** -0.5`.
         sliding_window: the model's own window: entries at a distance of `sliding_window` or more are not seen.
         softcap: logits become `softcap * tanh(logits / softcap)`.
+        sink_logits: `[HQ]`, of each query head one more logit that has no value (GPT-OSS's sinks); -inf: none.
         backend: "reference", "rust" (CPU), "triton" (GPU), or "auto": see `choose_backend`.
 
     Returns:
@@ -47,10 +49,10 @@ def ragged_decode(
         ImportError: when the named backend is not installed; the message says how to install it.
     """
     layer = _ragged(layer)
-    rule = Rule.of(layer.head_dim, scale, sliding_window, softcap)
+    rule = Rule.of(layer.head_dim, scale, sliding_window, softcap, sink_logits)
     _check(q, layer, 3, rule)
     run = _installed(choose_backend(layer, backend, q.dtype)).decode
-    return without_gradients(partial(run, layer=layer, rule=rule), q)
+    return without_gradients(partial(run, layer=layer), q, rule=rule)
 
 
 def ragged_step(
@@ -62,6 +64,7 @@ def ragged_step(
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Store one new token a sequence, and attend over all: `layer.append` and `ragged_decode`, on a GPU in one go.
@@ -69,7 +72,7 @@ def ragged_step(
     Args:
         q: `[B, HQ, D]`.
         keys, values: `[B, H, D]` of the new token, in the layer's dtype.
-        layer, scale, sliding_window, softcap, backend: as in `ragged_decode`.
+        layer, scale, sliding_window, softcap, sink_logits, backend: as in `ragged_decode`.
 
     Returns:
         `[B, HQ, D]` in the dtype of `q`.
@@ -78,7 +81,9 @@ def ragged_step(
         ValueError, TypeError, ImportError: as `ragged_decode`; the layer is unchanged then.
     """
     layer = _ragged(layer)
-    return step(q, keys, values, layer, Rule.of(layer.head_dim, scale, sliding_window, softcap), backend)
+    return step(
+        q, keys, values, layer, Rule.of(layer.head_dim, scale, sliding_window, softcap, sink_logits), backend
+    )
 
 
 def step(
@@ -87,10 +92,10 @@ def step(
     """`ragged_step`, with the numbers of its rule together."""
     _check_step(q, keys, values, layer, rule)
     name = choose_backend(layer, backend, q.dtype)
-    return without_gradients(partial(_step, layer=layer, rule=rule, name=name), q, keys, values)
+    return without_gradients(partial(_step, layer=layer, name=name), q, keys, values, rule=rule)
 
 
-def _step(q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rule: Rule, name: str) -> Tensor:
+def _step(q: Tensor, keys: Tensor, values: Tensor, *, layer: RaggedLayer, rule: Rule, name: str) -> Tensor:
     run = _installed(name)
     if name != "triton":
         layer.append(keys[:, :, None], values[:, :, None])
@@ -137,6 +142,7 @@ def ragged_extend(
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Attention of T new tokens a sequence, causal among themselves, over the layer that already holds them.
@@ -144,13 +150,13 @@ def ragged_extend(
     Args:
         q: `[B, HQ, T, D]`.
         query_positions: `[B, T]` int, where in the text the queries stand; default: the last T tokens seen.
-        layer, scale, sliding_window, softcap, backend: as in `ragged_decode`.
+        layer, scale, sliding_window, softcap, sink_logits, backend: as in `ragged_decode`.
 
     Returns:
         `[B, HQ, T, D]` in the dtype of `q`.
     """
     layer = _ragged(layer)
-    rule = Rule.of(layer.head_dim, scale, sliding_window, softcap)
+    rule = Rule.of(layer.head_dim, scale, sliding_window, softcap, sink_logits)
     return extend(q, layer, rule, backend, query_positions=query_positions)
 
 
@@ -176,7 +182,7 @@ def extend(
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
         raise ValueError(f"query_positions must be int of shape [{batch_size}, {tokens}], got {got}")
     run = _installed(choose_backend(layer, backend, q.dtype)).extend
-    return without_gradients(partial(run, layer=layer, rule=rule, query_positions=query_positions), q)
+    return without_gradients(partial(run, layer=layer, query_positions=query_positions), q, rule=rule)
 
 
 def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:
@@ -250,6 +256,7 @@ def _check(q: Tensor, layer: RaggedLayer, ndim: int, rule: Rule) -> None:
         )
     if q.device != layer.device:
         raise ValueError(f"q must be on the layer's device {layer.device}, got {q.device}")
+    rule.check_heads(q)
     if rule.sliding_window is not None and layer.count is not None:
         got = rule.sliding_window
         raise ValueError(f"sliding_window must be None on a layer with compensation entries, got {got}")

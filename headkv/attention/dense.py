@@ -28,7 +28,7 @@ def prefill(
     Args:
         q: `[B, HQ, n, D]`.
         keys, values: `[B, H, n, D]`.
-        rule: how queries meet keys.
+        rule: how queries meet keys. With sinks no gradient passes.
         valid: `[B, n]` bool, False where the prompt is padding: such tokens neither ask nor are seen, and get 0.
         sinks, recent: `[B, H]` int: rows with `recent > 0` stream, they only see the first `sinks` and last `recent`
             tokens, see `streaming.attend`. Default: every row sees all.
@@ -37,6 +37,7 @@ def prefill(
     Returns:
         `[B, HQ, n, D]` in the dtype of `q`.
     """
+    rule.check_heads(q)
     windows = None
     if sinks is not None and recent is not None:
         compensate = torch.zeros_like(recent) if compensate is None else compensate
@@ -71,18 +72,20 @@ def _by_kind(
             kinds.setdefault(tuple(window) if streams else everything, []).append((b, h))
     if kinds.keys() <= {everything}:
         return _causal(q, keys, values, positions, rule)
-    q = q.unflatten(1, (keys.shape[1], -1))
+    num_kv_heads = keys.shape[1]
+    q = q.unflatten(1, (num_kv_heads, -1))
     out = torch.empty_like(q)
     for kind, pairs in kinds.items():
         step = max(1, TOKENS // n)
         for some in (pairs[i : i + step] for i in range(0, len(pairs), step)):
             some_q, some_keys, some_values = (_rows(x, some) for x in (q, keys, values))
+            own = rule.of_heads((h for _, h in some), num_kv_heads)
             if kind == everything:
-                got = _causal(some_q, some_keys[:, None], some_values[:, None], positions, rule)
+                got = _causal(some_q, some_keys[:, None], some_values[:, None], positions, own)
             else:
                 sinks, recent, compensate = kind
                 got = streaming.attend(
-                    *(some_q, some_keys, some_values, positions, rule),
+                    *(some_q, some_keys, some_values, positions, own),
                     sinks=sinks,
                     recent=recent,
                     compensate=bool(compensate),
@@ -100,12 +103,13 @@ def _rows(x: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rule: Rule) -> Tensor:
     n, window = q.shape[2], rule.sliding_window
-    if rule.softcap is None and (window is None or int(positions[-1] - positions[0]) < window):
+    plain = rule.softcap is None and rule.sink_logits is None
+    if plain and (window is None or int(positions[-1] - positions[0]) < window):
         causal = n > 1
         return F.scaled_dot_product_attention(
             q, keys, values, is_causal=causal, scale=rule.scale, enable_gqa=True
         )
-    # A row that streams with a window of the whole prompt: its blocks know sliding windows and softcaps.
+    # A row that streams with a window of the whole prompt: its blocks know sliding windows, softcaps and LSEs.
     rows = q.unflatten(1, (keys.shape[1], -1)).flatten(0, 1)  # [B * H, G, n, D]
     pools = keys.flatten(0, 1), values.flatten(0, 1)
     return streaming.attend(rows, *pools, positions, rule, sinks=0, recent=n).reshape(q.shape)

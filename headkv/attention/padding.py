@@ -38,7 +38,10 @@ def answered(
         return out
     asks, some = asks[:, None, columns, None], q[:, :, columns]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))
-    if wanted and windows is None and rule.softcap is None and rule.sliding_window is None:
+    plain = (
+        windows is None and rule.softcap is None and rule.sliding_window is None and rule.sink_logits is None
+    )
+    if wanted and plain:
         where = torch.arange(q.shape[2], device=q.device)
         seen = valid[:, None, None] & (where <= columns[:, None])
         seen = seen | ~asks  # what is not taken must be a number all the same

@@ -28,6 +28,7 @@ def extend(q: Tensor, layer: RaggedLayer, rule: Rule, *, query_positions: Tensor
             heads = slice(h * group, (h + 1) * group)
             keys, values, positions = layer.row(b, h)
             keys, values = keys.to(work), values.to(work)
+            own = rule.of_heads([h], layer.num_kv_heads)
             for t, position in enumerate(query_positions[b]):
                 query = q[b, heads, t].to(work)
                 eligible, visible = visible_entries(layer, b, h, positions, position, rule)
@@ -38,7 +39,7 @@ def extend(q: Tensor, layer: RaggedLayer, rule: Rule, *, query_positions: Tensor
                     logit = rule.logits(query, mean_key[None]) + n.log()
                     logits, entries = torch.cat([logits, logit], 1), torch.cat([entries, mean_value[None]])
                 if entries.shape[0]:
-                    out[b, heads, t] = logits.softmax(1) @ entries
+                    out[b, heads, t] = own.softmax(logits[:, None])[:, 0] @ entries
     return out.to(q.dtype)
 
 

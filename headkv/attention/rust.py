@@ -35,6 +35,7 @@ def extend(
         ValueError, TypeError: on a layer whose rows do not lie within its pools; nothing is read then.
     """
     queries = q.to(torch.float32).contiguous()
+    sinks = None if rule.sink_logits is None else rule.sink_logits.detach().to(torch.float32).contiguous()
     out = torch.empty_like(queries)
     extension().attend(
         array("q", queries),
@@ -45,6 +46,7 @@ def extend(
         scale=rule.scale,
         sliding_window=rule.sliding_window,
         softcap=rule.softcap,
+        sink_logits=None if sinks is None else array("sink_logits", sinks),
         threads=torch.get_num_threads(),
         isa=isa,
     )

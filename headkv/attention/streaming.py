@@ -1,8 +1,9 @@
 """Attention of streaming heads over a dense prompt: sinks and a window that slides, in O(n) and without n x n.
 
 A query after the sinks sees two sets of keys that never meet: the sinks, and the window among the keys behind them.
-Each is a softmax of its own, with its log-sum-exp (LSE); so is the one entry that stands for what lies between. Their
-LSEs say how much each part weighs. A part is torch's flash attention where that runs, and blocks of queries elsewhere.
+Each is a softmax of its own, with its log-sum-exp (LSE); so is the one entry that stands for what lies between, and so
+is a head's learned sink, whose value is 0. Their LSEs say how much each part weighs. A part is torch's flash attention
+where that runs, and blocks of queries elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ BLOCK = 256  # queries at a time, where there is no flash attention
 
 
 class Part(NamedTuple):
-    """Attention of m queries over some of the keys: `out` `[R, G or 1, m, D]`, and `lse` `[R, G, m]`, -inf for none."""
+    """Attention of m queries over some of the keys: `out` `[R, G, m, D]`, and `lse` `[R, G, m]`, -inf for none.
+
+    Of `out` any dimension, of `lse` the last may be 1 where all are alike.
+    """
 
     out: Tensor
     lse: Tensor
@@ -51,15 +55,15 @@ def attend(
         q: `[R, G, n, D]`, the G query heads of R rows, of any floating dtype.
         keys, values: `[R, n, D]`; `n > sinks + recent`.
         positions: `[n]` int, increasing: where the tokens stand, for sliding windows.
-        rule: how queries meet keys.
+        rule: how queries meet keys, of R times G query heads or as many as these repeat.
         compensate: one more entry stands for the keys between, as many as there are (RazorAttention, arXiv 2407.15891).
 
     Returns:
         `[R, G, n, D]` in the dtype of `q`. Sums are taken in float32, or float64 when the queries are. `backward` is
         refused: what torch gives of an LSE carries no gradient.
     """
-    run = partial(_attend, positions=positions, rule=rule, sinks=sinks, recent=recent, compensate=compensate)
-    return without_gradients(run, q, keys, values)
+    run = partial(_attend, positions=positions, sinks=sinks, recent=recent, compensate=compensate)
+    return without_gradients(run, q, keys, values, rule=rule)
 
 
 def _attend(
@@ -87,9 +91,12 @@ def _attend(
 
     first, rest = slice(0, sinks), slice(sinks, None)
     out = torch.empty_like(q)
+    learned = []
+    if rule.sink_logits is not None:
+        learned = [Part(q.new_zeros((1, 1, 1, 1), dtype=work), rule.sinks(q.shape[:2])[..., None].to(work))]
     if sinks:
-        out[:, :, first] = part(first, first, sinks).out.to(q.dtype)
-    parts = [part(rest, rest, window)]
+        out[:, :, first] = _merge([part(first, first, sinks), *learned]).to(q.dtype)
+    parts = [part(rest, rest, window), *learned]
     if sinks:
         parts.append(part(rest, first, None))
     if compensate:

@@ -70,7 +70,11 @@ def extend(q: Tensor, layer: RaggedLayer, rule: Rule, *, query_positions: Tensor
 
 def _keywords(rule: Rule) -> dict[str, Any]:
     """The rule as the kernels' distribution says it, which knows nothing of ours."""
-    return {"scale": rule.scale, "sliding_window": rule.sliding_window, "softcap": rule.softcap}
+    sinks = rule.sink_logits
+    if sinks is not None:
+        sinks = _dense(sinks.float() if sinks.dtype == torch.float64 else sinks)
+    numbers = {"scale": rule.scale, "sliding_window": rule.sliding_window, "softcap": rule.softcap}
+    return {**numbers, "sink_logits": sinks}
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -227,6 +227,7 @@ class Asker:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Attend as transformers asks: query [R, HQ, T, D], key and value [R, H, T, D] -> [R, T, HQ, D]."""
@@ -242,6 +243,6 @@ class Asker:
             far=slice(0, 0) if sliding_window is not None else self.stream.far(keys.shape[1]),
             gates=self._gates[:, layer],
             opened=self._open[layer],
-            rule=Rule.of(query.shape[-1], scaling, sliding_window, softcap),
+            rule=Rule.of(query.shape[-1], scaling, sliding_window, softcap, s_aux),
         )
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None

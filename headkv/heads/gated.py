@@ -50,14 +50,14 @@ def gated_attention(
     at = torch.arange(columns + new, device=queries.device)
     hidden = rule.hides(at[columns:, None], at)
     logits = rule.cap(_precise(logits)).masked_fill(hidden, -torch.inf)  # [R, H, G, T, columns + T]
-    weights = logits.softmax(-1).to(value.dtype)
+    weights = rule.softmax(logits).to(value.dtype)
     output = _weighted(weights[..., :columns], near_values) + weights[..., columns:] @ value[:, :, None]
     if far.stop == far.start or not opened:
         return output
     some = slice(None) if len(opened) == len(keys) else list(opened)
     far_logits = rule.cap(_precise(_products(queries[:, some], keys[some, far])))
     share = torch.sigmoid(
-        far_logits.logsumexp(-1) - logits[:, some].logsumexp(-1)
+        far_logits.logsumexp(-1) - rule.lse(logits)[:, some]
     )  # of what is far, [R, H, G, T]
     taken = (gates[:, some, None, None] * share)[..., None].to(value.dtype)
     change = taken * (_weighted(far_logits.softmax(-1).to(value.dtype), values[some, far]) - output[:, some])

@@ -109,15 +109,13 @@ def repeat_shares(attention: Attention, period: int, start: int = 0) -> Tensor:
         sums = torch.zeros(2, group, device=attention.keys.device)
         for first in range(start + period, total, step):
             rows = slice(first, min(first + step, total))
-            logits = attention.logits(head, rows)  # [G, R, n]
-            normaliser = logits.logsumexp(-1)  # [G, R]
-            at = torch.arange(first, rows.stop, device=logits.device)
+            weights = attention.weights(head, rows)  # [G, R, n]
+            at = torch.arange(first, rows.stop, device=weights.device)
             for back in range(period, rows.stop, period):
                 for index in range(2):
                     column = (at - back + index).clamp_min(0)  # rows of the blocks before have none: * False
-                    found = logits.gather(-1, column.expand(group, -1)[..., None])[..., 0]  # [G, R]
-                    share = (found - normaliser).exp() * (at - back >= start)
-                    sums[index] += share.sum(-1)
+                    found = weights.gather(-1, column.expand(group, -1)[..., None])[..., 0]  # [G, R]
+                    sums[index] += (found * (at - back >= start)).sum(-1)
         shares.append(sums / (total - start - period))
     return torch.cat(shares, dim=1)
 

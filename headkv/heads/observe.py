@@ -30,6 +30,7 @@ class Attention:
         scale: factor of the logits.
         sliding_window: a query sees this many last positions, itself included; None: all.
         softcap: cap of the logits, c * tanh(logit / c); None: none.
+        sink_logits: [HQ], of each query head one more logit that has no value; None: none.
     """
 
     layer_idx: int
@@ -38,11 +39,12 @@ class Attention:
     scale: float
     sliding_window: int | None
     softcap: float | None
+    sink_logits: Tensor | None = None
 
     @property
     def rule(self) -> Rule:
         """How queries meet keys."""
-        return Rule(self.scale, self.sliding_window, self.softcap)
+        return Rule(self.scale, self.sliding_window, self.softcap, self.sink_logits)
 
     def logits(self, head: int, rows: slice) -> Tensor:
         """The masked logits of the query heads of one KV head, first sequence: [G, R, n], float32.
@@ -57,6 +59,10 @@ class Attention:
         total, new = self.keys.shape[2], self.queries.shape[2]
         at = torch.arange(total, device=logits.device)
         return logits.masked_fill(self.rule.hides(at[total - new :][rows, None], at), -torch.inf)
+
+    def weights(self, head: int, rows: slice) -> Tensor:
+        """The weights that follow from `logits`: [G, R, n], float32."""
+        return self.rule.of_heads([head], self.keys.shape[1]).softmax(self.logits(head, rows))
 
 
 class Watcher(Protocol):
@@ -91,6 +97,7 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
                 sliding_window=window,
                 softcap=softcap,
+                sink_logits=kwargs.get("s_aux"),
             )
         )
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]

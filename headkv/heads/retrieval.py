@@ -191,7 +191,7 @@ def _reason(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: 
     def watch(attention: Attention) -> None:
         shares = []
         for head in range(attention.keys.shape[1]):
-            top = attention.logits(head, LAST)[:, 0].softmax(-1).topk(end - start)  # [G, e - s]
+            top = attention.weights(head, LAST)[:, 0].topk(end - start)  # [G, e - s]
             inside = (top.indices >= start) & (top.indices < end)
             shares.append((top.values * inside).sum(-1) / (end - start))
         weights[attention.layer_idx] = torch.cat(shares).cpu()

@@ -140,9 +140,11 @@ class Growth:
         for b, h in over.nonzero().tolist():
             row, queries = layer.row(b, h), self.latest.of_sequence(b)[h * group : (h + 1) * group]
             # By itself, and of what is stored alone: its last entries are the last tokens all the same.
+            own = rule.of_heads([h], layer.num_kv_heads)
             alone = Prefill(
                 *(queries, row.keys[None], row.values[None], layer_idx, num_layers, rule.scale),
                 softcap=rule.softcap,
+                sink_logits=own.sink_logits,
             )
             scores, most = budget.scorer.score(alone), self.budgets[b, h : h + 1] - window
             keep[b, h, : scores.shape[1]] = select(scores, most, source=type(budget.scorer).__name__)[0]

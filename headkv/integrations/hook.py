@@ -113,13 +113,14 @@ def attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function "headkv": `query` `[B, HQ, T, D]` -> `[B, T, HQ, D]` and no weights."""
     if not isinstance(key, NewTokens):
-        options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, **kwargs}
+        options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
         return _as_transformers(module, (query, key, cast(Tensor, value)), attention_mask, options)
-    for option in ("s_aux", "position_bias", "cache"):
+    for option in ("position_bias", "cache"):
         if kwargs.get(option) is not None:
             raise ValueError(
                 f"{option} is not supported by headkv's attention (model class {type(module).__name__})"
@@ -139,8 +140,8 @@ def attention_forward(
             )
     elif attention_mask is not None:
         raise ValueError(f"attention_mask must be 2-D [B, tokens], got {list(attention_mask.shape)}")
-    rule = Rule.of(query.shape[-1], scaling, sliding_window, softcap)
-    return _attend(query, key, valid, rule).transpose(1, 2).contiguous(), None
+    numbers = (scaling, sliding_window, softcap, s_aux)
+    return _attend(query, key, valid, numbers).transpose(1, 2).contiguous(), None
 
 
 def _as_transformers(
@@ -160,7 +161,8 @@ def _as_transformers(
 
 
 @torch.compiler.disable
-def _attend(query: Tensor, tokens: NewTokens, valid: Tensor | None, rule: Rule) -> Tensor:
+def _attend(query: Tensor, tokens: NewTokens, valid: Tensor | None, numbers: tuple[Any, ...]) -> Tensor:
+    rule = Rule.of(query.shape[-1], *numbers)
     layer, device = tokens.layer, query.device.type
     together, result = in_one_dtype(Together(query, tokens.keys, tokens.values), layer.stored_dtype)
     if not torch.is_autocast_enabled(device):

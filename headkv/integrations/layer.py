@@ -123,8 +123,8 @@ class RaggedCacheLayer(CacheLayerMixin):
             return self._prefill(q, keys, values, valid, rule)
         if q.shape[2] == 1 and self.call.remaining is None:
             self.finalize_prefill()
-        add = partial(self._add, self.ragged, valid=valid, rule=rule)
-        return without_gradients(add, q, keys, values)
+        add = partial(self._add, self.ragged, valid=valid)
+        return without_gradients(add, q, keys, values, rule=rule)
 
     def _add(
         self, ragged: RaggedLayer, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule

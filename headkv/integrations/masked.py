@@ -93,9 +93,10 @@ class MaskedLayer(DynamicLayer):
             self.hidden = ~self.method.plan(prefill_of(observed, keys, values, None, 0, **self.where)).mask
             return dense.prefill(q, keys, values, rule)
         groups = q[0].unflatten(0, (every.shape[1], -1))  # [H, G, T, D]
-        rows = zip(groups, every[0], values[0], self.hidden, strict=True)
+        rules = [rule.of_heads([h], len(groups)) for h in range(len(groups))]
+        rows = zip(groups, every[0], values[0], self.hidden, rules, strict=True)
         self.leaked = 0.0
-        out = [self._row(*row, rule) for row in rows]
+        out = [self._row(*row) for row in rows]
         return torch.cat(out)[None].to(q.dtype)
 
     def _row(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, rule: Rule) -> Tensor:
@@ -108,7 +109,7 @@ class MaskedLayer(DynamicLayer):
         logits = logits.masked_fill(rule.hides(at[-queries.shape[1] :, None], at), -torch.inf)
         if not self.fake_keys:
             logits = logits.masked_fill(hidden, -torch.inf)
-        weights = logits.softmax(-1)
+        weights = rule.softmax(logits)
         self.leaked = max(self.leaked, float(weights[..., hidden].sum(-1).max()))
         return weights @ values.float()
 

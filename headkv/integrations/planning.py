@@ -170,6 +170,7 @@ def prefill_of(
         scale=rule.scale,
         sliding_window=rule.sliding_window,
         softcap=rule.softcap,
+        sink_logits=None if rule.sink_logits is None else rule.sink_logits.detach(),
         parts=parts,
         hidden=hidden if hidden is None or text is None else hidden.index_select(0, text),
     )

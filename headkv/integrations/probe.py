@@ -27,18 +27,20 @@ TOKENS = 2
 
 
 class _Witness:
-    """The layer of a cache that only notes how far its tokens came."""
+    """The layer of a cache that only notes how far its tokens came, and of how many KV heads they were."""
 
     stored_dtype = None
 
     def __init__(self) -> None:
-        self.given = self.attended = False
+        self.given = False
+        self.attended: int | None = None
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
         if keys.shape != values.shape or keys.shape[-1] != q.shape[-1]:
             shapes = ", ".join(str(list(x.shape)) for x in (q, keys, values))
             raise ValueError(f"queries, keys and values must be of one width, got {shapes}")
-        self.attended = True
+        rule.check_heads(q)
+        self.attended = keys.shape[1]
         return torch.zeros_like(q)
 
 
@@ -64,10 +66,10 @@ def check_attention(model: PreTrainedModel) -> None:
     What can not be called so, e.g. because its weights are elsewhere, passes. The model stays as it is.
 
     Raises:
-        ValueError: one can not, with what it asks for.
+        ValueError: one can not, with what it asks for, or they differ in KV heads.
     """
     register()
-    seen = set()
+    seen: dict[Any, int | None] = {}
     for module in decoder_of(model).modules():
         index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
         if not isinstance(index, int) or config is None or isinstance(module, GradientCheckpointingLayer):
@@ -75,11 +77,16 @@ def check_attention(model: PreTrainedModel) -> None:
         kinds = getattr(config, "layer_types", None) or ()
         kind = type(module), kinds[index] if index < len(kinds) else None
         if kind not in seen:
-            seen.add(kind)
-            _check(model, module, kind[1])
+            seen[kind] = _check(model, module, kind[1])
+    if len(heads := {number for number in seen.values() if number is not None}) > 1:
+        raise ValueError(
+            f"model {type(model).__name__} can not be served, as its layers must have as many KV heads each, got "
+            f"{' and '.join(map(str, sorted(heads)))}"
+        )
 
 
-def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> None:
+def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> int | None:
+    """How many KV heads it has, if it could be called."""
     cache = _ProbeCache()
     why: Exception | None = None
     twin: Any = copy.copy(attention)  # with the same weights, but another configuration
@@ -92,12 +99,13 @@ def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> None:
     except Exception as error:  # of whatever kind: what matters is how far the tokens came
         why = error
     witness = cache.witness
-    if witness.given and not witness.attended:
+    if witness.given and witness.attended is None:
         asks = "it does not hand them on to attention" if why is None else str(why).partition(". Either")[0]
         raise ValueError(
             f"model {type(model).__name__} can not be served, as its attention {type(attention).__name__} is of a kind "
             f"that headkv does not know: {asks}"
         ) from why
+    return witness.attended
 
 
 def _arguments(model: PreTrainedModel, attention: Any, cache: Cache, kind: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +125,10 @@ def _rotary(
     """Cosines and sines by position, where they follow from the position alone and turn halves against each other."""
     rotary: Any = getattr(decoder, "rotary_emb", None)
     types = getattr(rotary, "rope_type", "default")
-    rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
+    own = vars(sys.modules[type(attention).__module__])
+    rotate_half, halves = own.get("rotate_half"), False
+    if rotate_half is None and "_apply_rotary_emb" in own:  # GPT-OSS: a cosine for two dimensions
+        rotate_half, halves = partial(own["_apply_rotary_emb"], cos=torch.zeros(2), sin=torch.ones(2)), True
     if rotary is None or rotate_half is None:
         return None
     if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
@@ -135,6 +139,7 @@ def _rotary(
 
     def at(positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = rotary(torch.zeros(1, device=positions.device), positions[None], *more)
+        cos, sin = (torch.cat([x, x], -1) if halves else x for x in (cos, sin))
         return cos[0].float(), sin[0].float()
 
     return at

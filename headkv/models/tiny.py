@@ -39,6 +39,18 @@ _RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            # Every token goes to all experts: no rounding decides.
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 FAMILIES: tuple[str, ...] = tuple(_RECIPES)

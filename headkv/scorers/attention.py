@@ -17,10 +17,10 @@ def attention_weights(queries: Tensor, keys: Tensor, first: int, rule: Rule) -> 
         queries: `[H, G, w, D]`, of the positions `first .. first + w - 1`.
         keys: `[H, n, D]`, of the positions `0 .. n - 1`.
         first: position of the first query.
-        rule: how queries meet keys.
+        rule: how queries meet keys, of these heads alone.
 
     Returns:
-        `[H, G, w, n]` float32; each row sums to 1.
+        `[H, G, w, n]` float32; each row sums to 1, or less where its head has a sink.
     """
     heads, group, w, dim = queries.shape
     n = keys.shape[1]
@@ -31,7 +31,7 @@ def attention_weights(queries: Tensor, keys: Tensor, first: int, rule: Rule) -> 
     query = torch.arange(first, first + w, device=keys.device)[:, None]
     key = torch.arange(begin, n, device=keys.device)
     logits[..., begin:].masked_fill_(rule.hides(query, key), -torch.inf)
-    return logits.softmax(-1)
+    return rule.softmax(logits)
 
 
 def _products(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

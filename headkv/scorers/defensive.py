@@ -72,7 +72,8 @@ class DefensiveScorer:
         shares = norms / norms.sum(0).clamp(min=torch.finfo(norms.dtype).tiny)
         worst, mean = torch.empty_like(norms), torch.empty_like(norms)
         for h in range(heads):
-            weights = attention_weights(queries[h : h + 1], prefill.keys[h : h + 1], n - w, prefill.rule)[0]
+            rule = prefill.rule.of_heads([h], heads)
+            weights = attention_weights(queries[h : h + 1], prefill.keys[h : h + 1], n - w, rule)[0]
             before = weights[..., : n - w]  # [G, w, n - w]
             worst[h], mean[h] = self.pool(before).amax((0, 1)), before.mean((0, 1))
         scores = torch.maximum(worst, worst.mean(1, keepdim=True)) * shares

@@ -72,7 +72,8 @@ class ExpectedAttentionScorer:
             spread = torch.einsum("hgmd,hgme->hgde", centred, centred) / (n - sinks)
             spread = ahead @ spread @ ahead.T
             logits += torch.einsum("hnd,hgde,hne->hgn", keys, spread, keys) * (prefill.scale**2 / 2)
-        scores = prefill.rule.cap(logits).softmax(-1).mean(1) + self.epsilon
+        weights = prefill.rule.softmax(prefill.rule.cap(logits)[:, :, None])[:, :, 0]
+        scores = weights.mean(1) + self.epsilon
         if self.value_norm:
             scores = scores * values.norm(dim=-1)
         first = scores.max() + 1

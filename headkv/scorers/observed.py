@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv.logits import Rule
 from headkv.prefill import ALL, Prefill
 from headkv.scorers.attention import REDUCTIONS, attention_weights, reduce_group
 
@@ -49,19 +50,22 @@ class ObservedAttentionScorer:
         if prefill.queries.shape[1] != n:
             raise ValueError(f"queries must hold all {n} tokens for {self}, got {prefill.queries.shape[1]}")
         queries = prefill.queries.reshape(heads, -1, n, dim)
-        scores = torch.stack([self._accumulate(queries[h], prefill.keys[h], prefill) for h in range(heads)])
+        rules = [prefill.rule.of_heads([h], heads) for h in range(heads)]
+        scores = torch.stack(
+            [self._accumulate(*row) for row in zip(queries, prefill.keys, rules, strict=True)]
+        )
         if self.average:
             reach = n if prefill.sliding_window is None else prefill.sliding_window
             scores = scores / torch.arange(n, 0, -1, device=scores.device).clamp(max=reach)
         return scores[:, : max(0, n - self.window)]
 
-    def _accumulate(self, queries: Tensor, keys: Tensor, prefill: Prefill) -> Tensor:
+    def _accumulate(self, queries: Tensor, keys: Tensor, rule: Rule) -> Tensor:
         """`[G, n, D]`, `[n, D]` to `[n]`."""
         group, n, _ = queries.shape
         total = torch.zeros(group, n, device=keys.device)
         step = max(1, BLOCK // (group * n))  # queries at a time
         for first in range(0, n, step):
             last = min(first + step, n)
-            weights = attention_weights(queries[None, :, first:last], keys[None, :last], first, prefill.rule)
+            weights = attention_weights(queries[None, :, first:last], keys[None, :last], first, rule)
             total[:, :last] += weights[0].sum(1)
         return reduce_group(total[None], self.reduce)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headkv import _checks
+from headkv.logits import Rule
 from headkv.prefill import Prefill
 from headkv.scorers.attention import REDUCTIONS, attention_weights, reduce_group
 
@@ -21,8 +22,8 @@ class SnapKVScorer:
 
     Mean over the window's queries, then reduced over the group, then pooled along the positions, all in
     float32. The softmax runs over all keys, the window's too, and is not normalised again without them: a
-    head that looks mostly at the window has little left, so that Ada-KV gives it little. With max pooling
-    the order matters; published programs differ in it.
+    head that looks mostly at the window, or at its sink, has little left, so that Ada-KV gives it little.
+    With max pooling the order matters; published programs differ in it.
 
     Attributes:
         window: last queries that observe; their entries are always kept and do not compete.
@@ -67,16 +68,19 @@ class SnapKVScorer:
             return torch.zeros(heads, 0, device=prefill.keys.device)
         queries = prefill.queries[:, -w:].reshape(heads, -1, w, dim)
         step = max(1, BLOCK // (queries.shape[1] * w * n))  # heads at a time
+        some = [range(heads)[h : h + step] for h in range(0, heads, step)]
         parts = [
-            self._observe(queries[h : h + step], prefill.keys[h : h + step], prefill)
-            for h in range(0, heads, step)
+            self._observe(
+                queries[h.start : h.stop], prefill.keys[h.start : h.stop], prefill.rule.of_heads(h, heads)
+            )
+            for h in some
         ]
         return self.pool(torch.cat(parts))
 
-    def _observe(self, queries: Tensor, keys: Tensor, prefill: Prefill) -> Tensor:
+    def _observe(self, queries: Tensor, keys: Tensor, rule: Rule) -> Tensor:
         """`[H, G, w, D]`, `[H, n, D]` to `[H, n - w]`: mean over the window, reduced over the group."""
         w, n = queries.shape[2], keys.shape[1]
-        weights = attention_weights(queries, keys, n - w, prefill.rule)
+        weights = attention_weights(queries, keys, n - w, rule)
         return reduce_group(weights[..., : n - w].mean(2), self.reduce)
 
     def pool(self, scores: Tensor) -> Tensor:

@@ -4,15 +4,17 @@ import triton
 import triton.language as tl
 
 from headkv_kernels.shares import plan_rows, share_of
+from headkv_kernels.softmax import sink_of
 
 
 @triton.jit
 def combine_segments(
-    length, sinks, recent, count, capacity, rows, window, gap, programs, ticket, partial, out,
+    length, sinks, recent, count, capacity, rows, window, gap, programs, ticket, partial, sink_logits, out,
     PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    COMPENSATE: tl.constexpr, APPEND: tl.constexpr, EARLY: tl.constexpr,
+    COMPENSATE: tl.constexpr, APPEND: tl.constexpr, EARLY: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry.
+    """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry. With
+    `SINK_LOGITS`, how many query heads there are, the softmax begins with the head's sink.
 
     With `EARLY` it starts while `decode_shares` runs, and finds out meanwhile which programs serve its row.
     """
@@ -39,6 +41,8 @@ def combine_segments(
             tl.store(ticket, 0)
 
     top, total, acc = -float("inf"), 0.0, tl.zeros([COLUMNS], tl.float32)
+    if SINK_LOGITS:
+        top, total = sink_of(sink_logits + tl.program_id(0) % SINK_LOGITS, True), 1.0
     for program in range(first, last, BLOCK):
         here = program + n < last
         segment = (program + n + row) * G + g

@@ -90,6 +90,7 @@ def ragged_decode(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     ahead: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
@@ -99,6 +100,8 @@ def ragged_decode(
         query_positions: `[B]` int, on the device; only read, and then needed, with a sliding window.
         scale, softcap: logits are `softcap * tanh(scale * q k / softcap)`.
         sliding_window: entries at a distance of `sliding_window` or more positions are not visible.
+        sink_logits: `[HQ]` float32, bfloat16 or float16: of each query head one more logit, without a value;
+            -inf: none. What is not a number makes that head's output not a number.
         ahead: read the rows even before the launches before this one in the stream have ended. Right only
             if none of those that may still run (kernels that let the next one start early) writes them.
         config: default: `DecodeConfig.default(rows)`.
@@ -106,14 +109,14 @@ def ragged_decode(
     Raises:
         ValueError, TypeError: before anything is launched.
     """
-    group = check_queries(q, rows, 3, scale, sliding_window, softcap)
+    group = check_queries(q, rows, 3, scale, sliding_window, softcap, sink_logits)
     if sliding_window is not None:
         if query_positions is None:
             raise ValueError("query_positions must be given with a sliding window, got None")
         check_positions(query_positions, (q.shape[0],), rows)
         query_positions = query_positions.contiguous()
     new = (None, 0, 0, None, 0, 0, None)
-    options = (scale, sliding_window, softcap)
+    options = (scale, sliding_window, softcap, sink_logits)
     return _launch(q, rows, group, None, query_positions, None, new, options, ahead, config)
 
 
@@ -129,6 +132,7 @@ def ragged_step(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     ahead: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
@@ -140,12 +144,12 @@ def ragged_step(
         capacity: `[rows]` int64, slots that each row owns; contiguous.
         ticket: from `new_ticket(rows)`.
         seen: `[1]` int64 on the device, the position of the new token; only read.
-        scale, softcap, sliding_window, ahead, config: as in `ragged_decode`.
+        scale, softcap, sliding_window, sink_logits, ahead, config: as in `ragged_decode`.
 
     Raises:
         ValueError, TypeError: before anything is launched.
     """
-    group = check_queries(q, rows, 3, scale, sliding_window, softcap)
+    group = check_queries(q, rows, 3, scale, sliding_window, softcap, sink_logits)
     device, shape = rows.keys.device, (q.shape[0], rows.number // q.shape[0], rows.dim)
     for name, new in (("new_keys", new_keys), ("new_values", new_values)):
         if new.dtype != rows.keys.dtype or new.device != device:
@@ -164,7 +168,7 @@ def ragged_step(
         raise ValueError(f"capacity must be contiguous, got strides {list(capacity.stride())}")
     tokens: tuple[Tensor | int, ...]
     tokens = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
-    options = (scale, sliding_window, softcap)
+    options = (scale, sliding_window, softcap, sink_logits)
     return _launch(q, rows, group, capacity, None, ticket, tokens, options, ahead, config)
 
 
@@ -176,12 +180,12 @@ def _launch(
     query_positions: Tensor | None,
     ticket: Tensor | None,
     new: tuple[Tensor | int | None, ...],
-    options: tuple[float, int | None, float | None],
+    options: tuple[float, int | None, float | None, Tensor | None],
     ahead: bool,
     config: DecodeConfig | None,
 ) -> Tensor:
     config = config or DecodeConfig.default(rows)
-    scale, window, softcap = options
+    scale, window, softcap, sink_logits = options
     dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
     narrow = rows.keys.element_size() == 2 and q.dtype == rows.keys.dtype
     parts = (
@@ -221,8 +225,9 @@ def _launch(
             **launch,
         )
         combine_segments[(rows.number * group, dim_pad // columns)](
-            *(*line, config.programs, ticket, partial, out),
+            *(*line, config.programs, ticket, partial, sink_logits, out),
             **shape,
+            SINK_LOGITS=0 if sink_logits is None else q.shape[1],
             BLOCK=64,
             COLUMNS=columns,
             num_warps=4,

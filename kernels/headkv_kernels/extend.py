@@ -22,6 +22,7 @@ from headkv_kernels.softmax import (
     add_entry,
     base_two,
     load_entries,
+    sink_of,
     spans,
     start_softmax,
 )
@@ -99,19 +100,20 @@ def ragged_extend(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     config: ExtendConfig | None = None,
 ) -> Tensor:
     """T new tokens a sequence, already stored, causal by position. `q` `[B, HQ, T, D]` -> `[B, HQ, T, D]`.
 
     Args:
         query_positions: `[B, T]` int: a query sees the entries whose position is not after its own.
-        scale, softcap, sliding_window: as in `ragged_decode`.
+        scale, softcap, sliding_window, sink_logits: as in `ragged_decode`.
         config: default: `ExtendConfig.default(q, rows)`.
 
     Raises:
         ValueError, TypeError: before anything is launched.
     """
-    group = check_queries(q, rows, 4, scale, sliding_window, softcap)
+    group = check_queries(q, rows, 4, scale, sliding_window, softcap, sink_logits)
     batch, _, tokens, dim = q.shape
     check_positions(query_positions, (batch, tokens), rows)
     config = config or ExtendConfig.default(q, rows)
@@ -131,7 +133,7 @@ def ragged_extend(
             *(q, *q.stride()[:3], query_positions, *query_positions.stride(), rows.number // batch, tokens),
             *(rows.keys, rows.values, rows.positions, rows.start, rows.length, rows.sinks, rows.recent),
             *(rows.count, rows.key_sum, rows.value_sum, result, lse, blocks, rows.number, config.cuts),
-            *(scale, sliding_window or 0, softcap or 1.0),
+            *(scale, sliding_window or 0, softcap or 1.0, sink_logits),
             G=group,
             HEADS=heads_pad,
             M=config.queries,
@@ -143,6 +145,7 @@ def ragged_extend(
             SLIDING=sliding_window is not None,
             SOFTCAP=softcap is not None,
             COMPENSATE=rows.count is not None,
+            SINK_LOGITS=sink_logits is not None,
             num_warps=config.warps,
             CUT=config.cuts > 0,
             PAD=padded(rows.number),
@@ -203,9 +206,10 @@ def parts_of(entries, size):
 def extend_rows(
     q, q_batch, q_head, q_token, query_positions, p_batch, p_token, heads, tokens, keys, values, positions,
     start, length, sinks, recent, count, key_sum, value_sum, out, lse, blocks, rows, cuts, scale, window, softcap,
+    sink_logits,
     G: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, SLIDING: tl.constexpr,
-    SOFTCAP: tl.constexpr, COMPENSATE: tl.constexpr, CUT: tl.constexpr, PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, COMPENSATE: tl.constexpr, SINK_LOGITS: tl.constexpr, CUT: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """A block of `M // HEADS` queries, for all heads of the row's group, over a part of the row's entries."""
     part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -261,6 +265,8 @@ def extend_rows(
     # A logit in units of ln 2 is a product times `factor`, which is one operation together with what follows it.
     factor = 1.0 if SOFTCAP else scale * LOG2E
     top, total, acc = start_softmax(0, M, D_PAD)
+    if SINK_LOGITS:  # once a row: in its first part
+        top, total = sink_of(sink_logits + head * G + g, g < tl.where(place == 0, G, 0)), total + 1.0
     for i in tl.range(begin, tl.minimum(stop, edges), num_stages=STAGES):
         at = tl.where(i < inside, i, i - inside + outside) * BLOCK + n
         entry = tl.where(at < block_early, block_first + at, jump + at)

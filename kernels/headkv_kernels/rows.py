@@ -97,7 +97,13 @@ class Rows:
 
 
 def check_queries(
-    q: Tensor, rows: Rows, ndim: int, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    rows: Rows,
+    ndim: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> int:
     """The group size G of queries `[B, HQ, (T,) D]` over these rows, once all fits."""
     if q.ndim != ndim or 0 in q.shape or q.shape[-1] != rows.dim:
@@ -121,6 +127,13 @@ def check_queries(
         raise ValueError(f"sliding_window must be None (with count: always) or at least 1, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or positive, got {softcap}")
+    if sinks is not None and sinks.dtype not in DTYPES:
+        raise TypeError(f"sink_logits must be float32, bfloat16 or float16, got {sinks.dtype}")
+    if sinks is not None and (
+        sinks.shape != q.shape[1:2] or sinks.device != q.device or sinks.stride(0) != 1
+    ):
+        got = f"{list(sinks.shape)} with strides {list(sinks.stride())} on {sinks.device}"
+        raise ValueError(f"sink_logits must be contiguous [{q.shape[1]}] on {q.device}, got {got}")
     return q.shape[0] * q.shape[1] // rows.number
 
 

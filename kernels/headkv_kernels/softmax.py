@@ -32,6 +32,14 @@ def start_softmax(PARTS: tl.constexpr, M: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
+def sink_of(pointers, here):
+    """The logit that a softmax begins with in place of nothing, its weight 1: a query head's sink, -inf where not
+    `here`. It has no value, and where it is -inf it is gone with the first entry."""
+    sink = tl.load(pointers, mask=here, other=-float("inf")).to(tl.float32)
+    return tl.where(sink > 2e38, 2e38, sink) * LOG2E  # finite in units of ln 2, too
+
+
+@triton.jit
 def raise_top(logit, top, total, acc):
     """Measure weights from a new largest `logit`; returns what logits lose, and the softmax."""
     top_now = tl.maximum(top, logit)

@@ -27,6 +27,8 @@ pub struct Queries<'a> {
     pub data: &'a [f32],
     /// `[B, T]`, where in the text the queries stand
     pub positions: &'a [i64],
+    /// `[HQ]`, of each query head one more logit that has no value, or `-inf`
+    pub sink_logits: Option<&'a [f32]>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -88,6 +90,12 @@ fn check<T: Element>(layer: &Layer<T>, queries: &Queries, options: &Options, out
     check_len("q", queries.data.len(), elements)?;
     check_len("out", out.len(), elements)?;
     check_len("query_positions", queries.positions.len(), queries.batch * queries.steps)?;
+    if let Some(sinks) = queries.sink_logits {
+        check_len("sink_logits", sinks.len(), queries.heads)?;
+        if let Some(sink) = sinks.iter().find(|&&sink| sink.is_nan() || sink == f32::INFINITY) {
+            return Err(Error::new(format!("sink_logits must be below infinity, got {sink}")));
+        }
+    }
     if !options.scale.is_finite() {
         return Err(Error::new(format!("scale must be finite, got {}", options.scale)));
     }
@@ -233,7 +241,7 @@ impl Plan {
         &self.visible[tile.row * self.steps + query % self.steps]
     }
 
-    /// Merges the parts of each tile, and the compensation entry, into the output.
+    /// Merges the parts of each tile, the compensation entry, and the sink, into the output.
     fn combine<T: Element>(
         &self,
         layer: &Layer<T>,
@@ -265,29 +273,34 @@ impl Plan {
                         mean.value.as_slice(),
                     )
                 });
+                let sink = queries.sink_logits.map_or(f32::NEG_INFINITY, |sinks| {
+                    sinks[(tile.row * self.queries_of_row + query) / self.steps % queries.heads]
+                });
                 let groups = tile.count.div_ceil(LANE_QUERIES);
                 let parts = (owner.start + i / LANE_QUERIES..owner.end).step_by(groups);
-                merge(partial, parts, i % LANE_QUERIES, mean, out);
+                merge(partial, parts, i % LANE_QUERIES, mean, sink, out);
             }
         });
     }
 }
 
-/// One query: the parts `groups`, in which it is number `lane`, and perhaps one more entry (logit, value).
+/// One query: the parts `groups`, in which it is number `lane`, perhaps one more entry (logit, value), and a logit that has
+/// no value, or `-inf`.
 fn merge(
     partial: &Partial,
     groups: impl Iterator<Item = usize> + Clone,
     lane: usize,
     mean: Option<(f32, &[f32])>,
+    sink: f32,
     out: &mut [f32],
 ) {
     let width = padded(out.len());
     let tops = groups.clone().map(|group| partial.states[group].top[lane]);
-    let top = tops.chain(mean.map(|(logit, _)| logit)).fold(f32::NEG_INFINITY, f32::max);
+    let top = tops.chain(mean.map(|(logit, _)| logit)).fold(sink, f32::max);
     // Parts without a visible entry, and all of them when nothing is visible: weight 0, not e^(-inf + inf).
     let weight = |logit: f32| if logit == f32::NEG_INFINITY { 0.0 } else { (logit - top).exp() };
     out.fill(0.0);
-    let mut total = 0.0;
+    let mut total = weight(sink);
     for group in groups {
         let state = &partial.states[group];
         let weight = if state.sum[lane].is_nan() { f32::NAN } else { weight(state.top[lane]) };

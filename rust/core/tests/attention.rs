@@ -17,6 +17,8 @@ struct Case {
     counts: Option<Vec<i64>>,
     window: Option<i64>,
     softcap: Option<f32>,
+    /// Whether query heads have sinks: odd ones, the others `-inf`.
+    sunk: bool,
     seed: u64,
 }
 
@@ -31,6 +33,7 @@ struct Built {
     value_sum: Vec<f32>,
     queries: Vec<f32>,
     query_positions: Vec<i64>,
+    sink_logits: Option<Vec<f32>>,
 }
 
 /// A small generator: the tests need numbers, not randomness.
@@ -76,6 +79,10 @@ impl Case {
             value_sum: numbers.take(self.rows() * self.dim),
             queries: numbers.take(self.rows() * self.group * self.steps * self.dim),
             query_positions: vec![],
+            sink_logits: self.sunk.then(|| {
+                let sink = |i| if i % 2 == 0 { f32::NEG_INFINITY } else { 20.0 * numbers.next() };
+                (0..self.kv_heads * self.group).map(sink).collect()
+            }),
             start,
             capacity,
         };
@@ -144,8 +151,11 @@ impl Case {
                 let value = over(mean(&built.value_sum, &built.values));
                 entries.push((logit(&key) + (n as f64).ln(), value));
             }
-            let top = entries.iter().map(|entry| entry.0).fold(f64::NEG_INFINITY, f64::max);
-            let total: f64 = entries.iter().map(|entry| (entry.0 - top).exp()).sum();
+            let sink = built.sink_logits.as_ref().map_or(f64::NEG_INFINITY, |sinks| {
+                f64::from(sinks[row % self.kv_heads * self.group + query / self.steps % self.group])
+            });
+            let top = entries.iter().map(|entry| entry.0).fold(sink, f64::max);
+            let total = entries.iter().map(|entry| (entry.0 - top).exp()).sum::<f64>() + (sink - top).exp();
             out.extend((0..self.dim).map(|d| {
                 let weighted = entries.iter().map(|entry| (entry.0 - top).exp() * entry.1[d]).sum::<f64>();
                 if entries.is_empty() { 0.0 } else { weighted / total }
@@ -180,6 +190,7 @@ impl Case {
             steps: self.steps,
             data: &built.queries,
             positions: &built.query_positions,
+            sink_logits: built.sink_logits.as_deref(),
         };
         let scale = (self.dim as f32).powf(-0.5);
         let options = Options { scale, sliding_window: self.window, softcap: self.softcap, threads, isa };
@@ -218,6 +229,7 @@ fn cases() -> impl Strategy<Value = Case> {
                     counts: compensates.then_some(counts),
                     window: window.filter(|_| !compensates),
                     softcap,
+                    sunk: seed % 2 == 0,
                     seed,
                 })
         },
@@ -255,6 +267,7 @@ fn skewed(lengths: Vec<usize>) -> Case {
         counts: None,
         window: None,
         softcap: None,
+        sunk: true,
         seed: 7,
     }
 }
@@ -285,7 +298,15 @@ fn wrong_sizes_are_refused() {
         recent: &[0],
         sums: None,
     };
-    let ask = Queries { batch: 1, heads: 1, steps: 1, data: &keys[..4], positions: &out_positions };
+    let none = Some(&[f32::NEG_INFINITY][..]);
+    let ask = Queries {
+        batch: 1,
+        heads: 1,
+        steps: 1,
+        data: &keys[..4],
+        positions: &out_positions,
+        sink_logits: none,
+    };
     let options = Options { scale: 0.5, sliding_window: None, softcap: None, threads: 1, isa: Isa::detect() };
     let fails = |layer: Layer<f32>, queries: Queries, options: Options, size: usize| {
         attend(&layer, &queries, &options, &mut vec![0.0; size]).is_err()
@@ -312,6 +333,9 @@ fn wrong_sizes_are_refused() {
     assert!(fails(good, Queries { batch: 2, ..ask }, options, 4));
     assert!(fails(good, Queries { heads: 0, ..ask }, options, 0));
     assert!(fails(good, Queries { positions: &[], ..ask }, options, 4));
+    for sinks in [&[][..], &[0.0; 2], &[f32::NAN], &[f32::INFINITY]] {
+        assert!(fails(good, Queries { sink_logits: Some(sinks), ..ask }, options, 4));
+    }
     assert!(fails(good, ask, Options { scale: f32::NAN, ..options }, 4));
     assert!(fails(good, ask, Options { softcap: Some(0.0), ..options }, 4));
     assert!(fails(good, ask, Options { sliding_window: Some(0), ..options }, 4));
@@ -333,7 +357,8 @@ fn what_is_not_a_number_stays_so() {
         recent: &[0],
         sums: None,
     };
-    let ask = Queries { batch: 1, heads: 1, steps: 1, data: &[1.0; 4], positions: &[199] };
+    let sink_logits = Some(&[0.5][..]);
+    let ask = Queries { batch: 1, heads: 1, steps: 1, data: &[1.0; 4], positions: &[199], sink_logits };
     for isa in available() {
         let options = Options { scale: 0.5, sliding_window: None, softcap: None, threads: 1, isa };
         let mut out = [0.0; 4];

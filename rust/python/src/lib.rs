@@ -60,7 +60,7 @@ impl RowNumbers {
 
 /// Attention of queries over a ragged layer, written to `out`.
 #[pyfunction]
-#[pyo3(signature = (q, query_positions, layer, dtype, out, *, scale, sliding_window=None, softcap=None, threads=1, isa=None))]
+#[pyo3(signature = (q, query_positions, layer, dtype, out, *, scale, sliding_window=None, softcap=None, sink_logits=None, threads=1, isa=None))]
 #[allow(clippy::too_many_arguments)]
 fn attend<'py>(
     py: Python<'py>,
@@ -72,12 +72,13 @@ fn attend<'py>(
     scale: f32,
     sliding_window: Option<i64>,
     softcap: Option<f32>,
+    sink_logits: Option<&Bound<'py, PyAny>>,
     threads: usize,
     isa: Option<&str>,
 ) -> PyResult<()> {
     let isa = named_isa(isa)?;
-    let call =
-        Attend { options: Options { scale, sliding_window, softcap, threads, isa }, q, query_positions, out };
+    let options = Options { scale, sliding_window, softcap, threads, isa };
+    let call = Attend { options, q, query_positions, sink_logits, out };
     match dtype {
         "float32" => call.run::<f32, f32>(py, &layer, |pool| pool),
         "bfloat16" => call.run::<u16, bf16>(py, &layer, as_bf16),
@@ -90,6 +91,7 @@ struct Attend<'a, 'py> {
     options: Options,
     q: &'a Bound<'py, PyAny>,
     query_positions: &'a Bound<'py, PyAny>,
+    sink_logits: Option<&'a Bound<'py, PyAny>>,
     out: &'a Bound<'py, PyAny>,
 }
 
@@ -103,6 +105,8 @@ impl Attend<'_, '_> {
     ) -> PyResult<()> {
         let q: Input<f32> = input("q", self.q, 4)?;
         let query_positions: Vec<i64> = copied("query_positions", self.query_positions)?;
+        let sink_logits: Option<Vec<f32>> =
+            self.sink_logits.map(|sinks| copied("sink_logits", sinks)).transpose()?;
         let keys: Input<Stored> = input("keys", &arrays.keys, 2)?;
         let values: Input<Stored> = input("values", &arrays.values, 2)?;
         let positions: Input<i32> = input("positions", &arrays.positions, 1)?;
@@ -143,6 +147,7 @@ impl Attend<'_, '_> {
             steps: shape[2],
             data: q.as_slice()?,
             positions: &query_positions,
+            sink_logits: sink_logits.as_deref(),
         };
         let layer = Layer {
             head_dim: shape[3],
