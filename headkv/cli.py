@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import headkv
+from headkv._config import model_name
 from headkv._table import table
 from headkv.evaluation.commands import add_commands
 from headkv.evaluation.profiling import WAYS, profile_options, run_profile
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, rest = list(sys.argv[1:] if arguments is None else arguments), []
     if words[:1] == ["lm-eval"]:  # what follows is for another command, and argparse would read it
         words, rest = words[:1], words[1:]
-    options = parser().parse_args(words, argparse.Namespace(rest=rest))
+    options = parser().parse_args(words, argparse.Namespace(rest=rest, words=words))
     try:
         options.run(options)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
@@ -274,6 +276,7 @@ def compare_files(options: argparse.Namespace) -> None:
     """`headkv profile compare`."""
     from headkv.evaluation.profile_compare import compare_profiles, overlap, plot_cells, rank_correlation
     from headkv.evaluation.profiling import load_on
+    from headkv.evaluation.sweep import where
     from headkv.heads import HeadProfile
 
     profiles = {}
@@ -308,7 +311,13 @@ def compare_files(options: argparse.Namespace) -> None:
     if options.picture is not None:
         plot_cells(cells).savefig(options.picture, dpi=150)
     if options.json:
-        print(json.dumps({"cells": [cell.to_json() for cell in cells], "pairs": pairs}, indent=2))
+        about = {
+            "command": shlex.join(["headkv", *options.words]),
+            "model": model_name(model),
+            **where(model),
+            **{name: getattr(options, name) for name in ("texts", "seed")},
+        }
+        print(json.dumps({**about, "cells": [cell.to_json() for cell in cells], "pairs": pairs}, indent=2))
     else:
         _print_comparison(cells, pairs)
 
