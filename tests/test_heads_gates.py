@@ -66,7 +66,7 @@ def test_the_gradient_reaches_every_gate() -> None:
 def test_models_whose_attention_has_more_to_it_are_refused(family: str) -> None:
     model = tiny_model(family, **({"layer_types": ["full_attention"] * 3} if family == "gpt_oss" else {}))
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match="neither sliding-window layers nor soft-capped attention nor sinks"):
+    with pytest.raises(ValueError, match="neither sliding-window layers nor soft caps nor sinks"):
         mixed(model, Mixer(nn.Parameter(torch.ones(3, 2)), 2, 5))
     assert model.config._attn_implementation == before
 

@@ -157,9 +157,7 @@ class Mixer:
     ) -> tuple[Tensor, None]:
         """Attention as transformers asks for it: query [1, HQ, n, D], key and value [1, H, n, D] -> [1, n, HQ, D]."""
         if options.get("sliding_window") or options.get("softcap") or options.get("s_aux") is not None:
-            raise ValueError(
-                "model must have neither sliding-window layers nor soft-capped attention nor sinks"
-            )
+            raise ValueError("model must have neither sliding-window layers nor soft caps nor sinks")
         layer, group = int(module.layer_idx), query.shape[1] // key.shape[1]  # type: ignore[arg-type]
         key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
         seen = None

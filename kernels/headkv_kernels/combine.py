@@ -13,8 +13,7 @@ def combine_segments(
     PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     COMPENSATE: tl.constexpr, APPEND: tl.constexpr, EARLY: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry. With
-    `SINK_LOGITS`, how many query heads there are, the softmax begins with the head's sink.
+    """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry.
 
     With `EARLY` it starts while `decode_shares` runs, and finds out meanwhile which programs serve its row.
     """
@@ -41,7 +40,7 @@ def combine_segments(
             tl.store(ticket, 0)
 
     top, total, acc = -float("inf"), 0.0, tl.zeros([COLUMNS], tl.float32)
-    if SINK_LOGITS:
+    if SINK_LOGITS:  # as many as there are query heads
         top, total = sink_of(sink_logits + tl.program_id(0) % SINK_LOGITS, True), 1.0
     for program in range(first, last, BLOCK):
         here = program + n < last
