@@ -134,7 +134,8 @@ def truth(case: Case, q: Tensor, layer: RaggedLayer, eager: torch.dtype | None =
                         logits = case.softcap * torch.tanh(logits / case.softcap)
                     logits = logits + bonus.to(narrow)
                     if learned is not None:  # one more entry, whose value is 0
-                        logits = torch.cat([logits, learned[head : head + 1].to(narrow)])
+                        most = torch.finfo(narrow).max  # float32's greatest is infinite in fewer bits
+                        logits = torch.cat([logits, learned[head : head + 1].to(narrow).clamp(max=most)])
                     weights = logits.softmax(0)[: extra_values.shape[0]]
                     out[b, head, t] = (weights @ extra_values.to(narrow)).double()
     return out

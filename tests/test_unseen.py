@@ -9,7 +9,8 @@ import torch
 from generation_cases import METHODS, prompts
 
 import headkv
-from headkv.evaluation.unseen import Question, Remembered, judge
+from headkv.evaluation.reading import Reading
+from headkv.evaluation.unseen import Question, Remembered, judge, side_by_side
 from headkv.models.tiny import tiny_model
 from headkv.scorers import KVzipScorer
 
@@ -62,6 +63,20 @@ def test_side_by_side_is_as_if_alone():
             assert verdict.found == sum(a in text for a in ("<7>", "<11>")) / 2
     assert [v.method for v in verdicts[0]] == ["full", *methods]
     assert verdicts[0][0].stored_share == 1 and verdicts[0][1].nbytes < verdicts[0][0].nbytes
+
+
+def test_each_is_as_large_as_alone():
+    """Stored entries, and bytes as the allocator has them for a cache of the method's own."""
+    model, context = tiny_model("llama"), prompts(1)["input_ids"]
+    reading = Reading(model, context)
+    methods = [headkv.FullCache(), *METHODS.values()]
+    together = side_by_side(reading, methods)
+    for i, method in enumerate(methods):
+        cache = reading.compressed(method)
+        assert together.sizes[i] == cache.nbytes, method
+        assert torch.equal(together.cache.lengths()[:, i], cache.lengths()[:, 0]), method
+        share = float(cache.lengths().double().mean()) / reading.cache.seen
+        assert together.shares[i] == pytest.approx(share), method
 
 
 def test_a_text_is_read_again_once(monkeypatch):

@@ -29,6 +29,24 @@ def selected(rows: Rows, index: Tensor) -> dict[str, Tensor]:
     return {**moves.gather(rows.pools, source)._asdict(), **per_row}
 
 
+def nbytes_alone(rows: Rows) -> list[int]:
+    """For each sequence the bytes that it would hold as a layer of its own: slots, bookkeeping, and sums if it has any."""
+    sequences, pools, sums = (
+        (rows.batch_size, rows.num_kv_heads),
+        set(Pools._fields),
+        {"key_sum", "value_sum", "count"},
+    )
+    slots = rows.capacity.view(sequences).sum(1)
+    held = slots * sum(tensor[:1].nbytes for tensor in rows.pools)
+    for name, tensor in rows.tensors():
+        if name in pools or name == "ticket":
+            continue
+        has = (rows.count.view(sequences) >= 0).any(1) if name in sums and rows.count is not None else 1
+        held = held + has * (tensor.nbytes // rows.batch_size)
+    found: list[int] = held.tolist()
+    return found
+
+
 def joined(layers: Sequence[Rows]) -> dict[str, Tensor]:
     """The tensors of `Rows` for the sequences of all `layers`, one behind the other.
 

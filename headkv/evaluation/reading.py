@@ -151,13 +151,14 @@ class Reading:
         with kept_attention(self.model):
             cache = RaggedCache.for_model(self.model, method, rollback=0)
         for i, (layer, keep) in enumerate(zip(cache.layers, keeps, strict=True)):
-            layer.restore(self.stored(i, keep))
+            layer.restore(self.stored(i, [keep]))
         return cache
 
-    def stored(self, layer_idx: int, keep: Keep) -> RaggedLayer:
-        """What a layer stores of the prompt, if this is what it keeps."""
-        dense = self.layers[layer_idx].keys[None], self.layers[layer_idx].values[None], None
-        return self.cache.layers[layer_idx].compressed([keep], rollback=0, dense=dense)
+    def stored(self, layer_idx: int, keeps: Sequence[Keep]) -> RaggedLayer:
+        """What a layer stores of the prompt, if this is what it keeps; each of several answers is a sequence."""
+        layer, waiting = self.layers[layer_idx], self.cache.layers[layer_idx]
+        keys, values = (x.expand(len(keeps), -1, -1, -1) for x in (layer.keys, layer.values))
+        return waiting.compressed(keeps, rollback=0, dense=(keys, values, None))
 
     @torch.inference_mode()
     def answer(self, method: Method | PromptMethod, max_new_tokens: int = 4) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headkv.cache import RaggedLayer
+from headkv.cache.batches import nbytes_alone
 from headkv.evaluation.reading import Reading
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
@@ -154,19 +154,17 @@ class SideBySide:
 
 @torch.inference_mode()
 def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> SideBySide:
-    """Compress one prompt by several methods, and put the results side by side, a layer after the other.
+    """Compress one prompt by several methods.
 
-    A ragged cache does not mind that its sequences are of different lengths.
+    A ragged cache does not mind that its sequences are of different lengths, so that the methods are a batch.
     """
     plans = [reading.plan(method) for method in methods]
     cache = reading.compressed(methods[0], plans[0])
-    shares, sizes = torch.zeros(len(methods), dtype=torch.float64), [0] * len(methods)
     for i, layer in enumerate(cache.layers):
-        stored = [reading.stored(i, plan[i]) for plan in plans]
-        shares += torch.stack([some.length.double().mean() for some in stored]).cpu()
-        sizes = [size + some.nbytes for size, some in zip(sizes, stored, strict=True)]
-        layer.restore(RaggedLayer.join(stored))
-    return SideBySide(cache, (shares / len(cache.layers) / reading.cache.seen).tolist(), sizes)
+        layer.restore(reading.stored(i, [plan[i] for plan in plans]))
+    entries = cache.lengths().double().mean((0, 2)) / reading.cache.seen
+    sizes = zip(*(nbytes_alone(layer.filled()) for layer in cache.layers), strict=True)
+    return SideBySide(cache, entries.tolist(), list(map(sum, sizes)))
 
 
 def answers(

@@ -297,6 +297,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         """
         if self.ragged is None:
             return _nothing
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation of some releases gives a tensor
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.ragged.seen - tokens_to_remove)
         if remove and self._observed is not None:
             raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
