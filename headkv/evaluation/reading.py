@@ -14,6 +14,7 @@ from headkv import _checks
 from headkv.cache import RaggedLayer
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
+from headkv.integrations.states import copied
 from headkv.methods.base import Keep
 from headkv.models.attention import chosen_attention, kept_attention
 from headkv.models.decoding import greedy
@@ -150,14 +151,15 @@ class Reading:
         keeps = self.plan(method) if keeps is None else keeps
         with kept_attention(self.model):
             cache = RaggedCache.for_model(self.model, method, rollback=0)
-        for i, (layer, keep) in enumerate(zip(cache.layers, keeps, strict=True)):
+        for i, (layer, keep) in enumerate(zip(cache.attending, keeps, strict=True)):
             layer.restore(self.stored(i, keep))
+        cache.hold({i: copied(state) for i, state in self.cache.states.items()})
         return cache
 
     def stored(self, layer_idx: int, keep: Keep) -> RaggedLayer:
         """What a layer stores of the prompt, if this is what it keeps."""
         dense = self.layers[layer_idx].keys[None], self.layers[layer_idx].values[None], None
-        return self.cache.layers[layer_idx].compressed([keep], rollback=0, dense=dense)
+        return self.cache.attending[layer_idx].compressed([keep], rollback=0, dense=dense)
 
     @torch.inference_mode()
     def answer(self, method: Method | PromptMethod, max_new_tokens: int = 4) -> Tensor:

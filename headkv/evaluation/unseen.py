@@ -14,6 +14,7 @@ from headkv.cache import RaggedLayer
 from headkv.evaluation.reading import Reading
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
+from headkv.integrations.states import joined
 from headkv.methods import FullCache
 from headkv.models.attention import chosen_attention
 from headkv.scorers import PromptScorer
@@ -161,12 +162,13 @@ def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> 
     plans = [reading.plan(method) for method in methods]
     cache = reading.compressed(methods[0], plans[0])
     shares, sizes = torch.zeros(len(methods), dtype=torch.float64), [0] * len(methods)
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.attending):
         stored = [reading.stored(i, plan[i]) for plan in plans]
         shares += torch.stack([some.length.double().mean() for some in stored]).cpu()
         sizes = [size + some.nbytes for size, some in zip(sizes, stored, strict=True)]
         layer.restore(RaggedLayer.join(stored))
-    return SideBySide(cache, (shares / len(cache.layers) / reading.cache.seen).tolist(), sizes)
+    cache.hold({i: joined([state] * len(methods)) for i, state in cache.states.items()})
+    return SideBySide(cache, (shares / len(cache.attending) / reading.cache.seen).tolist(), sizes)
 
 
 def answers(
