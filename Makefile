@@ -17,6 +17,8 @@ PACKAGE := $(shell find headkv kernels -type f -not -name '*.pyc' -not -name '*.
 SCRIPTS := $(wildcard headkv/widgets/static/*.js book/_static/*.js)
 CHAPTERS := benchmarks/README.md $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
 KVPRESS := 0.5.5
+# Releases of transformers besides the installed one: the oldest that is served, two between, the newest.
+VERSIONS := 5.12.0 5.16.1 5.20.2 5.24.0
 MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
@@ -48,8 +50,10 @@ fuzz: setup ## random conversations against the oracle (FOR=60 seconds; SEED=...
 soak: setup ## 2,000 requests through the pipeline: does the memory stay where it is?
 	OMP_NUM_THREADS=1 $(PY) benchmarks/soak.py
 
-families: setup ## which decoder families of the installed transformers are served, for the book
-	FAMILIES_DATA=book/data $(PY) -m pytest -q -p no:cacheprovider tests/test_families.py
+families: setup $(VERSIONS:%=$(VENV)-transformers-%/.deps) ## which decoder families are served, for README and book (VERSIONS=: the installed transformers only)
+	@for python in $(VERSIONS:%=$(VENV)-transformers-%/bin/python) $(PY); do \
+	  FAMILIES_DATA=book/data OMP_NUM_THREADS=1 $$python -m pytest -q -p no:cacheprovider tests/test_families.py || exit 1; done
+	$(PY) tools/readme_families.py
 
 test-floor: $(VENV)-floor/.deps ## the Hugging Face integration with the oldest supported transformers (its own environment)
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/test_huggingface*.py $(PYTEST_ARGS)
@@ -127,6 +131,13 @@ $(VENV)-floor/.deps: pyproject.toml | $(VENV)/.rust
 	$(PY) -m venv --clear $(VENV)-floor
 	$(BIN)/uv pip install --quiet --python $(VENV)-floor/bin/python --resolution lowest-direct \
 	  -r pyproject.toml --extra widgets --extra plots --group test
+	@touch $@
+
+# What `make families` runs with another release of transformers.
+$(VENV)-transformers-%/.deps: pyproject.toml | $(VENV)/.rust
+	$(PY) -m venv --clear $(VENV)-transformers-$*
+	$(BIN)/uv pip install --quiet --python $(VENV)-transformers-$*/bin/python -r pyproject.toml \
+	  transformers==$* torch==$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])') pytest
 	@touch $@
 
 # kvpress with the transformers that it pins, and beside the one that headkv runs with, which it does not allow.

@@ -23,16 +23,37 @@ def class_or_name(model: Any) -> str:
     return model_name(model) or type(model).__name__
 
 
+# Kinds of layers, as transformers calls them, that store no keys and values: they hold a state of the text, or nothing.
+WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
+
+
+def layer_kinds(config: Any) -> list[str | None]:
+    """What transformers calls each layer of a decoder; None where its configuration does not say."""
+    layers = int(config.num_hidden_layers)
+    said = (getattr(config, name, None) for name in ("layer_types", "layers_block_type"))
+    return list(next((kinds for kinds in said if kinds), [None] * layers))[:layers]
+
+
+def attention_layers(config: Any) -> list[int]:
+    """Which layers of a decoder attend; all of them but in hybrids.
+
+    >>> from types import SimpleNamespace
+    >>> attention_layers(SimpleNamespace(num_hidden_layers=3, layer_types=["conv", "conv", "full_attention"]))
+    [2]
+    """
+    return [i for i, kind in enumerate(layer_kinds(config)) if kind not in WITHOUT_ATTENTION]
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """What decides how large a decoder's cache is.
 
     Attributes:
-        num_layers: layers.
+        num_layers: layers that attend.
         num_kv_heads: KV heads a layer.
         head_dim: width of a key and of a value.
         dtype: of keys and values.
-        windows: each layer's sliding window, None for a layer that sees all.
+        windows: the sliding window of each of them, None for a layer that sees all.
     """
 
     num_layers: int
@@ -45,15 +66,14 @@ class CacheShape:
     def of(cls, model: Any) -> CacheShape:
         """Of a transformers decoder, or of its configuration, which may not say a dtype: float32 then."""
         config = getattr(model, "config", model).get_text_config()
-        layers = int(config.num_hidden_layers)
-        kinds = getattr(config, "layer_types", None) or [None] * layers
+        kinds, layers = layer_kinds(config), attention_layers(config)
         window = getattr(config, "sliding_window", None)
         dtype = getattr(model, "dtype", None) or getattr(config, "dtype", None)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            layers,
+            len(layers),
             kv_heads(config),
             int(dim),
             getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32,
-            tuple(None if kind == "full_attention" else window for kind in kinds),
+            tuple(None if kinds[i] in ("full_attention", "hybrid") else window for i in layers),
         )

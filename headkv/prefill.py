@@ -55,8 +55,8 @@ class Prefill:
         queries: `[HQ, w, D]`, after RoPE, of the last `w <= n` tokens; `w` is what the method asked for.
         keys: `[H, n, D]`, after RoPE.
         values: `[H, n, D]`.
-        layer_idx: this layer, from 0.
-        num_layers: layers of the model.
+        layer_idx: this layer, from 0; in hybrid models among those that attend.
+        num_layers: layers of the model that attend.
         scale, sliding_window, softcap, sink_logits: how queries meet keys, see `headkv.logits.Rule`. Attention weights
             are the model's own, by which heads can be compared: they sum to less than 1 where a head has a sink.
         parts: of the layer's attention, for scorers that look at weights.

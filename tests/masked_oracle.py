@@ -10,11 +10,16 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from headkv.heads.observe import observe
-from headkv.integrations.support import parts_of, supported_config
+from headkv.integrations.support import parts_of
 from headkv.prefill import Parts, Prefill
 
 NAME = "headkv-test-oracle"
@@ -144,6 +149,10 @@ class OracleLayer(DynamicLayer):
         return torch.cat([keep, new], 2)
 
 
+class OracleHybridLayer(OracleLayer, LinearAttentionAndFullAttentionLayer):
+    """The same where the layer has a state beside keys and values."""
+
+
 def bound(layers, seen):
     """Before a call: all layers' rows are planned again, if that is due."""
     entries, every, window, _ = layers[0].decode
@@ -188,7 +197,8 @@ class OraclePrompt:
         m = len(input_ids)
 
         def watcher(attention):
-            watch(attention.layer_idx, attention.queries[0, :, -m:], attention.keys[0, :, -m:])
+            order = [layer.number for layer in self.layers]
+            watch(order.index(attention.layer_idx), attention.queries[0, :, -m:], attention.keys[0, :, -m:])
 
         with observe(model, watcher), torch.no_grad():
             model(text[None], use_cache=False)
@@ -286,14 +296,23 @@ def oracle_cache(model, method, chunked_prefill=False, decode=None):
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
-    n = supported_config(model).num_hidden_layers
-    layers = [OracleLayer(method, i, n, chunked_prefill) for i in range(n)]
-    cache, ids = Cache(layers=layers), []
+    # transformers' own layers, but for those that attend
+    config = model.config.get_text_config(decoder=True)
+    every = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    n = sum(isinstance(x, CacheLayerMixin) for x in every)
+    layers = []
+    for i, own in enumerate(every):
+        if isinstance(own, CacheLayerMixin):
+            both = isinstance(own, LinearAttentionCacheLayerMixin)
+            every[i] = (OracleHybridLayer if both else OracleLayer)(method, len(layers), n, chunked_prefill)
+            every[i].number = i
+            layers.append(every[i])
+    cache, ids = Cache(layers=every), []
     for layer, layer.parts in zip(layers, parts_of(model), strict=True):
         layer.siblings, layer.ids, layer.model, layer.decode = layers, ids, model, decode
 
     def remember(module, args, kwargs):
-        if kwargs.get("past_key_values") is cache:
+        if cache in (kwargs.get("past_key_values"), kwargs.get("cache")):
             ids.append(kwargs.get("input_ids", args[0] if args else None))  # None: it was given embeddings
 
     model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)

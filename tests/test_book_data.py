@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import readme_families
 import readme_picture
+from packaging.version import Version
 
 from headkv.models.tuned import tuned_weights
 
@@ -42,3 +44,15 @@ def test_the_readme_shows_the_first_screen(first_screen):
     assert readme_picture.PICTURE.read_text("utf-8") == readme_picture.draw(first_screen)
     readme = (readme_picture.BOOK.parent / "README.md").read_text("utf-8")
     assert readme_picture.PICTURE.relative_to(readme_picture.BOOK.parent).as_posix() in readme
+
+
+def test_the_readme_says_which_families_are_served():
+    """Otherwise: make families, or python tools/readme_families.py."""
+    readme, found = readme_families.README.read_text("utf-8"), readme_families.versions()
+    assert readme == readme_families.written(readme, found)
+    assert readme_families.share(found) in readme and list(found) == sorted(found, key=Version)
+    newest = list(found.values())[-1]
+    assert all(
+        newest[name] == "served" for name in ("qwen3_next", "falcon_h1", "lfm2", "nemotron_h", "zamba2")
+    )
+    assert all(newest[name].startswith("served: ") for name in ("jamba", "zamba"))

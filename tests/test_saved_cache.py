@@ -421,11 +421,12 @@ def test_layers_alone(tmp_path: Path, seed: int) -> None:
             for _ in range(batch)
         ]
         layers.append(RaggedLayer.from_rows(rows, sinks=1, recent=2, headroom=seed))
-    files.write(tmp_path / "layers", layers, {"of": "nothing"})
+    beside = {"0.state": torch.randn(2, 3, generator=source), "flags": torch.arange(seed).bool()}
+    files.write(tmp_path / "layers", layers, {"of": "nothing"}, beside)
     said: list[Any] = []
-    for got, want in zip(
-        files.read(tmp_path / "layers", said.append, [torch.device("cpu")] * 3), layers, strict=True
-    ):
+    read, others = files.read(tmp_path / "layers", said.append, [torch.device("cpu")] * 3)
+    assert beside.keys() == others.keys() and all(torch.equal(others[name], x) for name, x in beside.items())
+    for got, want in zip(read, layers, strict=True):
         assert all(
             torch.equal(getattr(got, name), tensor)
             for name, tensor in want.tensors()

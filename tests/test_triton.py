@@ -104,7 +104,7 @@ WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=Tr
 def test_a_layer_from_a_file_gives_the_same_bits(case, tmp_path):
     q, layer = case.build(DEVICE)
     files.write(tmp_path / "layer", [layer], {})
-    (loaded,) = files.read(tmp_path / "layer", lambda about: None, [torch.device(DEVICE)])
+    (loaded,), _ = files.read(tmp_path / "layer", lambda about: None, [torch.device(DEVICE)])
     assert torch.equal(attend(q, loaded, **case.options(q)), attend(q, layer, **case.options(q)))
 
 

@@ -30,7 +30,7 @@ def selected(rows: Rows, index: Tensor) -> dict[str, Tensor]:
 
 
 def nbytes_alone(rows: Rows) -> list[int]:
-    """For each sequence the bytes that it would hold as a layer of its own: slots, bookkeeping, and sums if it has any."""
+    """For each sequence the bytes that it would hold as a layer of its own: slots, bookkeeping, any sums."""
     sequences, pools, sums = (
         (rows.batch_size, rows.num_kv_heads),
         set(Pools._fields),

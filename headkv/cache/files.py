@@ -30,13 +30,19 @@ _SUMS = ("key_sum", "value_sum", "count")
 _FACTS = ("num_kv_heads", "seen", "rollback")
 
 
-def write(path: str | os.PathLike[str], layers: Sequence[RaggedLayer], about: dict[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    layers: Sequence[RaggedLayer],
+    about: dict[str, Any],
+    beside: dict[str, Tensor] | None = None,
+) -> None:
     """A file of `layers` at `path`, whole or not at all.
 
     Args:
         path: what is there is replaced.
         layers: on any devices.
         about: what else the file says; plain JSON values.
+        beside: what else it holds, by name; on any devices.
     """
     from safetensors.torch import save_file
 
@@ -45,9 +51,11 @@ def write(path: str | os.PathLike[str], layers: Sequence[RaggedLayer], about: di
         {**{name: getattr(layer, name) for name in _FACTS}, "sha256": _digest(tensors)}
         for layer, tensors in zip(layers, parts, strict=True)
     ]
-    text = json.dumps({**about, "layers": said})
+    rest = {name: x.detach().cpu().clone().contiguous() for name, x in (beside or {}).items()}
+    text = json.dumps({**about, "layers": said, "beside": _digest(rest)})
     header = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _of_text(text)}
     tensors = {f"{i}.{name}": x for i, part in enumerate(parts) for name, x in part.items()}
+    tensors |= {f"beside.{name}": x for name, x in rest.items()}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=header)
 
@@ -56,8 +64,8 @@ def read(
     path: str | os.PathLike[str],
     check: Callable[[dict[str, Any]], None],
     devices: Sequence[torch.device],
-) -> list[RaggedLayer]:
-    """The layers that `write` wrote.
+) -> tuple[list[RaggedLayer], dict[str, Tensor]]:
+    """The layers that `write` wrote, and what it wrote beside them, on the CPU.
 
     Args:
         path: the file.
@@ -77,10 +85,16 @@ def read(
         with safe_open(where, "pt") as file:
             about = _about(file.metadata() or {})
             check(about)
-            return [
+            beside = _tensors(file, "beside")
+            if _digest(beside) != about.get("beside"):
+                raise ValueError(
+                    "damaged: what stands beside layers does not have the checksum that the file names"
+                )
+            layers = [
                 _unpacked(_tensors(file, i), facts, f"layer {i}", device)
                 for i, (facts, device) in enumerate(zip(about["layers"], devices, strict=True))
             ]
+            return layers, beside
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} can not be read as a whole safetensors file: {error}") from error
     except ValueError as error:
@@ -111,7 +125,7 @@ def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
     return {name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items()}
 
 
-def _tensors(file: Any, index: int) -> dict[str, Tensor]:
+def _tensors(file: Any, index: int | str) -> dict[str, Tensor]:
     prefix = f"{index}."
     return {
         name.removeprefix(prefix): file.get_tensor(name)

@@ -14,6 +14,7 @@ from headkv import _checks
 from headkv.cache import RaggedLayer
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
+from headkv.integrations.states import copied
 from headkv.methods.base import Keep
 from headkv.models.attention import chosen_attention, kept_attention
 from headkv.models.decoding import greedy
@@ -150,13 +151,14 @@ class Reading:
         keeps = self.plan(method) if keeps is None else keeps
         with kept_attention(self.model):
             cache = RaggedCache.for_model(self.model, method, rollback=0)
-        for i, (layer, keep) in enumerate(zip(cache.layers, keeps, strict=True)):
+        for i, (layer, keep) in enumerate(zip(cache.attending, keeps, strict=True)):
             layer.restore(self.stored(i, [keep]))
+        cache.hold({i: copied(state) for i, state in self.cache.states.items()})
         return cache
 
     def stored(self, layer_idx: int, keeps: Sequence[Keep]) -> RaggedLayer:
         """What a layer stores of the prompt, if this is what it keeps; each of several answers is a sequence."""
-        layer, waiting = self.layers[layer_idx], self.cache.layers[layer_idx]
+        layer, waiting = self.layers[layer_idx], self.cache.attending[layer_idx]
         keys, values = (x.expand(len(keeps), -1, -1, -1) for x in (layer.keys, layer.values))
         return waiting.compressed(keeps, rollback=0, dense=(keys, values, None))
 

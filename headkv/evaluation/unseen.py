@@ -14,6 +14,7 @@ from headkv.cache.batches import nbytes_alone
 from headkv.evaluation.reading import Reading
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
+from headkv.integrations.states import joined
 from headkv.methods import FullCache
 from headkv.models.attention import chosen_attention
 from headkv.scorers import PromptScorer
@@ -160,11 +161,13 @@ def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> 
     """
     plans = [reading.plan(method) for method in methods]
     cache = reading.compressed(methods[0], plans[0])
-    for i, layer in enumerate(cache.layers):
+    states = cache.nbytes - sum(layer.filled().nbytes for layer in cache.attending)
+    for i, layer in enumerate(cache.attending):
         layer.restore(reading.stored(i, [plan[i] for plan in plans]))
+    cache.hold({i: joined([state] * len(methods)) for i, state in cache.states.items()})
     entries = cache.lengths().double().mean((0, 2)) / reading.cache.seen
-    sizes = zip(*(nbytes_alone(layer.filled()) for layer in cache.layers), strict=True)
-    return SideBySide(cache, entries.tolist(), list(map(sum, sizes)))
+    sizes = zip(*(nbytes_alone(layer.filled()) for layer in cache.attending), strict=True)
+    return SideBySide(cache, entries.tolist(), [states + sum(some) for some in sizes])
 
 
 def answers(

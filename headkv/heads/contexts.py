@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headkv import _checks
-from headkv._config import kv_heads
+from headkv._config import attention_layers, kv_heads, layer_kinds
 from headkv.data import Needle
 from headkv.heads.gated import gated_attention
 from headkv.heads.observe import exchanged_attention
@@ -104,8 +104,14 @@ def read(model: PreTrainedModel, context_ids: Tensor) -> Context:
     """Let the full model read a text, [1, n] int64, and keep its keys and values on the model's device.
 
     Raises:
-        ValueError: all layers of the model have a sliding window: there is no head to open or shut.
+        ValueError: all layers of the model have a sliding window: there is no head to open or shut; or it is a hybrid,
+            whose states no context holds.
     """
+    config = model.config.get_text_config()
+    if len(attention_layers(config)) != config.num_hidden_layers or "hybrid" in str(layer_kinds(config)):
+        raise ValueError(
+            f"model must attend in all layers and hold no states, got the hybrid {type(model).__name__}"
+        )
     layers = model.base_model(context_ids.to(model.device), use_cache=True).past_key_values.layers
     if all(layer.is_sliding for layer in layers):
         raise ValueError(f"model must have a layer without a sliding window, got {len(layers)} with one")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headkv import _checks
-from headkv._config import class_or_name, kv_heads
+from headkv._config import attention_layers, class_or_name, kv_heads
 from headkv.data import Fact, haystack
 from headkv.heads.observe import exchanged_attention
 from headkv.heads.profile import HeadProfile
@@ -83,8 +83,9 @@ def profile_gates(
     _checks.between("learning_rate", learning_rate, 0)
     _checks.between("penalty", penalty, 0)
     config = model.config.get_text_config()
-    shape = (config.num_hidden_layers, kv_heads(config))
-    mixer = Mixer(nn.Parameter(torch.ones(shape, device=model.device)), sinks, recent)
+    layers = attention_layers(config)
+    gates = nn.Parameter(torch.ones(len(layers), kv_heads(config), device=model.device))
+    mixer = Mixer(gates, sinks, recent, dict(zip(layers, range(len(layers)), strict=True)))
     optimiser = torch.optim.AdamW([mixer.gates], lr=learning_rate, weight_decay=0.0)
     source = random.Random(seed)
     with frozen(model), exchanged_attention(model, mixer.attend):
@@ -127,12 +128,14 @@ class Mixer:
         gates: [layers, H], float32, in [0, 1].
         sinks: first entries that windowed attention sees.
         recent: last entries that it sees.
+        rows: of `gates`, by layer of the model.
         full: for each layer the full attention's output [1, n, HQ, D], without gradient, of the last plain pass.
     """
 
     gates: nn.Parameter
     sinks: int
     recent: int
+    rows: dict[int, int]
     full: dict[int, Tensor] = field(default_factory=dict)
     _mixing: bool = False
 
@@ -171,7 +174,7 @@ class Mixer:
         if not self._mixing:
             self.full[layer] = output.detach()
             return output, None
-        gate = self.gates[layer].repeat_interleave(group).to(output.dtype)[:, None]
+        gate = self.gates[self.rows[layer]].repeat_interleave(group).to(output.dtype)[:, None]
         return gate * self.full[layer] + (1 - gate) * output, None
 
 

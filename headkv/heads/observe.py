@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from headkv._config import attention_layers
 from headkv.logits import Rule
 from headkv.models.attention import chosen_attention, decoder_attention
 
@@ -114,7 +115,7 @@ def exchanged_attention(model: PreTrainedModel, attend: Callable[..., Any]) -> I
     It gets the masks that the model's own attention would get.
 
     Raises:
-        ValueError: the model's attention can not be exchanged by name.
+        ValueError: the model's attention can not be exchanged by name; when called: it does not know its layer.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -122,7 +123,16 @@ def exchanged_attention(model: PreTrainedModel, attend: Callable[..., Any]) -> I
     before = decoder_attention(model)
     names = (f"headkv-observe-{number}-{before}" for number in itertools.count())
     name = next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
-    ALL_ATTENTION_FUNCTIONS[name] = attend
+    layers = attention_layers(model.config.get_text_config())
+
+    def known(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module.layer_idx not in layers:
+            raise ValueError(
+                f"model must have attention of its own in every layer, got a shared {type(module).__name__}"
+            )
+        return attend(module, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = known
     if before in ALL_MASK_ATTENTION_FUNCTIONS:
         # Masks are found among the registered functions alone. The name stays: it is a synonym, used again.
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv._config import class_or_name, kv_heads, model_name
+from headkv._config import attention_layers, class_or_name, kv_heads, model_name
 from headkv._figure import grid_figure
 from headkv._files import replacing
 from headkv._grid import grid_html, spread
@@ -44,7 +44,7 @@ class HeadProfile:
             "reconstruction" (KVzip). Every method takes every kind; scores that are to share out a budget are at
             least 0.
         heads: "query" (one score a query head) or "kv" (one a KV head).
-        scores: [layers, heads], float32, finite, on the CPU.
+        scores: [layers, heads], float32, finite, on the CPU; of hybrid models the layers that attend, in order.
         parameters: how it was measured; plain JSON values.
 
     Raises:
@@ -134,9 +134,11 @@ class HeadProfile:
         wanted = config.num_attention_heads
         if self.heads == "kv":
             wanted = kv_heads(config)
-        if (config.num_hidden_layers, wanted) != (self.num_layers, self.num_heads):
+        layers = len(attention_layers(config))
+        if (layers, wanted) != (self.num_layers, self.num_heads):
+            kind = "" if layers == config.num_hidden_layers else "attention "
             raise ValueError(
-                f"profile must fit the model, {config.num_hidden_layers} layers of {wanted} {self.heads} "
+                f"profile must fit the model, {layers} {kind}layers of {wanted} {self.heads} "
                 f"heads, got one of {self.model} with {self.num_layers} layers of {self.num_heads}"
             )
         if name and _last_part(name) != _last_part(self.model):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv._config import class_or_name, kv_heads
+from headkv._config import attention_layers, class_or_name, kv_heads
 from headkv.data import needle_texts
 from headkv.data.haystacks import chat_frame
 from headkv.heads.observe import Attention, observe
@@ -94,14 +94,18 @@ def reconstruction_scores(
 ) -> Tensor:
     """Scores of one text, [layers, H] float32 in [0, 1]: the model reads it once, and then every request behind it."""
     config = model.config.get_text_config()
-    scores = torch.zeros(config.num_hidden_layers, kv_heads(config), device=model.device)
+    attend = attention_layers(config)
+    scores = torch.zeros(len(attend), kv_heads(config), device=model.device)
     cache = model.base_model(context_ids.to(model.device), use_cache=True).past_key_values
     for where, ids in requests:
 
         def watch(attention: Attention, where: slice = where) -> None:
             if attention.sliding_window is None:
-                found = chunk_scores(attention, where, prefix).amax(-1)
-                scores[attention.layer_idx] = torch.maximum(scores[attention.layer_idx], found)
+                found, layer = (
+                    chunk_scores(attention, where, prefix).amax(-1),
+                    attend.index(attention.layer_idx),
+                )
+                scores[layer] = torch.maximum(scores[layer], found)
 
         with observe(model, watch):
             model.base_model(ids.to(model.device), past_key_values=_fork(cache), use_cache=True)
@@ -130,5 +134,8 @@ def chunk_scores(attention: Attention, where: slice, prefix: int) -> Tensor:
 def _fork(cache: Any) -> Any:
     """A cache of its own with the same entries: what is appended to it leaves `cache` as it is."""
     fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    # What changes in place, a hybrid's states, is copied itself.
+    fork.layers = [
+        (copy.deepcopy if hasattr(layer, "recurrent_states") else copy.copy)(layer) for layer in cache.layers
+    ]
     return fork

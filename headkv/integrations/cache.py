@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
+from headkv._config import attention_layers, layer_kinds
 from headkv._figure import grid_figure
 from headkv._grid import grid_html
 from headkv.attention.api import Backend
@@ -26,11 +26,23 @@ from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.probe import check_attention
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
 from headkv.integrations.saved import NoMethod, check_identity, devices_of, identity
+from headkv.integrations.states import (
+    State,
+    StatefulCache,
+    copied,
+    filled,
+    fresh,
+    of_layer,
+    state_bytes,
+    state_of,
+    tensors,
+)
 from headkv.integrations.support import (
     CacheOptions,
     attentions_to_hear,
     check_method,
     is_whole_prompt,
+    own_layers,
     parts_of,
     supported_config,
     supported_model,
@@ -45,20 +57,23 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method, PromptMethod
 
 
-class RaggedCache(Cache):
+class RaggedCache(StatefulCache):
     """A transformers cache that stores, for every KV head, only the entries that a method keeps.
 
     Make it with `for_model` and pass it as `past_key_values`; `headkv.compress` does that for you.
 
+    In hybrid models some layers have no attention: those keep transformers' own layers, whole, and methods, profiles,
+    `lengths()` and pictures count the layers that attend, from 0.
+
     A forward call that fails, e.g. for want of memory, leaves its tokens in the layers that it came through. Take them
     out before the call is repeated: `cache.crop(n)`, with n the tokens seen before it; `cache.reset()` if it was the
-    prompt.
+    prompt. A hybrid's can only be reset, or restored from a snapshot.
     """
 
-    layers: list[RaggedCacheLayer]  # type: ignore[assignment]
+    layers: list[Any]
 
-    def __init__(self, layers: list[RaggedCacheLayer]):
-        super().__init__(layers=layers)  # type: ignore[arg-type]
+    def __init__(self, layers: list[Any]):
+        super().__init__(layers=layers)
         self.told = self._untold()
         self._model: PreTrainedModel | None = (
             None  # whose hooks tell of calls, for as long as the cache lives
@@ -119,38 +134,46 @@ class RaggedCache(Cache):
         cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
     ) -> RaggedCache:
         """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
-        parts = parts_of(model)
-        where = [(method, i, len(parts), options, parts[i]) for i in range(len(parts))]
-        cache = cls([RaggedCacheLayer(*arguments) for arguments in where])
+        layers, attend = own_layers(model), attention_layers(supported_config(model))
+        more: dict[str, Any] = {"is_croppable": not any(map(state_of, layers))}
+        for number, (i, parts) in enumerate(zip(attend, parts_of(model), strict=True)):
+            state = None if (own := state_of(layers[i])) is None else fresh(own)
+            layers[i] = RaggedCacheLayer(method, number, len(attend), options, parts, state=state, **more)
+        cache = cls(layers)
         cache._made_for = weakref.ref(model)
         return cache
 
     @classmethod
-    def around(cls, model: PreTrainedModel, layers: list[RaggedCacheLayer]) -> RaggedCache:
+    def around(cls, model: PreTrainedModel, layers: list[Any]) -> RaggedCache:
         """The cache of which these are the layers, e.g. those of a copy; see `unattached`.
 
         Raises:
             ValueError: they wait for the rest of a prompt, or are another model's.
         """
-        if any(layer.observed is not None for layer in layers):
-            raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
-        if len(layers) != (n := supported_config(model).num_hidden_layers):
+        if len(layers) != (n := len(layer_kinds(supported_config(model)))):
             raise ValueError(f"past_key_values must have the model's {n} layers, got {len(layers)}")
         cache = cls(layers)
+        if cache.waiting:
+            raise ValueError("past_key_values must not be a copy that was made while a prompt was read")
         cache._made_for = weakref.ref(model)
         return cache
 
     def _listen(self, model: PreTrainedModel) -> None:
         """Let hooks on `model` tell of calls over this cache, until it is gone."""
         this = weakref.ref(self)
-        heard = attentions_to_hear(model, self.layers[0].method)
+        heard = attentions_to_hear(model, self.attending[0].method)
         find = lambda arguments: _same(this(), arguments)  # noqa: E731
         hooks = Hooks(model, find, lambda: _one(this()), heard=heard)
         weakref.finalize(self, hooks.remove)
         self._model = model
 
     def _untold(self) -> Told:
-        return Told(TextMemory() if is_whole_prompt(self.layers[0].method) else None)
+        return Told(TextMemory() if is_whole_prompt(self.attending[0].method) else None)
+
+    @property
+    def attending(self) -> list[RaggedCacheLayer]:
+        """The layers that attend, which are all of them but in hybrids."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedCacheLayer)]
 
     @property
     def listens(self) -> bool:
@@ -159,7 +182,8 @@ class RaggedCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         """A copy to go on with by itself; the method and the model are shared."""
-        twin = RaggedCache(copy.deepcopy(self.layers, memo))
+        twin = RaggedCache([copy.deepcopy(x, memo) if state_of(x) is not x else x for x in self.layers])
+        twin.hold({i: copied(state) for i, state in self.states.items()})
         twin.told, twin._made_for = self.told.copy(), self._made_for
         if self._model is not None:
             twin._listen(self._model)
@@ -178,11 +202,12 @@ class RaggedCache(Cache):
         Raises:
             RuntimeError: an earlier call got through some of the layers only; the message says what to do.
         """
-        if layer_idx == 0:
+        attending = self.attending
+        if self.layers[layer_idx] is attending[0]:
             self.check_even()
-            decode = self.layers[0].options.decode
+            decode = attending[0].options.decode
             if decode is not None and self.seen and not self.waiting:
-                bound(self.layers, decode)
+                bound(attending, decode)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_even(self) -> None:
@@ -191,30 +216,48 @@ class RaggedCache(Cache):
         Raises:
             RuntimeError: they have not, as a forward call failed on its way; the message says what to do.
         """
-        seen = {layer.seen for layer in self.layers}
+        seen = {layer.seen for layer in self.attending}
         if len(seen) == 1:
             return
         least = min(seen)
         prompt = least == 0 or self.waiting
         cure = "cache.reset()" if prompt else f"cache.crop({least})"
+        if self.states:
+            cure = "cache.reset(), or cache.restore() of a snapshot"
         raise RuntimeError(
             f"an earlier forward call failed on its way: layers have seen {least} to {max(seen)} tokens; "
             f"call {cure}, then repeat that call"
         )
 
+    def check_whole(self) -> None:
+        """No earlier call failed on its way, be it before the first layer that attends: states do not say how far.
+
+        Raises:
+            RuntimeError: one did; the message says what to do.
+        """
+        self.check_even()
+        if self.told.under_way and (
+            self.seen or any(any(x.has_previous_state.values()) for x in self.states.values())
+        ):
+            raise RuntimeError(
+                "an earlier forward call failed on its way, and layers of this model hold states that can not be taken "
+                "back: call cache.reset(), or cache.restore() of a snapshot, then repeat that call"
+            )
+
     @property
     def seen(self) -> int:
         """Tokens of the text so far, also those no longer stored."""
-        return self.layers[0].seen
+        return self.attending[0].seen
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all layers hold from the allocator, with head room and bookkeeping."""
-        return sum(layer.ragged.nbytes for layer in self.layers if layer.ragged is not None)
+        """Bytes that all layers hold from the allocator, with head room and bookkeeping, and states."""
+        rows = sum(layer.ragged.nbytes for layer in self.attending if layer.ragged is not None)
+        return rows + sum(state_bytes(state) for state in self.states.values())
 
     def lengths(self) -> Tensor:
-        """Stored entries, `[layers, B, H]` int64."""
-        return torch.stack([layer.filled().lengths().cpu() for layer in self.layers])
+        """Stored entries, `[layers, B, H]` int64; of hybrids the layers that attend."""
+        return torch.stack([layer.filled().lengths().cpu() for layer in self.attending])
 
     def finalize_prefill(self) -> None:
         """End a prefill in chunks now; see `for_model`. All or nothing where the method decides for all layers at once.
@@ -223,20 +266,20 @@ class RaggedCache(Cache):
             ValueError: a method that answers for another number of layers.
         """
         if self.told.memory is None or not self.waiting:
-            for layer in self.layers:
+            for layer in self.attending:
                 layer.finalize_prefill()
             return
-        method, chosen = cast("PromptMethod", self.layers[0].method), []
+        method, chosen = cast("PromptMethod", self.attending[0].method), []
         for prompt in self.prompts():
             keeps = list(method.plan_prompt(prompt))
-            if len(keeps) != len(self.layers):
-                got = f"{len(self.layers)} layers, got {len(keeps)}"
+            if len(keeps) != len(self.attending):
+                got = f"{len(self.attending)} layers, got {len(keeps)}"
                 raise ValueError(f"plan_prompt of {type(method).__name__} must answer for {got}")
             chosen.append(keeps)
         # All of them first: where memory runs out the whole prompt is still there.
-        by_layer = zip(self.layers, zip(*chosen, strict=True), strict=True)
+        by_layer = zip(self.attending, zip(*chosen, strict=True), strict=True)
         stored = [layer.compressed(keeps) for layer, keeps in by_layer]
-        for layer, ragged in zip(self.layers, stored, strict=True):
+        for layer, ragged in zip(self.attending, stored, strict=True):
             layer.restore(ragged)
         self.told.memory.forget()
 
@@ -244,44 +287,63 @@ class RaggedCache(Cache):
         """The prompt that waits for a method which sees it whole: one for each sequence of the batch."""
         if (memory := self.told.memory) is None or not self.waiting:
             raise RuntimeError("no prompt waits: the method decides layer by layer, or has decided already")
-        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.layers]
+        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.attending]
         decoder, text = memory.decoder_and_text()
-        return [CachedPrompt(decoder, waiting, text, b) for b in range(waiting[0].ragged.batch_size)]
+        batch = range(waiting[0].ragged.batch_size)
+        return [CachedPrompt(decoder, waiting, text, b, tuple(self.layers)) for b in batch]
 
     @property
     def waiting(self) -> bool:
         """Whether a prompt is stored that is not compressed yet."""
-        return any(layer.observed is not None for layer in self.layers)
+        return any(layer.observed is not None for layer in self.attending)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, or all but a positive number of them: in all layers or none.
 
         Raises:
-            ValueError: some head would need entries that are gone, or a prompt waits; the cache is unchanged then.
+            ValueError: some head would need entries that are gone, a prompt waits, or layers hold states that can not
+                forget (hybrids); the cache is unchanged then.
         """
-        for change in [layer.cropping(tokens_to_remove) for layer in self.layers]:
+        for change in [layer.cropping(tokens_to_remove) for layer in self.attending]:
             change()
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.hold({i: fresh(state) for i, state in self.states.items()})  # for a batch of any size
+        self.told.under_way = False
         if self.told.memory is not None:
             self.told.memory.forget()
 
-    def snapshot(self) -> tuple[LayerSnapshot, ...]:
-        """A copy of the whole cache: one compressed context answers many questions."""
+    def snapshot(self) -> tuple[LayerSnapshot | State, ...]:
+        """A copy of the whole cache: one compressed context answers many questions.
+
+        Returns:
+            For `restore`: the layers that attend, then states, if a hybrid's layers hold some.
+
+        Raises:
+            RuntimeError: nothing is stored yet, a prompt waits to be compressed, or a call over states failed.
+        """
         if self.waiting:
             raise RuntimeError(
                 "cannot take a snapshot during a chunked prefill; call finalize_prefill() first"
             )
-        return tuple(layer.filled().snapshot() for layer in self.layers)
+        if self.states:
+            self.check_whole()
+        rows = [layer.filled().snapshot() for layer in self.attending]
+        return (*rows, *map(copied, self.states.values()))
 
-    def restore(self, snapshot: tuple[LayerSnapshot, ...]) -> None:
+    def restore(self, snapshot: tuple[LayerSnapshot | State, ...]) -> None:
         """Become what the cache was when `snapshot` was taken."""
-        if len(snapshot) != len(self.layers):
-            raise ValueError(f"snapshot must hold {len(self.layers)} layers, got {len(snapshot)}")
-        for layer, taken in zip(self.layers, snapshot, strict=True):
-            layer.restore(RaggedLayer.from_snapshot(taken))
+        attending, states = self.attending, self.states
+        if len(snapshot) != (n := len(attending) + len(states)):
+            kinds = f"{n} layers" if not states else f"{len(attending)} layers and {len(states)} states"
+            raise ValueError(f"snapshot must hold {kinds}, got {len(snapshot)}")
+        for layer, taken in zip(attending, snapshot[: len(attending)], strict=True):
+            layer.restore(RaggedLayer.from_snapshot(cast("LayerSnapshot", taken)))
+        taken_states = cast("tuple[State, ...]", snapshot[len(attending) :])
+        self.hold({i: copied(taken) for i, taken in zip(states, taken_states, strict=True)})
+        self.told.under_way = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """A file of the compressed context, from which `load` makes it again: safetensors, written whole or not at all.
@@ -295,13 +357,16 @@ class RaggedCache(Cache):
         self.check_even()
         if self.waiting:
             raise RuntimeError("cannot save during a chunked prefill; call finalize_prefill() first")
-        layers = [layer.filled() for layer in self.layers]
+        layers = [layer.filled() for layer in self.attending]
+        if self.states:
+            self.check_whole()
         model = None if self._made_for is None else self._made_for()
         if model is None:
             raise RuntimeError(
                 "cannot save a cache whose model is gone, or that was pickled: nothing says what it is"
             )
-        files.write(path, layers, {"model": identity(model)})
+        states = {f"{i}.{name}": x for i, state in self.states.items() for name, x in tensors(state).items()}
+        files.write(path, layers, {"model": identity(model)}, states)
 
     @classmethod
     def load(
@@ -333,9 +398,13 @@ class RaggedCache(Cache):
         chosen = NoMethod() if method is None else method
         check_method(chosen, model, False)
         cache = cls.unattached(model, chosen, options)
-        layers = files.read(path, lambda about: check_identity(about, model), devices_of(model))
-        for layer, ragged in zip(cache.layers, layers, strict=True):
+        devices, attend = devices_of(model), attention_layers(supported_config(model))
+        layers, beside = files.read(
+            path, lambda about: check_identity(about, model), [devices[i] for i in attend]
+        )
+        for layer, ragged in zip(cache.attending, layers, strict=True):
             layer.restore(ragged)
+        cache.hold({i: filled(like, of_layer(beside, i, devices[i])) for i, like in cache.states.items()})
         cache._attach(model)
         return cache
 
@@ -360,7 +429,10 @@ class RaggedCache(Cache):
         no_attribute(self, name)
 
     def __repr__(self) -> str:
-        return f"RaggedCache({len(self.layers)} layers, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
+        layers = f"{len(self.layers)} layers"
+        if (attend := len(self.attending)) < len(self.layers):
+            layers += f", {attend} of them with attention"
+        return f"RaggedCache({layers}, {self.seen} tokens seen, {self.nbytes / 1e6:.1f} MB stored)"
 
     def _repr_html_(self) -> str:
         if self.seen == 0:
@@ -383,7 +455,7 @@ class RaggedCache(Cache):
         return lengths[:, 0] if lengths.shape[1] == 1 else lengths.double().mean(1)
 
     def _whose(self) -> str:
-        sequences = self.layers[0].filled().batch_size
+        sequences = self.attending[0].filled().batch_size
         return "" if sequences == 1 else f"; mean of {sequences} sequences"
 
 

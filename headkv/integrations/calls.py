@@ -7,17 +7,19 @@ the logits of each of them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from headkv.integrations.carry import check_carries
 from headkv.integrations.hook import attends
 from headkv.integrations.support import decoder_of
 from headkv.integrations.text import Arguments, TextMemory, tokens_in
@@ -43,12 +45,34 @@ class Call:
 PLAIN = Call()
 
 
+CACHE = "past_key_values"  # as headkv calls it
+
+
+@functools.cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    _, *names = inspect.signature(kind.forward).parameters  # the module's own may be a wrapper
+    return tuple(names)
+
+
+def cache_name(module: Module) -> str:
+    """What a module calls the cache; since transformers 5.24 it is "cache"."""
+    names = _parameters(cast(Any, type(module)))
+    return "cache" if "cache" in names and CACHE not in names else CACHE
+
+
 def named(module: Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
-    """All arguments of a forward call by their names, in a dict of its own."""
-    if not args:
-        return dict(kwargs)
-    _, *names = inspect.signature(type(module).forward).parameters  # the module's own may be a wrapper
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    """All arguments of a forward call by their names, the cache by the one of ours, in a dict of its own."""
+    arguments = {**dict(zip(_parameters(cast(Any, type(module))), args, strict=False)), **kwargs}
+    if (name := cache_name(module)) != CACHE and name in arguments:
+        arguments[CACHE] = arguments.pop(name)
+    return arguments
+
+
+def as_named_by(module: Module, arguments: Arguments) -> Arguments:
+    """The same, the cache by the module's own name."""
+    if (name := cache_name(module)) != CACHE and CACHE in arguments:
+        arguments[name] = arguments.pop(CACHE)
+    return arguments
 
 
 def is_of_generate(arguments: Arguments) -> bool:
@@ -127,7 +151,7 @@ def left_out(model: Module, arguments: Arguments) -> Listener | None:
         return None
     every = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     caches = (cache for hooks in every if isinstance(hooks, Hooks) for cache in hooks.caches())
-    return next((cache for cache in caches if cache.layers[0].asked), None)
+    return next((cache for cache in caches if cache.attending[0].asked), None)
 
 
 class Listener(Protocol):
@@ -135,6 +159,17 @@ class Listener(Protocol):
 
     told: Told
     layers: list[Any]
+
+    @property
+    def attending(self) -> list[Any]:
+        """Those of its layers that store keys and values."""
+
+    @property
+    def states(self) -> dict[int, Any]:
+        """What layers hold beside, or in place of, keys and values."""
+
+    def check_whole(self) -> None:
+        """No earlier call failed on its way."""
 
     @property
     def seen(self) -> int:
@@ -161,6 +196,8 @@ class Told:
     def __init__(self, memory: TextMemory | None = None) -> None:
         self.memory = memory
         self._call = self._announced = PLAIN
+        self.under_way = False  # a call, or it failed
+        self._carries = False  # states, over several tokens at once, as far as was asked
 
     def copy(self) -> Told:
         """What another cache goes on with."""
@@ -180,13 +217,18 @@ class Told:
         call = read_call(arguments, cache.seen)
         if call.remaining is not None:
             check_chunk(arguments, cache.seen)
-        if call.drafts and cache.layers[0].options.decode is not None:
+        if call.drafts and cache.states:
+            raise ValueError(
+                "drafts can not be served with this model, some of whose layers hold a state of the whole text, which "
+                "can not forget those that are wrong; leave out prompt_lookup_num_tokens and assistant_model"
+            )
+        if call.drafts and cache.attending[0].options.decode is not None:
             raise ValueError(
                 "decode_budget must be None with drafts, whose text would depend on how many are right; leave out "
                 "prompt_lookup_num_tokens and assistant_model"
             )
         if call.drafts and self.memory is not None and _reads_prompt(cache):
-            name = type(cache.layers[0].method).__name__
+            name = type(cache.attending[0].method).__name__
             raise ValueError(
                 f"{name} decides once the whole prompt is read: drafts must not come with the prompt; leave out "
                 "prompt_lookup_num_tokens and assistant_model"
@@ -196,10 +238,16 @@ class Told:
 
     def before_decoder(self, cache: Listener, decoder: Module, arguments: Arguments) -> None:
         """The decoder begins, with the call announced, or one that went past the model's hooks."""
+        if cache.states:
+            cache.check_whole()
+            if cache.seen and tokens_in(arguments) > 1 and not self._carries:
+                check_carries(decoder, cache.layers)
+                self._carries = True
+        self.under_way = True
         call, self._announced = self._announced, PLAIN
         if call != self._call:
             self._call = call
-            for layer in cache.layers:
+            for layer in cache.attending:
                 layer.call = call
         if self.memory is None or not _reads_prompt(cache):
             return
@@ -210,7 +258,8 @@ class Told:
 
     def after_decoder(self, cache: Listener) -> None:
         """All layers have seen the call's tokens: a prompt may have ended."""
-        whole = self.memory is not None and not cache.layers[0].options.chunked_prefill
+        self.under_way = False
+        whole = self.memory is not None and not cache.attending[0].options.chunked_prefill
         if self._call.remaining == 0 or (whole and not self._call.remaining):
             cache.finalize_prefill()
 
@@ -275,8 +324,8 @@ class Hooks:
         if (cache := self.find(arguments)) is not None:
             arguments = cache.told.before_model(cache, arguments)
         for cache in self.caches():
-            cache.layers[0].asked = False
-        return (), arguments
+            cache.attending[0].asked = False
+        return (), as_named_by(module, arguments)
 
     @torch.compiler.disable
     def _before_decoder(self, module: Module, args: tuple[Any, ...], kwargs: Arguments | None = None) -> Any:
@@ -285,16 +334,16 @@ class Hooks:
         arguments = named(module, args, kwargs)
         if (cache := self.find(arguments)) is not None:
             cache.told.before_decoder(cache, module, arguments)
-        return (), arguments
+        return (), as_named_by(module, arguments)
 
     @torch.compiler.disable
     def _after_decoder(self, module: Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if output is not None and (cache := self.find(kwargs)) is not None:
+        if output is not None and (cache := self.find(named(module, (), kwargs))) is not None:
             cache.told.after_decoder(cache)
 
     @torch.compiler.disable
     def _before_layers(self, module: Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = named(module, args, kwargs).get(CACHE)
         if self.owner is not None and isinstance(cache, Cache) and not attends(cache):
             raise RuntimeError(
                 "the decoder's forward was called directly, which no hook sees, so that nothing would be compressed: "

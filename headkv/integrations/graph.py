@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from headkv.attention.api import choose_backend
 from headkv.integrations.cache import RaggedCache
+from headkv.integrations.calls import cache_name
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.hook import NAME
 from headkv.integrations.precision import autocast_dtype
@@ -67,6 +68,10 @@ class DecodeGraph:
             decoder_layers(model)
         if cache.seen == 0:
             raise ValueError("cache must hold a prompt, got an empty one: run the model on the prompt first")
+        if cache.states:
+            raise ValueError(
+                "cache must be of a model whose layers all attend: states of the text are not recorded"
+            )
         if cache.layers[0].options.decode is not None:
             raise ValueError("cache must have no decode_budget: a recorded step can not evict")
         layer = cache.layers[0].filled()
@@ -185,7 +190,8 @@ class DecodeGraph:
 
     def _forward(self) -> Tensor:
         # The tensors are the same in all steps: what is compiled depends on their kind.
-        inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": self.cache}
+        cache = {cache_name(self.model): self.cache}
+        inputs = {"input_ids": self._ids, "position_ids": self._positions, **cache}
         autocast = autocast_dtype("cuda")
         # The weights that autocast keeps, cast, go when its block ends: a graph must not read them afterwards.
         cast = nullcontext() if autocast is None else torch.autocast("cuda", autocast, cache_enabled=False)
@@ -226,7 +232,8 @@ class Replaying:
     def __call__(self, **inputs: Any) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        cache, tokens = inputs.get("past_key_values"), inputs.get("input_ids")
+        name = cache_name(self._model)
+        cache, tokens = inputs.get(name), inputs.get("input_ids")
         if not isinstance(cache, RaggedCache) or tokens is None or tokens.shape[1] != 1:
             return self._model(**inputs)
         if self._graph is None or self._graph.cache is not cache:
@@ -234,7 +241,8 @@ class Replaying:
             if self._max_length is not None:
                 self._graph.reserve(min(self._max_length - cache.seen, MOST_RESERVED))
         logits = self._graph.step(tokens, inputs.get("position_ids"))
-        return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=cache)
+        output: dict[str, Any] = {"logits": logits, name: cache}
+        return CausalLMOutputWithPast(**output)
 
 
 def replaying(generate: Callable[..., Any], compile_layers: bool) -> Callable[..., Any]:

@@ -64,8 +64,7 @@ class NewTokens:
 
 def attends(cache: Any) -> bool:
     """Whether `cache` hands tokens to layers of ours."""
-    layers = getattr(cache, "layers", None) or [None]
-    return hasattr(layers[0], "attend")
+    return any(hasattr(layer, "attend") for layer in getattr(cache, "layers", None) or ())
 
 
 class UnsupportedMask(ValueError, AttributeError):

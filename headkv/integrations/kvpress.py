@@ -88,10 +88,9 @@ class RealizedPress:
         Raises:
             NotImplementedError, ValueError: as `KVPressScorer.score`; or the press changes the tensors itself.
         """
-        name, index = type(self.press).__name__, prefill.layer_idx
-        call = _begun(self.press, prefill, self.observed_queries)
+        name, call = type(self.press).__name__, _begun(self.press, prefill, self.observed_queries)
         layer = SimpleNamespace(keys=call.keys.clone(), values=call.values.clone())
-        call.kwargs["past_key_values"] = SimpleNamespace(layers={index: layer})
+        call.kwargs["past_key_values"] = SimpleNamespace(layers={call.module.layer_idx: layer})
         with _said_by(name, self.observed_queries):
             self.press.forward_hook(call.module, [], call.kwargs, [None, call.attentions])
         if not (_same(layer.keys, call.keys) and _same(layer.values, call.values)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,27 +26,31 @@ from headkv.integrations.planning import (
     storage_of,
     texts_of,
 )
+from headkv.integrations.states import Beside, State, copied, fresh
 from headkv.integrations.support import CacheOptions, is_whole_prompt
 from headkv.logits import Rule
 from headkv.prefill import Parts
 
 if TYPE_CHECKING:
+    from torch import LongTensor
+
     from headkv.methods.base import Keep, Method, PromptMethod
 
 
-class RaggedCacheLayer(CacheLayerMixin):
-    """One layer of a `RaggedCache`: empty until its first prompt, then a `RaggedLayer` at `.ragged`.
+class RaggedCacheLayer(Beside, CacheLayerMixin):
+    """One layer of a `RaggedCache` that attends: empty until its first prompt, then a `RaggedLayer` at `.ragged`.
 
     Args:
         method: what each head keeps of a prompt.
-        layer_idx, num_layers: this layer.
+        layer_idx, num_layers: this layer, among those that attend.
         options: backend of attention after the prefill, head room and rollback of the rows. With `chunked_prefill`, as
             for a method that decides for all layers at once, the prompt is not compressed when its first call has been
             read, but by `finalize_prefill`.
         parts: of the layer's attention, for methods that look at weights.
+        state: what the layer has beside keys and values, in models that have both.
+        is_croppable: whether tokens can be taken back; not beside states, of whatever layer.
     """
 
-    is_croppable = True
     keys = NoTensor()
     values = NoTensor()
 
@@ -57,11 +61,14 @@ class RaggedCacheLayer(CacheLayerMixin):
         num_layers: int,
         options: CacheOptions,
         parts: Parts = Parts(),  # noqa: B008  (frozen)
+        *,
+        state: State | None = None,
+        is_croppable: bool = True,
     ):
         self.ragged: RaggedLayer | None = None
         super().__init__()
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
-        self.options, self.parts = options, parts
+        self.options, self.parts, self.state, self.is_croppable = options, parts, state, is_croppable
         self.asked = (
             False  # for its length, by transformers, since the model's last call: see `calls.left_out`
         )
@@ -284,6 +291,8 @@ class RaggedCacheLayer(CacheLayerMixin):
         """Forget everything."""
         self.ragged = self._observed = self.hidden = None
         self.growth, self.is_initialized = Growth(), False
+        if self.state is not None:
+            self.state = fresh(self.state)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; older transformers give the length to keep, a positive number."""
@@ -299,6 +308,11 @@ class RaggedCacheLayer(CacheLayerMixin):
             return _nothing
         tokens_to_remove = int(tokens_to_remove)  # assisted generation of some releases gives a tensor
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.ragged.seen - tokens_to_remove)
+        if remove and not self.is_croppable:
+            raise ValueError(
+                f"cannot crop {remove} token(s): some layers of this model hold a state of the whole text, which can "
+                "not forget its last tokens; take a cache.snapshot() before them and cache.restore() it"
+            )
         if remove and self._observed is not None:
             raise ValueError("cannot crop during a chunked prefill; call finalize_prefill() first")
         cropped = self.ragged.cropping(remove)
@@ -311,6 +325,8 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch entry `i` becomes a copy of batch entry `beam_idx[i]`."""
+        if self.state is not None:
+            self.state.reorder_cache(cast("LongTensor", beam_idx))
         if self.ragged is not None:
             self.ragged.reorder(beam_idx)
             self.growth = self.growth.reorder(beam_idx)
@@ -329,18 +345,24 @@ class RaggedCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move the layer to the CPU."""
+        if self.state is not None:
+            self.state.offload()
         if self.ragged is not None:
             self.ragged_device = self.ragged.device
             self.ragged.to("cpu")
 
     def prefetch(self) -> None:
         """Move an offloaded layer back."""
+        if self.state is not None:
+            self.state.prefetch()
         if self.ragged is not None and hasattr(self, "ragged_device"):
             self.ragged.to(self.ragged_device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCacheLayer:
         """A copy to go on with by itself; the method is shared."""
-        copy = RaggedCacheLayer(self.method, self.layer_idx, self.num_layers, self.options, self.parts)
+        where = (self.method, self.layer_idx, self.num_layers, self.options, self.parts)
+        state = None if self.state is None else copied(self.state)
+        copy = RaggedCacheLayer(*where, state=state, is_croppable=self.is_croppable)
         if self.ragged is not None:
             copy.restore(RaggedLayer.from_snapshot(self.ragged.snapshot()))
         # Replaced, never changed:
@@ -348,7 +370,7 @@ class RaggedCacheLayer(CacheLayerMixin):
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is written to a file: nothing of the model."""
+        """What is pickled: nothing of the model."""
         return {**vars(self), "parts": Parts(), "hidden": None}
 
     @property

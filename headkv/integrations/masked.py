@@ -17,7 +17,13 @@ from headkv import _checks
 from headkv.attention import dense
 from headkv.integrations.hook import NAME, NewTokens, register
 from headkv.integrations.planning import Observation, prefill_of
-from headkv.integrations.support import check_method, is_whole_prompt, parts_of, supported_model
+from headkv.integrations.support import (
+    check_method,
+    has_states,
+    is_whole_prompt,
+    parts_of,
+    supported_model,
+)
 from headkv.logits import Rule
 from headkv.models.attention import choose_attention, decoder_attention
 
@@ -140,6 +146,8 @@ class MaskedCache(Cache):
         _checks.flag("fake_keys", fake_keys)
         if is_whole_prompt(method):
             raise ValueError(f"method must decide layer by layer, got {method!r}")
+        if has_states(model):
+            raise ValueError(f"model must hold no states of the text beside keys, got {type(model).__name__}")
         parts = parts_of(model)
         where = [{"layer_idx": i, "num_layers": len(parts), "parts": part} for i, part in enumerate(parts)]
         register()

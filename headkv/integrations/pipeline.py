@@ -19,6 +19,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from headkv import _checks
+from headkv._config import layer_kinds
 from headkv.data.chat import chat_frame
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
@@ -220,7 +221,7 @@ class HeadKVPipeline(Pipeline):
         model, context, asks = self.model, inputs["context"], inputs["asks"]
         given = cache
         if given is not None:
-            _check_cache(given, supported_config(model).num_hidden_layers)
+            _check_cache(given, len(layer_kinds(supported_config(model))))
         with kept_attention(model):
             # Snapshots undo the answers, so that windowed rows need store no more than they attend to.
             cache = given or RaggedCache.for_model(model, method or FullCache(), rollback=0)

@@ -15,8 +15,17 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from headkv._config import WITHOUT_ATTENTION, attention_layers, layer_kinds
+from headkv.integrations.carry import check_states
 from headkv.integrations.hook import NAME, NewTokens, register
-from headkv.integrations.support import decoder_of
+from headkv.integrations.support import (
+    declares_interface,
+    decoder_of,
+    has_states,
+    no_interface,
+    own_layers,
+    supported_config,
+)
 from headkv.logits import Rule
 
 if TYPE_CHECKING:
@@ -70,19 +79,34 @@ def check_attention(model: PreTrainedModel) -> None:
     """
     register()
     seen: dict[Any, int | None] = {}
+    proven: set[int | None] = set()
+    config = supported_config(model)
+    kinds = layer_kinds(config)
     for module in decoder_of(model).modules():
-        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-        if not isinstance(index, int) or config is None or isinstance(module, GradientCheckpointingLayer):
+        index = getattr(module, "layer_idx", None)
+        numbered = isinstance(index, int) and not isinstance(module, GradientCheckpointingLayer)
+        if getattr(module, "config", None) is None or not (
+            numbered or hasattr(module, "num_key_value_groups")
+        ):
             continue
-        kinds = getattr(config, "layer_types", None) or ()
-        kind = type(module), kinds[index] if index < len(kinds) else None
+        where = index if isinstance(index, int) and 0 <= index < len(kinds) else None  # None: layers share it
+        kind = type(module), None if where is None else kinds[where]
+        if kind[1] in WITHOUT_ATTENTION:
+            continue
         if kind not in seen:
             seen[kind] = _check(model, module, kind[1])
+        if seen[kind] is not None or any(x.is_meta for x in module.parameters()):
+            proven.add(where)
+    # Of models that do not say that they are served, every layer has to show it; or one for all, where layers share it.
+    if not (declares_interface(model) or None in proven or proven >= set(attention_layers(config))):
+        raise no_interface(type(model).__name__)
     if len(heads := {number for number in seen.values() if number is not None}) > 1:
         raise ValueError(
             f"model {type(model).__name__} can not be served, as its layers must have as many KV heads each, got "
             f"{' and '.join(map(str, sorted(heads)))}"
         )
+    if has_states(model):
+        check_states(decoder_of(model), own_layers(model))
 
 
 def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> int | None:
@@ -91,7 +115,12 @@ def _check(model: PreTrainedModel, attention: Module, kind: str | None) -> int |
     why: Exception | None = None
     twin: Any = copy.copy(attention)  # with the same weights, but another configuration
     twin.config = copy.copy(attention.config)
-    twin.config._attn_implementation = {"": NAME}
+    try:
+        twin.config._attn_implementation = {"": NAME}
+    except (AttributeError, TypeError, ValueError) as error:  # a configuration of a kind of its own
+        raise ValueError(
+            f"model {type(model).__name__} does not let its attention be chosen by name: {error}"
+        ) from error
     twin.training = False
     try:
         with torch.no_grad():
@@ -115,14 +144,18 @@ def _arguments(model: PreTrainedModel, attention: Any, cache: Cache, kind: str |
     if weight is not None:
         where = {"device": weight.device, "dtype": weight.dtype}
     positions = torch.arange(TOKENS, device=where["device"])
-    hidden = torch.zeros(1, TOKENS, attention.config.hidden_size, **where)
+    width = getattr(getattr(attention, "q_proj", None), "in_features", attention.config.hidden_size)
+    hidden = torch.zeros(1, TOKENS, width, **where)
     known: dict[str, Any] = {
         "hidden_states": hidden,
         "position_ids": positions[None],
         "cache_position": positions,
         "attention_mask": None,
         "past_key_values": cache,
+        "cache": cache,  # its name since transformers 5.24
         "use_cache": True,
+        # of attention that layers share, which is told for which it is
+        "layer_idx": attention_layers(supported_config(model))[0],
     }
     names = inspect.signature(type(attention).forward).parameters
     rotary: Any = getattr(decoder_of(model), "rotary_emb", None)

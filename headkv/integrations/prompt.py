@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from headkv.attention import api
 from headkv.attention.api import Backend
 from headkv.cache import RaggedLayer
+from headkv.integrations.carry import check_carries
 from headkv.integrations.hook import NewTokens
 from headkv.integrations.planning import Observation, prefill_of, texts_of
+from headkv.integrations.states import Beside, StatefulCache, selected, state_of
 from headkv.integrations.text import Text
 from headkv.logits import Rule
 from headkv.prefill import Parts, Prefill
@@ -48,17 +49,20 @@ class CachedPrompt:
         layers: of the cache.
         text: what the decoder was given.
         batch: which sequence.
+        whole: all layers of the cache: `layers`, and in hybrids those that do not attend.
     """
 
     decoder: Module
     layers: Sequence[WaitingLayer]
     text: Text
     batch: int
+    whole: Sequence[Any]
     _last: dict[int, Prefill] = field(default_factory=dict)
+    _carries: list[bool] = field(default_factory=list)  # filled once states are known to go on
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Layers of the model that attend."""
         return len(self.layers)
 
     @property
@@ -102,6 +106,9 @@ class CachedPrompt:
         if input_ids.ndim != 1 or input_ids.numel() == 0 or input_ids.dtype != torch.int64:
             got = f"{input_ids.dtype} {list(input_ids.shape)}"
             raise ValueError(f"input_ids must be int64 of shape [m] with at least one token, got {got}")
+        if not self._carries and any(map(state_of, self.whole)):
+            check_carries(self.decoder, self.whole)
+            self._carries.append(True)
         self._last.clear()  # a layer that was spread out is memory that the model may need
         first = self.text.next_positions[self.batch]
         positions = first + torch.arange(input_ids.numel(), device=first.device)
@@ -109,7 +116,7 @@ class CachedPrompt:
             _ReadingLayer(self._sequence(x.ragged), x.backend, i, watch) for i, x in enumerate(self.layers)
         ]
         seen = layers[0].ragged.seen
-        cache = Cache(layers=list(layers))
+        cache = StatefulCache(layers=self._around(layers))
         try:
             self.decoder(
                 input_ids=input_ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
@@ -118,6 +125,23 @@ class CachedPrompt:
             for layer in layers:
                 layer.ragged.crop(layer.ragged.seen - seen)
 
+    def _around(self, layers: Sequence[_ReadingLayer]) -> list[Any]:
+        """All layers of a cache for one more text: states go on in copies."""
+        every: list[Any] = []
+        attending = iter(layers)
+        for layer in self.whole:
+            own = state_of(layer)
+            state = None if own is None else selected(own, self.batch)
+            if layer is own:
+                every.append(state)
+            elif hasattr(layer, "attend"):
+                reading = next(attending)
+                reading.state = state
+                every.append(reading)
+            else:
+                every.append(layer)  # one that holds nothing
+        return every
+
     def _sequence(self, ragged: RaggedLayer) -> RaggedLayer:
         """This sequence's rows: the layer itself where it is the only one, else a copy."""
         if ragged.batch_size == 1:
@@ -125,7 +149,7 @@ class CachedPrompt:
         return ragged.select(torch.tensor([self.batch], device=ragged.device))
 
 
-class _ReadingLayer(CacheLayerMixin):
+class _ReadingLayer(Beside, CacheLayerMixin):
     """A layer that stores new tokens behind a prompt, and shows them to a watcher."""
 
     def __init__(self, ragged: RaggedLayer, backend: Backend, layer_idx: int, watch: Watch) -> None:

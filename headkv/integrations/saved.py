@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headkv._config import CacheShape, model_name
+from headkv._config import CacheShape, layer_kinds, model_name
 from headkv.integrations.support import decoder_of, supported_config
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
         "name": model_name(model),
         "type": config.model_type,
         "layers": shape.num_layers,
+        "kinds of layers": layer_kinds(config),
         "KV heads": shape.num_kv_heads,
         "head dim": shape.head_dim,
         "windows": shape.windows,
@@ -77,7 +78,7 @@ def check_identity(about: dict[str, Any], model: PreTrainedModel) -> None:
 
 def devices_of(model: PreTrainedModel) -> list[torch.device]:
     """Where each layer of the decoder computes."""
-    devices = [model.device] * supported_config(model).num_hidden_layers
+    devices = [model.device] * len(layer_kinds(supported_config(model)))
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
         weight = next(module.parameters(), None)

@@ -69,22 +69,23 @@ def score(
     inner = supported_model(model)
     with kept_attention(inner):
         cache = RaggedCache.for_model(inner, method, backend=backend, rollback=0)
-        _read(model, cache, prompts, prompt_mask)
+        _read(model, cache, prompts, prompt_mask, keep=1)
         cache.finalize_prefill()
-        logits = _read(model, cache, tokens, torch.cat([prompt_mask, mask], 1), keep=tokens.shape[1])
+        logits = _read(model, cache, tokens, torch.cat([prompt_mask, mask], 1))
     answers = _padded(continuations)[0].to(logits.device)
     chances = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
     chances = chances.masked_fill(~mask.to(chances.device), 0)
     return chances if per_token else chances.sum(1)
 
 
-def _read(model: Any, cache: RaggedCache, tokens: Tensor, mask: Tensor, keep: int = 1) -> Tensor:
-    """The model's logits of the last `keep` of new tokens `[B, T]`; `mask` `[B, n + T]` says what is text."""
+def _read(model: Any, cache: RaggedCache, tokens: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
+    """The model's logits of new tokens `[B, T]`, or only of the last `keep`; `mask` `[B, n + T]` says what is text."""
     n, device = mask.shape[1] - tokens.shape[1], supported_model(model).device
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, n:]
     given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions}
+    only = {"logits_to_keep": keep} if keep else {}  # of several it would say that they are drafts
     on_device: dict[str, Any] = {name: x.to(device) for name, x in given.items()}
-    logits: Tensor = model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    logits: Tensor = model(**on_device, past_key_values=cache, use_cache=True, **only).logits
     return logits
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import Cache, DynamicCache
 
 from headkv import _checks
+from headkv._config import layer_kinds
 from headkv.attention.api import Backend
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.cache import RaggedCache
@@ -29,6 +30,7 @@ from headkv.integrations.support import (
     attentions_to_hear,
     check_method,
     decoder_of,
+    has_states,
     supported_config,
     supported_model,
 )
@@ -117,6 +119,10 @@ class Decoding:
     def check(self, model: PreTrainedModel) -> None:
         """A model that can be run so."""
         if self.cuda_graph:
+            if has_states(model):
+                raise ValueError(
+                    f"cuda_graph must be False with {type(model).__name__}, whose layers hold states of the text"
+                )
             check_device(model)
         if self.compile_layers:
             decoder_layers(model)
@@ -134,7 +140,7 @@ class Session:
         check_method(method, self.model, options.chunked_prefill)
         decoding.check(self.model)
         self._decoder = decoder_of(self.model)
-        self._num_layers = supported_config(self.model).num_hidden_layers
+        self._num_layers = len(layer_kinds(supported_config(self.model)))
         self._cache: RaggedCache | None = None
         # Caches of the user's own, and what stands for each from the first call on.
         self._others: weakref.WeakKeyDictionary[Any, RaggedCache] = weakref.WeakKeyDictionary()
@@ -215,7 +221,7 @@ class Session:
             raise ValueError(
                 "gradient checkpointing leaves the cache out in training mode; call model.eval() first"
             )
-        if attends(given) and not isinstance(given.layers[0], RaggedCacheLayer):
+        if attends(given) and not any(isinstance(layer, RaggedCacheLayer) for layer in given.layers):
             return None  # a method reads the prompt again
         if (left := left_out(self.model, arguments)) is not None:
             left.reset()
@@ -258,7 +264,7 @@ class Session:
         if known is not None and known.layers is given.layers:
             return known
         if attends(given):
-            ragged = RaggedCache.around(self.model, cast("list[RaggedCacheLayer]", given.layers))
+            ragged = RaggedCache.around(self.model, given.layers)
         else:
             check_replaceable(given)
             ragged = self._empty()
@@ -270,7 +276,11 @@ class Session:
 
     def _empty(self) -> RaggedCache:
         # With assistant_early_exit the model drafts by its first layers alone, for which the method was not made.
-        drafting = supported_config(self.model).num_hidden_layers != self._num_layers
+        drafting = len(layer_kinds(supported_config(self.model))) != self._num_layers
+        if drafting and has_states(self.model):
+            raise ValueError(
+                "assistant_early_exit must be None with a hybrid, whose states can not forget drafts"
+            )
         return RaggedCache.unattached(self.model, FullCache() if drafting else self.method, self._options)
 
 

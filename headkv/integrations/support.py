@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv._config import kv_heads
+from headkv._config import WITHOUT_ATTENTION, attention_layers, kv_heads, layer_kinds
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
+from headkv.integrations.states import can_hold, state_of
 from headkv.prefill import Parts
 
 if TYPE_CHECKING:
@@ -66,19 +67,73 @@ def supported_model(model: Any) -> PreTrainedModel:
     name = type(inner).__name__
     if getattr(inner.config, "is_encoder_decoder", False):
         raise ValueError(f"model {name} is an encoder-decoder; headkv supports decoders only")
-    if not getattr(inner, "_supports_attention_backend", False):
-        raise ValueError(
-            f"model {name} does not call its attention through transformers' attention interface"
-        )
+    if not (declares_interface(inner) or inner._can_set_attn_implementation()):
+        raise no_interface(name)
     config = inner.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
+    kinds = set(layer_kinds(config))
+    if unknown := kinds - ATTENTION - WITHOUT_ATTENTION:
+        allowed = "allowed: full and sliding attention, and what hybrids have beside it"
+        raise ValueError(f"model {name} has layers of kind {', '.join(sorted(map(str, unknown)))}; {allowed}")
+    if not attention_layers(config):
         raise ValueError(
-            f"model {name} has layers of kind {', '.join(sorted(kinds))}; allowed: full and sliding attention"
+            f"model {name} has no layer with attention: there are no keys and values to compress"
         )
+    if kinds - PLAIN_ATTENTION:
+        _check_hybrid(inner)
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         raise ValueError(f"model {name} shares keys and values between layers, which headkv does not support")
     return inner
+
+
+# Kinds of layers that attend; the hybrid ones hold a state of the text besides.
+PLAIN_ATTENTION = {None, "full_attention", "sliding_attention"}
+ATTENTION = PLAIN_ATTENTION | {"hybrid", "hybrid_sliding"}
+
+
+def declares_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's class says that attention functions of others serve it; hybrids' classes do not."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def no_interface(name: str) -> ValueError:
+    """Of a model whose attention can not be chosen by name."""
+    return ValueError(f"model {name} does not call its attention through transformers' attention interface")
+
+
+def _check_hybrid(model: PreTrainedModel) -> None:
+    """A hybrid whose states transformers' common cache holds, and carries on over several tokens at once.
+
+    Raises:
+        ValueError: it is none.
+    """
+    import transformers
+
+    name, file = type(model).__name__, type(decoder_of(model)).__module__
+    if not can_hold():
+        raise ValueError(
+            f"model {name} is a hybrid, whose states transformers {transformers.__version__} does not carry on over "
+            "several tokens; use a newer release"
+        )
+    kinds = (x for x in vars(sys.modules[file]).values() if isinstance(x, type) and x.__module__ == file)
+    own = [kind.__name__ for kind in kinds if issubclass(kind, transformers.Cache)]
+    if own:
+        raise ValueError(f"model {name} keeps its states in a cache of its own class, {own[0]}")
+
+
+def own_layers(model: PreTrainedModel) -> list[Any]:
+    """What transformers' own cache for a hybrid consists of, empty; None for each layer of other models."""
+    from transformers import DynamicCache
+
+    config = supported_config(model)
+    kinds = layer_kinds(config)
+    if set(kinds) <= PLAIN_ATTENTION:
+        return [None] * len(kinds)
+    return list(DynamicCache(config=config).layers[: len(kinds)])
+
+
+def has_states(model: PreTrainedModel) -> bool:
+    """Whether layers of `model` hold states of the text."""
+    return any(state_of(layer) is not None for layer in own_layers(model))
 
 
 def supported_config(model: Any) -> PreTrainedConfig:
@@ -100,15 +155,22 @@ def decoder_of(model: PreTrainedModel) -> Module:
 
 
 def parts_of(model: PreTrainedModel) -> list[Parts]:
-    """What each layer's attention has besides queries, keys and values; see `headkv.prefill.Parts`."""
+    """What each layer's attention has besides queries, keys and values; see `headkv.prefill.Parts`.
+
+    In hybrids: of the layers that attend.
+    """
     decoder, config = decoder_of(model), supported_config(model)
-    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    parts = [Parts()] * config.num_hidden_layers
+    kinds, parts = layer_kinds(config), dict.fromkeys(attention_layers(config), Parts())
     for module in decoder.modules():
         index, output = getattr(module, "layer_idx", None), _output_weight(module)
-        if isinstance(index, int) and output is not None and 0 <= index < len(parts):
+        if index in parts and output is not None and _attends(module, kinds[index]):
             parts[index] = Parts(output, _rotary(decoder, module, kinds[index]), module, model)
-    return parts
+    return list(parts.values())
+
+
+def _attends(module: Module, kind: str | None) -> bool:
+    """Whether a part of a layer of this kind is its attention, and not what holds its state."""
+    return kind in PLAIN_ATTENTION or hasattr(module, "num_key_value_groups")
 
 
 def _output_weight(attention: Module) -> Tensor | None:
@@ -174,5 +236,6 @@ def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_
 
 def check_chunks(method: Method | PromptMethod, config: PreTrainedConfig) -> None:
     """A method that must know a prompt's length before it is read says so here, not at the first chunk."""
-    shape = {"layer_idx": 0, "num_layers": config.num_hidden_layers, "num_kv_heads": kv_heads(config)}
+    layers = len(attention_layers(config))
+    shape = {"layer_idx": 0, "num_layers": layers, "num_kv_heads": kv_heads(config)}
     prefill_windows(method, [None], **shape, sliding_window=None)

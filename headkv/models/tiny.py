@@ -55,6 +55,45 @@ _RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 FAMILIES: tuple[str, ...] = tuple(_RECIPES)
 
+_MAMBA: dict[str, Any] = {
+    **{"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_n_groups": 1},
+    **{"mamba_expand": 2, "mamba_chunk_size": 8},
+}
+# The same of hybrids: layers without attention before, between and behind those with it, and layers that have both.
+_HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16},
+            **{"linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
+            **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        },
+    ),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            **{"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+            **{"num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {**_MAMBA, "num_hidden_layers": 2, "mamba_d_ssm": 128},
+    ),
+}
+
+HYBRIDS: tuple[str, ...] = tuple(_HYBRIDS)
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -74,12 +113,12 @@ _SHAPE: dict[str, Any] = {
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random decoder of `family`: 3 layers, 4 query heads, 2 KV heads, head dim 16, vocabulary 97.
+    """A random decoder of `family`: 3 layers (or more), 4 query heads, 2 KV heads, head dim 16, vocabulary 97.
 
     The same arguments always give the same weights. The caller's random state is left as it was.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES` or `HYBRIDS`.
         seed: the seed of the weights.
         **overrides: configuration values to change, e.g. `num_hidden_layers=2`. A family whose layers differ
             in kind also needs its `layer_types` then.
@@ -88,12 +127,12 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
         The model, float32, in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: `family` is not one of `FAMILIES`.
+        ValueError: `family` is none of them.
     """
-    _checks.one_of("family", family, FAMILIES)
+    _checks.one_of("family", family, FAMILIES + HYBRIDS)
     import transformers
 
-    config_name, model_name, special = _RECIPES[family]
+    config_name, model_name, special = {**_RECIPES, **_HYBRIDS}[family]
     config = getattr(transformers, config_name)(**{**_SHAPE, **special, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
