@@ -62,7 +62,10 @@ def add_commands(commands: Any) -> None:
         "--workers", type=int, metavar="N", help="with --ray (default: as many as there is room for)"
     )
     run.add_argument(
-        "--gpu-share", type=float, metavar="X", help="of a card for each, with --ray --device cuda (default: 1)"
+        "--gpu-share",
+        type=float,
+        metavar="X",
+        help="of a card for each, with --ray --device cuda (default: 1)",
     )
     run.set_defaults(run=evaluate)
 
