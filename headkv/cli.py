@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, rest = list(sys.argv[1:] if arguments is None else arguments), []
     if words[:1] == ["lm-eval"]:  # what follows is for another command, and argparse would read it
         words, rest = words[:1], words[1:]
-    options = parser().parse_args(words, argparse.Namespace(rest=rest, words=words))
+    options = parser().parse_args(words, argparse.Namespace(rest=rest, given=words))
     try:
         options.run(options)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
@@ -312,7 +312,7 @@ def compare_files(options: argparse.Namespace) -> None:
         plot_cells(cells).savefig(options.picture, dpi=150)
     if options.json:
         about = {
-            "command": shlex.join(["headkv", *options.words]),
+            "command": shlex.join(["headkv", *options.given]),
             "model": model_name(model),
             **where(model),
             **{name: getattr(options, name) for name in ("texts", "seed")},

@@ -17,6 +17,7 @@ OPTIONAL = {
     "plots": (("matplotlib",), "pip install 'headkv[plots]'"),
     "widgets": (("anywidget", "ipywidgets"), "pip install 'headkv[widgets]'"),
     "eval": (("lm_eval", "pyarrow"), "pip install 'headkv[eval]'"),
+    "eval on several workers": (("ray",), "pip install 'headkv[ray]'"),
 }
 
 

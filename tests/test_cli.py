@@ -66,6 +66,7 @@ GONE = {
     "matplotlib": ("plots", "pip install 'headkv[plots]'"),
     "anywidget": ("widgets", "pip install 'headkv[widgets]'"),
     "lm_eval": ("eval", "pip install 'headkv[eval]'"),
+    "ray": ("eval on several workers", "pip install 'headkv[ray]'"),
     "headkv._rust": ("rust backend (fast on a CPU)", rust.INSTALL),
     "headkv_kernels": ("triton backend (fast on a GPU)", triton.INSTALL),
 }

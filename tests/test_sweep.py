@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet
@@ -14,7 +15,7 @@ from letters import letters
 
 from headkv.evaluation.harness import Sample
 from headkv.evaluation.rows import SweepRow, read_rows, write_rows
-from headkv.evaluation.sweep import Sweep, run_sweep
+from headkv.evaluation.sweep import Asker, Sweep, run_sweep
 from headkv.models import tiny_model
 
 SWEEP = Sweep(
@@ -48,7 +49,8 @@ def documents(task: str, length: int, seed: int, limit: int) -> list[Sample]:
 
 
 def run(out: Path, **options) -> list[SweepRow]:
-    return run_sweep(SWEEP, tiny_model("llama"), letters(), documents, out, **options)
+    answers = partial(map, Asker(SWEEP, tiny_model("llama"), letters()))
+    return run_sweep(SWEEP, answers, documents, out, **options)
 
 
 @pytest.fixture(scope="module")

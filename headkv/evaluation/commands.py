@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,22 @@ def add_commands(commands: Any) -> None:
         "--out", type=Path, default=Path("headkv-eval.parquet"), metavar="FILE", help="of the rows"
     )
     run.add_argument("--by", default="task", choices=PARTS, help="the columns of the table")
+    run.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="ask on the workers of a Ray cluster, host:port or auto; without ADDRESS, of one on this machine",
+    )
+    run.add_argument(
+        "--workers", type=int, metavar="N", help="with --ray (default: as many as there is room for)"
+    )
+    run.add_argument(
+        "--gpu-share",
+        type=float,
+        metavar="X",
+        help="of a card for each, with --ray --device cuda (default: 1)",
+    )
     run.set_defaults(run=evaluate)
 
     write = commands.add_parser(
@@ -140,9 +158,9 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`headkv eval`."""
-    from headkv.evaluation.profiling import load_on
+    from headkv.evaluation.profiling import load_on, load_tokenizer
     from headkv.evaluation.report import as_text
-    from headkv.evaluation.sweep import Sweep, run_sweep
+    from headkv.evaluation.sweep import Answers, Asker, Sweep, run_sweep
 
     sweep = Sweep(
         model=options.model,
@@ -158,9 +176,22 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     for task, length, _ in sweep.groups:
         check(task, length)
-    model, tokenizer = load_on(options.device, options.model)
+    asking: AbstractContextManager[Answers]
+    if options.ray is not None:
+        from headkv.evaluation.distributed import workers
+
+        tokenizer = load_tokenizer(options.model)
+        asking = workers(
+            *(sweep, options.device, options.ray), count=options.workers, gpu_share=options.gpu_share
+        )
+    elif options.workers is not None or options.gpu_share is not None:
+        raise ValueError("--workers and --gpu-share must be given with --ray")
+    else:
+        model, tokenizer = load_on(options.device, options.model)
+        asking = nullcontext(partial(map, Asker(sweep, model, tokenizer)))
     source = maker(tokenizer) if options.documents is None else read_documents(options.documents, tokenizer)
-    rows = run_sweep(sweep, model, tokenizer, source, options.out, progress=True)
+    with asking as answers:
+        rows = run_sweep(sweep, answers, source, options.out, progress=True)
     print(as_text(rows, options.by))
     print(f"{len(rows)} rows: {options.out}", file=sys.stderr)
 
@@ -170,12 +201,12 @@ def documents(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from headkv.data.chat import chat_frame
-    from headkv.evaluation.profiling import load_on
+    from headkv.evaluation.profiling import load_tokenizer
 
     for task in options.tasks:
         for length in options.lengths:
             check(task, length)
-    _, tokenizer = load_on("cpu", options.model)
+    tokenizer = load_tokenizer(options.model)
     make = maker(tokenizer)
     groups = [(task, n, seed) for task in options.tasks for n in options.lengths for seed in options.seed]
     made = (sample for group in tqdm(groups, unit="group") for sample in make(*group, options.limit))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,18 @@ from headkv.heads.profilers import PROFILERS, WAYS, check_options, measure, prof
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROFILERS", "WAYS", "load", "load_on", "measure", "profile_options", "run_profile"]
+__all__ = [
+    "PROFILERS",
+    "WAYS",
+    "load",
+    "load_on",
+    "load_tokenizer",
+    "measure",
+    "profile_options",
+    "run_profile",
+]
+
+SMOLLM2 = ("smollm2", "smollm2-tuned")
 
 
 def run_profile(
@@ -99,14 +112,38 @@ def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ValueError: there is none.
     """
-    if model in ("smollm2", "smollm2-tuned"):
+    if model in SMOLLM2:
         from headkv.models.smollm2 import load_smollm2
 
         return load_smollm2(tuned=model == "smollm2-tuned")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    with _named(model):
+        loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    return loaded, load_tokenizer(model)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` gives, without the weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if model in SMOLLM2:
+        from headkv.models.smollm2 import fetch_smollm2
+
+        return AutoTokenizer.from_pretrained(fetch_smollm2(), local_files_only=True)
+    with _named(model):
+        return AutoTokenizer.from_pretrained(model)
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Say which model it is that is not there."""
     try:
-        return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         allowed = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FULL = "FullCache"
+Answers = Callable[[Iterator[Sample]], Iterable[list[SweepRow]]]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class Sweep:
 
 def run_sweep(
     sweep: Sweep,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    answers: Answers,
     documents: Source,
     out: str | os.PathLike[str],
     *,
@@ -99,15 +99,19 @@ def run_sweep(
 
     Args:
         sweep: what is asked.
-        model, tokenizer: of one decoder.
+        answers: from documents to the rows of each, in any order: `partial(map, Asker(sweep, model, tokenizer))` in
+            this process, `headkv.evaluation.distributed.workers` in others.
         documents: makes those of a task, length and seed, as many as the fourth argument says.
         out: a new file, or that of a run that was killed.
         progress: show a progress bar, with the time left, on the standard error stream.
         on_document: told after each document how many are done.
 
+    Returns:
+        The rows, in the order of the sweep.
+
     Raises:
         ImportError: there is no pyarrow.
-        ValueError: a method or a task that is not there; `out` exists; or the journal is of another sweep.
+        ValueError: `out` exists, or the journal is of another sweep.
     """
     from tqdm import tqdm
 
@@ -115,19 +119,18 @@ def run_sweep(
     beside = out.with_name(out.name + PARTIAL)
     if out.exists() and not beside.exists():
         raise ValueError(f"out must be a new file, got {out}, which exists")
-    make = roster([name for name in sweep.methods if name.casefold() != FULL.casefold()], model, tokenizer)
-    about = where(model)
     journal = Journal(beside, _plain(sweep))
     rows = [SweepRow.from_json(row) for piece in journal.pieces for row in piece["rows"]]
     done = {row.key[4:] for row in rows}
     with tqdm(total=len(sweep.groups) * sweep.limit, initial=len(done), disable=not progress) as bar:
-        for sample in _left(sweep, documents, done):
-            bar.set_description(f"{sample.task}, {sample.length}")
-            made = list(_ask(sweep, model, tokenizer, sample, make, about))
+        for made in answers(_left(sweep, documents, done)):
+            bar.set_description(f"{made[0].task}, {made[0].length}")
             journal.add({"rows": [row.to_json() for row in made]})
             rows += made
             bar.update()
             on_document(len(journal.pieces))
+    order = {group: number for number, group in enumerate(sweep.groups)}
+    rows.sort(key=lambda row: (order[row.task, row.length, row.seed], row.doc_id))
     write_rows(out, rows)
     beside.unlink()
     return rows
@@ -143,29 +146,39 @@ def _left(sweep: Sweep, documents: Source, done: set[tuple[Any, ...]]) -> Iterat
                 yield sample
 
 
-def _ask(
-    sweep: Sweep,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sample: Sample,
-    make: dict[str, Sized],
-    about: dict[str, str],
-) -> Iterator[SweepRow]:
-    """The rows of one document."""
-    names: list[tuple[str, int | float]] = [(FULL, 1.0)]
-    names += [(name, budget) for name in make for budget in sweep.budgets]
-    makes = [sized(BY_SHARE[FULL], 1.0), *(sized(make[name], budget) for name, budget in names[1:])]
-    methods = {f"{name} {budget!r}": make_it for (name, budget), make_it in zip(names, makes, strict=True)}
-    most = min(sample.max_new_tokens, sweep.max_new_tokens or sample.max_new_tokens)
-    for way, replies in ask(
-        *(model, tokenizer, sample.context, sample.question, methods, sweep.questions),
-        expected=" " + ", ".join(sample.expected),
-        max_new_tokens=most,
-    ):
-        for (name, budget), reply in zip(names, replies, strict=True):
-            yield SweepRow(
-                model=sweep.model,
-                **about,
+class Asker:
+    """What answers documents: a model, and the methods of a sweep.
+
+    Args:
+        sweep: what is asked.
+        model, tokenizer: of one decoder.
+
+    Raises:
+        ValueError: a method that is not there, or that this model has no head profile for.
+    """
+
+    def __init__(self, sweep: Sweep, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        make = roster(
+            [name for name in sweep.methods if name.casefold() != FULL.casefold()], model, tokenizer
+        )
+        self._methods: list[tuple[str, int | float, Sized]] = [(FULL, 1.0, BY_SHARE[FULL])]
+        self._methods += [(name, budget, make[name]) for name in make for budget in sweep.budgets]
+        self._sweep, self._model, self._tokenizer, self._about = sweep, model, tokenizer, where(model)
+
+    def __call__(self, sample: Sample) -> list[SweepRow]:
+        """The rows of one document: the ways to ask, of each all methods."""
+        most = min(sample.max_new_tokens, self._sweep.max_new_tokens or sample.max_new_tokens)
+        found = ask(
+            *(self._model, self._tokenizer, sample.context, sample.question),
+            {f"{name} {budget!r}": sized(make, budget) for name, budget, make in self._methods},
+            self._sweep.questions,
+            expected=" " + ", ".join(sample.expected),
+            max_new_tokens=most,
+        )
+        return [
+            SweepRow(
+                model=self._sweep.model,
+                **self._about,
                 method=name,
                 parameters=reply.method,
                 budget=float(budget),
@@ -187,6 +200,9 @@ def _ask(
                 answer_tokens=reply.answer_tokens,
                 divergence=reply.divergence,
             )
+            for way, replies in found
+            for (name, budget, _), reply in zip(self._methods, replies, strict=True)
+        ]
 
 
 def where(model: PreTrainedModel) -> dict[str, str]:

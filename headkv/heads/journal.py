@@ -12,7 +12,7 @@ class Journal:
     """A file of JSON lines: what is measured, then each finished piece of it. Without a path: nothing is kept.
 
     Args:
-        path: of the file; it is made anew, or read if there is one.
+        path: of the file; it is read if there is one, or else made with the first piece.
         task: what is measured, with all options; plain JSON values.
 
     Raises:
@@ -24,9 +24,8 @@ class Journal:
         self.pieces: list[dict[str, Any]] = []
         if self._path is None:
             return
-        first = json.dumps(task) + "\n"
+        self._first = first = json.dumps(task) + "\n"
         if not self._path.exists():
-            self._path.write_text(first, encoding="utf-8")
             return
         whole = [
             line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
@@ -46,4 +45,4 @@ class Journal:
         self.pieces.append(piece)
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(piece) + "\n")
+                file.write((self._first if file.tell() == 0 else "") + json.dumps(piece) + "\n")
