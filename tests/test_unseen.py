@@ -65,9 +65,10 @@ def test_side_by_side_is_as_if_alone():
     assert verdicts[0][0].stored_share == 1 and verdicts[0][1].nbytes < verdicts[0][0].nbytes
 
 
-def test_each_is_as_large_as_alone():
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_each_is_as_large_as_alone(family):
     """Stored entries, and bytes as the allocator has them for a cache of the method's own."""
-    model, context = tiny_model("llama"), prompts(1)["input_ids"]
+    model, context = tiny_model(family), prompts(1)["input_ids"]
     reading = Reading(model, context)
     methods = [headkv.FullCache(), *METHODS.values()]
     together = side_by_side(reading, methods)
