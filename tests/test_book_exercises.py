@@ -17,25 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from myst_nb.core.read import read_myst_markdown_notebook
-from myst_parser.config.main import MdParserConfig
+from chapters import BOOK, PAGES, code_cells
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[1]
-BOOK = ROOT / "book"
+ROOT = BOOK.parent
 BUILT = "book/_build/html/.built"
-PAGES = re.findall(r"^ +- file: (\S+)", (BOOK / "_toc.yml").read_text(encoding="utf-8"), re.MULTILINE)
 CHAPTERS = [name for name in PAGES if "## Solutions" in (BOOK / f"{name}.md").read_text(encoding="utf-8")]
-
-
-def notebook(name: str) -> NotebookNode:
-    """A page as Jupyter Book reads it."""
-    text = (BOOK / f"{name}.md").read_text(encoding="utf-8")
-    return read_myst_markdown_notebook(text, MdParserConfig())
-
-
-def code_cells(name: str) -> list[NotebookNode]:
-    return [cell for cell in notebook(name).cells if cell.cell_type == "code"]
 
 
 def is_solution(cell: NotebookNode) -> bool:
