@@ -16,6 +16,7 @@ _HOMES = {
     "HeadGrid": "head_grid",
     "RaggedPool": "ragged_pool",
     "SideBySide": "side_by_side",
+    "SparsityDial": "sparsity_dial",
     "WorkShares": "work_shares",
 }
 
@@ -26,6 +27,7 @@ __all__ = [
     "HeadGrid",
     "RaggedPool",
     "SideBySide",
+    "SparsityDial",
     "WorkShares",
 ]  # noqa: F822 (loaded when first used)
 

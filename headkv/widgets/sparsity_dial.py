@@ -19,11 +19,12 @@ class SparsityDial(Picture):
     Answers and shares were measured beforehand, for each stop of the dial; the page only sorts the heads.
 
     Args:
-        profiles: for each list, by its name, its scores `[layers, heads]`, one a KV head; the highest keep all, of equal
-            ones the earlier.
+        profiles: for each list, by its name, its scores `[layers, heads]`, one a KV head; the highest keep all, of
+            equal ones the earlier.
         cells: what was measured, one mapping for each profile, kind of question, length and number of heads, as
-            `headkv profile compare --json` writes them: `profile`, `kind`, `length`, `heads` that keep all, `stored` (share
-            of the entries), `right` (answers, of those that are right with all heads full), `full` (answers that are), `asked`.
+            `headkv profile compare --json` writes them: `profile`, `kind`, `length`, `heads` that keep all, `stored`
+            (share of the entries), `right` (answers, of those that are right with all heads full), `full` (answers
+            that are), `asked`.
         profile: which list is shown first.
         heads: how many heads keep all at first; default: the stop nearest to a fifth of them.
         bytes_per_entry: bytes of one key and one value of one head (512: head dim 64, float32).
@@ -79,9 +80,7 @@ class SparsityDial(Picture):
     ) -> None:
         if not profiles:
             raise ValueError("profiles must hold one list of scores or more, got none")
-        scores = {
-            name: checks.array(f"scores of {name!r}", x, ndim=(2,)) for name, x in profiles.items()
-        }
+        scores = {name: checks.array(f"scores of {name!r}", x, ndim=(2,)) for name, x in profiles.items()}
         names = list(scores)
         shape = scores[names[0]].shape
         for name, array in scores.items():
@@ -96,7 +95,9 @@ class SparsityDial(Picture):
 
         def cell(name: str, kind: str, length: int, count: int) -> Mapping[str, Any]:
             if (there := found.get((name, kind, length, count))) is None:
-                raise ValueError(f"cells must hold {name!r}, {kind}, {length} tokens, {count} heads, got no such one")
+                raise ValueError(
+                    f"cells must hold {name!r}, {kind}, {length} tokens, {count} heads, got no such one"
+                )
             return there
 
         first = [[cell(names[0], kind, n, counts[0]) for kind in kinds] for n in lengths]
@@ -108,8 +109,7 @@ class SparsityDial(Picture):
             counts=counts,
             lengths=lengths,
             kinds=kinds,
-            stored=[[float(cell(names[0], kinds[0], n, k)["stored"]) for k in counts] for n in lengths]
-            ,
+            stored=[[float(cell(names[0], kinds[0], n, k)["stored"]) for k in counts] for n in lengths],
             right=[
                 [[[int(cell(name, kind, n, k)["right"]) for kind in kinds] for k in counts] for name in names]
                 for n in lengths
@@ -125,19 +125,21 @@ class SparsityDial(Picture):
             title=title or "",
         )
 
-    @t.validate("at", "profile", "length", "selected")
+    @t.validate("at", "profile", "length", "kind", "selected")
     def _as_described(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "selected":
             return checks.pair(name, value, (self._shape[0], self._shape[1]))
+        if name == "kind":
+            return checks.one_of(name, value, ("", *self.kinds))
         among = {"at": self.counts, "profile": self.names, "length": self.lengths}[name]
         return checks.whole(name, value, 0, len(among) - 1)
 
     def describe(self) -> str:
         right, full = self.right[self.length][self.profile][self.at], self.full[self.length]
         return (
-            f"SparsityDial: {self.counts[self.at]} of {self._shape[0] * self._shape[1]} KV heads keep all, the highest by "
-            f"{self.names[self.profile]}; {self.stored[self.length][self.at]:.0%} of the bytes at "
+            f"SparsityDial: {self.counts[self.at]} of {self._shape[0] * self._shape[1]} KV heads keep all, "
+            f"the highest by {self.names[self.profile]}; {self.stored[self.length][self.at]:.0%} of the bytes at "
             f"{self.lengths[self.length]:,} tokens: {sum(right)} of {sum(full)} answers."
         )
 
@@ -148,7 +150,9 @@ def _key(i: int, cell: Mapping[str, Any], total: int) -> tuple[str, str, int, in
         raise ValueError(f"cells[{i}] must have {', '.join(FIELDS)}, got no {missing[0]}")
     checks.share(f"cells[{i}] stored", cell["stored"])
     asked = checks.whole(f"cells[{i}] asked", cell["asked"], 1)
-    checks.whole(f"cells[{i}] right", cell["right"], 0, checks.whole(f"cells[{i}] full", cell["full"], 0, asked))
+    checks.whole(
+        f"cells[{i}] right", cell["right"], 0, checks.whole(f"cells[{i}] full", cell["full"], 0, asked)
+    )
     return (
         str(cell["profile"]),
         str(cell["kind"]),

@@ -19,7 +19,11 @@ export const signOf = (i) => SIGNS[i % SIGNS.length];
  * @param {{ label: string, onpick: (line: number, point: number) => void }} options
  */
 export function linePlot({ label, onpick }) {
-  const drawing = s("svg.lines-drawing", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const drawing = s("svg.lines-drawing", {
+    viewBox: "0 0 100 100",
+    preserveAspectRatio: "none",
+    "aria-hidden": "true",
+  });
   const dots = h("div.lines-dots", { role: "group", "aria-label": label });
   const ticks = h("div.lines-ticks", { "aria-hidden": "true" });
   const across = h("p.caption");
@@ -141,7 +145,12 @@ function placed(kind, side, at, text) {
 export function foldedTable(summary) {
   const table = h("table.figures");
   return {
-    el: h("details.more", {}, h("summary", {}, summary), h("div.scroll", { tabindex: 0, role: "region", "aria-label": summary }, table)),
+    el: h(
+      "details.more",
+      {},
+      h("summary", {}, summary),
+      h("div.scroll", { tabindex: 0, role: "region", "aria-label": summary }, table),
+    ),
     /** @param {string[]} head @param {string[][]} rows */
     update(head, rows) {
       table.replaceChildren(

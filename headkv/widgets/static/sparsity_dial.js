@@ -100,7 +100,7 @@ function render({ model, el }) {
     return `layer ${l}, head ${k}: score ${said(scores[p][i])}, number ${ranks[p][i] + 1} of ${total}, ` +
       (ranks[p][i] < counts[get("at")] ? "keeps all" : "streams");
   }
-  const verdict = h("p.says");
+  const verdict = h("p.dial-says");
   const edge = h("p.caption");
   const chosen = h("p.head-line");
   const plot = linePlot({
@@ -116,7 +116,7 @@ function render({ model, el }) {
     "sparsity-dial",
     get("title"),
     "Heads that keep all, and answers",
-    h("div.pinned", {}, dial.el, bill.el),
+    h("div.pinned", {}, dial.el, bill.el, verdict),
     h("div.dial-pickers", {}, ...pickers, ...(kinds.length > 1 ? [kind.el] : [])),
     h(
       "div.stage.stage-dial",
@@ -132,7 +132,7 @@ function render({ model, el }) {
           h("span", {}, h("span.cell.kind.kind-1.sample", {}, "□"), " streams"),
         ),
       ),
-      h("div", {}, verdict, edge, chosen, plot.el),
+      h("div", {}, edge, chosen, plot.el),
     ),
     figures.el,
     status.el,
@@ -147,7 +147,7 @@ function render({ model, el }) {
     const equal = scores[p].filter((x) => x === last).length;
     return `The last of them has ${said(last)}, as ${equal} heads have: among equals the earlier one is taken.`;
   }
-  const answers = (p, step) => `${right(p, step)} of the ${full()} answers that the full cache has right`;
+  const answers = (p, step) => `${right(p, step)} of the full cache's ${full()} right answers`;
 
   function draw() {
     const [p, step] = [get("profile"), get("at")];
@@ -184,7 +184,7 @@ function render({ model, el }) {
         title: `answers right, of the ${full()} that the full cache has right (${asked()} were asked)`,
         min: 0,
         max: Math.max(1, ...lines.flatMap((line) => line.points.map((point) => point.y))),
-        ticks: [[0, "0"], [0.5, "½"], [1, "all"]],
+        ticks: [[0, ""], [0.5, "½"], [1, "all"]],
       },
     }, `${get("length")} ${get("kind")}`);
     figures.update(
@@ -210,7 +210,8 @@ function render({ model, el }) {
   });
   tooltip(
     root,
-    (target) => plot.describe(target) ?? (grid.cellOf(target) ? target.getAttribute("aria-label") : target.dataset?.tip),
+    (target) =>
+      plot.describe(target) ?? (grid.cellOf(target) ? target.getAttribute("aria-label") : target.dataset?.tip),
   );
   draw();
   return () => {
@@ -220,7 +221,7 @@ function render({ model, el }) {
   };
 }
 
-/** Four steps of a round size. */
+/** Some four steps of a round size. @param {number} most @returns {[number, string][]} */
 function tickMarks(most) {
   const step = [1, 2, 5, 10, 20, 30, 50, 100, 200, 500].find((x) => most / x <= 4) ?? Math.ceil(most / 4);
   return Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => [i * step, String(i * step)]);
