@@ -88,7 +88,7 @@ class SparsityDial(Picture):
                 raise ValueError(f"scores of {name!r} must be {list(shape)}, got {list(array.shape)}")
         total = shape[0] * shape[1]
         found = {_key(i, cell, total): cell for i, cell in enumerate(cells)}
-        lengths, counts = (sorted({key[at] for key in found}) for at in (2, 3))
+        lengths, counts = sorted({key[2] for key in found}), sorted({key[3] for key in found})
         kinds = list(dict.fromkeys(key[1] for key in found))
         if len(counts) < 2:
             raise ValueError(f"cells must hold two numbers of heads or more, got {counts}")
@@ -132,8 +132,8 @@ class SparsityDial(Picture):
             return checks.pair(name, value, (self._shape[0], self._shape[1]))
         if name == "kind":
             return checks.one_of(name, value, ("", *self.kinds))
-        among = {"at": self.counts, "profile": self.names, "length": self.lengths}[name]
-        return checks.whole(name, value, 0, len(among) - 1)
+        sizes = {"at": len(self.counts), "profile": len(self.names), "length": len(self.lengths)}
+        return checks.whole(name, value, 0, sizes[name] - 1)
 
     def describe(self) -> str:
         right, full = self.right[self.length][self.profile][self.at], self.full[self.length]

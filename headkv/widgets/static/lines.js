@@ -139,22 +139,17 @@ function placed(kind, side, at, text) {
 }
 
 /**
- * A folded table of what is drawn.
- * @param {string} summary
+ * A table of figures that scrolls where it is too wide.
+ * @param {string} label
  */
-export function foldedTable(summary) {
+export function figureTable(label) {
   const table = h("table.figures");
   return {
-    el: h(
-      "details.more",
-      {},
-      h("summary", {}, summary),
-      h("div.scroll", { tabindex: 0, role: "region", "aria-label": summary }, table),
-    ),
-    /** @param {string[]} head @param {string[][]} rows */
+    el: h("div.scroll", { tabindex: 0, role: "region", "aria-label": label }, table),
+    /** @param {string[]} head @param {string[][]} rows each with its name first */
     update(head, rows) {
       table.replaceChildren(
-        h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col" }, text)))),
+        h("thead", {}, h("tr", {}, ...head.map((text) => h(text ? "th" : "td", text ? { scope: "col" } : {}, text)))),
         h(
           "tbody",
           {},
@@ -165,4 +160,13 @@ export function foldedTable(summary) {
       );
     },
   };
+}
+
+/**
+ * The same, folded away.
+ * @param {string} summary
+ */
+export function foldedTable(summary) {
+  const { el, update } = figureTable(summary);
+  return { el: h("details.more", {}, h("summary", {}, summary), el), update };
 }
