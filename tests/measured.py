@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from headkv.widgets import SparsityDial
+from headkv.widgets import QualityMap, SparsityDial
 
 LISTS = ("gates", "ablation", "by lot")
 COUNTS, LENGTHS = (0, 1, 4, 9, 15), (1000, 2000)
@@ -43,3 +43,34 @@ def dial_cells() -> list[dict[str, Any]]:
 
 def sparsity_dial(**options: Any) -> SparsityDial:
     return SparsityDial(dial_scores(), dial_cells(), **{"title": "Which heads?", **options})
+
+
+METHODS = ("FullCache", "SnapKV", "AdaKV", "KVzip")
+BUDGETS = (0.1, 0.5, 1.0)
+TASKS = ("needle", "lists")
+
+
+def found_cells() -> list[list[Any]]:
+    """All that there can be, but KVzip's at a half in the second turn; task 2 is all tasks."""
+    rng = np.random.default_rng(5)
+    cells = []
+    for question, task, length, method, budget in np.ndindex(2, 3, 2, 4, 3):
+        if (method == 0) != (budget == 2) or (question, method, budget) == (1, 3, 1):
+            continue
+        score, full = round(float(rng.uniform(0.2, 0.8)), 3), 1000 * (length + 1)
+        figures = [round(full * BUDGETS[budget]) + 50, full, BUDGETS[budget], score, score - 0.1, score + 0.1]
+        cells.append([0, question, task, length, method, budget, *figures, -0.5, 0.25, 8 + task])
+    return cells
+
+
+def quality_map(**options: Any) -> QualityMap:
+    found = {
+        "models": ["tiny"],
+        "questions": ["unseen", "second"],
+        "tasks": list(TASKS),
+        "lengths": list(LENGTHS),
+        "methods": list(METHODS),
+        "budgets": list(BUDGETS),
+        "cells": found_cells(),
+    }
+    return QualityMap(found, **{"title": "Answers and bytes", "uniform": ["SnapKV"], **options})

@@ -12,10 +12,23 @@ pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from headkv.evaluation.profile_compare import first_heads  # noqa: E402
-from headkv.widgets import SparsityDial  # noqa: E402
+from headkv.widgets import QualityMap, SparsityDial  # noqa: E402
 
 from hosted import shown  # noqa: E402 isort:skip
-from measured import COUNTS, KINDS, LENGTHS, LISTS, dial_cells, dial_scores, sparsity_dial  # noqa: E402 isort:skip
+from measured import (  # noqa: E402 isort:skip
+    BUDGETS,
+    COUNTS,
+    KINDS,
+    LENGTHS,
+    LISTS,
+    METHODS,
+    TASKS,
+    dial_cells,
+    dial_scores,
+    found_cells,
+    quality_map,
+    sparsity_dial,
+)
 
 
 def cell(**changes: Any) -> dict[str, Any]:
@@ -163,3 +176,130 @@ def test_the_dial_says_where_the_threshold_lies(chromium: Any) -> None:
             assert f"as {equal} heads have: among equals the earlier one is taken" in words
         page.set(at=4)
         assert "Every head keeps all." in page.page.locator(".hk-stage-dial").inner_text()
+
+
+CELL = [0, 0, 0, 0, 0, 0, 10, 20, 0.5, 0.5, 0.4, 0.6, -1.0, 0.1, 3]
+FOUND = {
+    "models": ["m"], "questions": ["seen"], "tasks": ["t"], "lengths": [9], "methods": ["FullCache", "a"],
+    "budgets": [0.5], "cells": [CELL, [*CELL[:4], 1, *CELL[5:]]],
+}  # fmt: skip
+
+
+def changed(at: int, value: Any) -> list[list[Any]]:
+    return [[*CELL[:at], value, *CELL[at + 1 :]]]
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "error", "says"),
+    [
+        pytest.param({"models": ["m"]}, {}, ValueError, "found must have models, ", id="lists"),
+        pytest.param({**FOUND, "cells": []}, {}, ValueError, "got no cells", id="no cells"),
+        pytest.param({**FOUND, "columns": ["x"]}, {}, ValueError, "columns must be model, ", id="columns"),
+        pytest.param(
+            {**FOUND, "cells": [CELL[:-1]]}, {}, ValueError, "cells[0] must have 15 values", id="short"
+        ),
+        pytest.param(
+            {**FOUND, "cells": changed(4, 2)}, {}, ValueError, "cells[0] method must be", id="place"
+        ),
+        pytest.param(
+            {**FOUND, "cells": changed(9, 1.5)}, {}, ValueError, "cells[0] score must be", id="score"
+        ),
+        pytest.param(
+            {**FOUND, "cells": changed(9, None)}, {}, ValueError, "cells[0] must be finite", id="None"
+        ),
+        pytest.param(
+            {**FOUND, "cells": changed(6, 0)}, {}, ValueError, "cells[0] must have bytes", id="bytes"
+        ),
+        pytest.param(
+            FOUND, {"method": "b"}, ValueError, "method must be one of FullCache, a, got 'b'", id="method"
+        ),
+        pytest.param(FOUND, {"budget": 0.1}, ValueError, "budget must be one of 0.5, got 0.1", id="budget"),
+        pytest.param(FOUND, {"uniform": ["b"]}, ValueError, "uniform must be one of", id="uniform"),
+        pytest.param(
+            FOUND, {"task": "all tasks"}, ValueError, "found must have a cell of what is", id="nothing"
+        ),
+    ],
+)
+def test_the_map_refuses(found: Any, options: Any, error: type, says: str) -> None:
+    with pytest.raises(error) as raised:
+        QualityMap(found, **options)
+    assert says in str(raised.value)
+
+
+def test_the_map_says_what_it_shows() -> None:
+    """The first view is the question unseen, all tasks, the last method at its least budget."""
+    cell = at_place(0, 2, 0, 3, 0)
+    assert repr(quality_map()) == (
+        "QualityMap: tiny, question unseen, all tasks, 1,000 tokens; KVzip at 10% of the entries, 150 bytes: "
+        f"{cell[9]:.2f} right ({cell[10]:.2f} to {cell[11]:.2f}, 10 documents)."
+    )
+    widget = quality_map(question="second", task="lists", length=2000, method="AdaKV", budget=0.5)
+    assert [widget.question, widget.task, widget.length, widget.method, widget.budget] == [1, 1, 1, 2, 1]
+    widget.method, widget.question = 3, 1
+    assert repr(widget).endswith("KVzip: not measured.")
+    with pytest.raises(ValueError, match="task must be"):
+        widget.task = 3
+
+
+def at_place(*place: int) -> list[Any]:
+    return next(cell for cell in found_cells() if cell[1:6] == list(place))
+
+
+def test_the_map_shows_what_was_measured(chromium: Any) -> None:
+    with shown(chromium, quality_map(budget=0.5)) as page:
+        lines = "JSON.parse(document.querySelector('.hk-quality-map').dataset.state).lines"
+        for question, task, length in np.ndindex(2, 3, 2):
+            page.set(question=question, task=task, length=length)
+            expected = [
+                [
+                    name,
+                    [
+                        cell[9]
+                        for b in range(3)
+                        for cell in found_cells()
+                        if cell[1:6] == [question, task, length, method, b]
+                    ],
+                ]
+                for method, name in enumerate(METHODS)
+                if method
+            ]
+            assert page.page.evaluate(lines) == expected
+            budget = 0 if question else 1  # KVzip at a half was not measured in the second turn: the nearest
+            cell = at_place(question, task, length, 3, budget)
+            says = page.page.locator(".hk-map-says").inner_text()
+            assert says == (
+                f"KVzip, {BUDGETS[budget]:.0%} kept: {cell[9]:.2f} found ({cell[10]:.2f} to {cell[11]:.2f}) with "
+                f"{cell[6]:,} B of {cell[7]:,} B."
+            )
+            full = at_place(question, task, length, 0, 2)
+            assert page.page.locator(".hk-lines-level").inner_text() == f"full cache {full[9]:.2f}"
+            rows = page.page.locator(".hk-map-behind tbody tr")
+            names = [row.split("\t")[0] for row in rows.all_inner_texts()]
+            assert names[:3] == [*TASKS, "all tasks"] and names[-2:] == ["1,000", "2,000"]
+            own = [at_place(question, t, length, 3, budget) for t in range(3)]
+            found = [row.split("\t")[1] for row in rows.all_inner_texts()[:3]]
+            assert found == [f"{one[9]:.2f}" for one in own]
+
+
+def test_the_map_goes_by_keys_and_by_pointer(chromium: Any) -> None:
+    with shown(chromium, quality_map()) as page:
+        point = page.page.locator(".hk-dot[aria-pressed=true]")
+        point.press("ArrowRight")
+        assert (page.get("method"), page.get("budget")) == (3, 1)
+        page.page.get_by_role("button", name="SnapKV", exact=True).click()
+        assert (page.get("method"), page.get("budget")) == (1, 1)
+        page.page.locator('.hk-dot[data-at="1,0"]').focus()
+        page.page.keyboard.press("Enter")
+        assert (page.get("method"), page.get("budget")) == (2, 0)
+        page.page.get_by_role("radio", name="a second one").check()
+        page.page.get_by_label("Task", exact=True).select_option("lists")
+        page.page.get_by_label("Tokens", exact=True).select_option("2,000")
+        assert (page.get("question"), page.get("task"), page.get("length")) == (1, 1, 1)
+        page.page.locator("summary").click()
+        cell = at_place(1, 1, 1, 2, 0)
+        table = page.page.locator("details tbody tr").nth(2).locator("th, td").all_inner_texts()
+        assert table[:2] == ["AdaKV", f"{cell[9]:.2f} (0.0 MB)"] and table[3] == ""
+        page.page.wait_for_function(
+            "document.querySelector('[role=status]').textContent.startsWith('AdaKV, 10%')"
+        )
+        assert page.page.locator(".hk-line-dotted").count() == 1

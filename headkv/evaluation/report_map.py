@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -24,7 +25,8 @@ def as_map(rows: Sequence[SweepRow], command: str) -> dict[str, Any]:
         command: that made it.
 
     Returns:
-        `command`; `devices` and `versions`; `models`, `questions`, `tasks`, `lengths`, `methods` (the full cache first)
+        `command`; `made_by`, the sweeps that make such rows; `devices` and `versions`;
+        `models`, `questions`, `tasks`, `lengths`, `methods` (the full cache first)
         and `budgets` (rising); and `cells`, each a list with what `columns` names. The first six are places in those
         lists. A task behind the last stands for all tasks together, each counting alike; it is there where a length has
         more than one.
@@ -63,12 +65,33 @@ def as_map(rows: Sequence[SweepRow], command: str) -> dict[str, Any]:
                 made.append([*place, *_figures(cell)])
     return {
         "command": command,
+        "made_by": _sweeps(rows),
         "devices": list(dict.fromkeys(row.device for row in rows)),
         "versions": list(dict.fromkeys(row.versions for row in rows)),
         **parts,
         "columns": list(COLUMNS),
         "cells": made,
     }
+
+
+def _sweeps(rows: Sequence[SweepRow]) -> list[str]:
+    """The commands, one a model, that make these rows; of a sweep in several parts, as if it had been one."""
+    found = []
+    for model in dict.fromkeys(row.model for row in rows):
+        own = [row for row in rows if row.model == model]
+        words: dict[str, list[Any]] = {
+            "method": [name for name in dict.fromkeys(row.method for row in own) if name != FULL],
+            "budget": sorted({f"{row.budget:g}" for row in own if row.method != FULL}, key=float),
+            "tasks": list(dict.fromkeys(row.task for row in own)),
+            "lengths": sorted({row.length for row in own}),
+            "question": list(dict.fromkeys(row.question for row in own)),
+            "seed": sorted({row.seed for row in own}),
+            "limit": [len({row.doc_id for row in own})],
+            "new-tokens": [max(row.max_new_tokens for row in own)],
+        }
+        options = [[f"--{name}", *map(str, values)] for name, values in words.items()]
+        found.append(shlex.join(["headkv", "eval", "--model", model, *sum(options, [])]))
+    return found
 
 
 def _figures(cell: Cell) -> list[float]:

@@ -26,7 +26,8 @@ class QualityMap(Picture):
 
     Args:
         found: what `headkv report FILE... --cells` wrote: lists of `models`, `questions`, `tasks`, `lengths`, `methods`
-            (the first is the full cache) and `budgets`, and `cells` with the columns that `columns` names.
+            (the first is the full cache) and `budgets`, and `cells` with the columns that `columns` names; without
+            `columns`, as in the example. Log-probability and divergence may be None.
         uniform: methods that give all heads of a layer the same, drawn dotted.
         model, question, task, length, method, budget: what is shown and chosen first, as `found` calls it; default: the
             first of each, "unseen" where that was asked, all tasks together, the last method, its least budget.
@@ -158,7 +159,8 @@ def _cell(i: int, cell: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
         raise ValueError(f"cells[{i}] must have {len(PLACES) + len(FIGURES)} values, got {len(cell)}")
     for name, value, most in zip(PLACES, cell, sizes, strict=False):
         checks.whole(f"cells[{i}] {name}", value, 0, most)
-    figures = checks.array(f"cells[{i}]", list(cell[6:]), ndim=(1,)).tolist()
+    measured = [0.0 if value is None and at in (6, 7) else value for at, value in enumerate(cell[6:])]
+    figures = checks.array(f"cells[{i}]", measured, ndim=(1,)).tolist()
     nbytes, full, entries, score, low, high, *_, documents = figures
     for name, value in (("entries", entries), ("score", score), ("low", low), ("high", high)):
         checks.share(f"cells[{i}] {name}", value)

@@ -2,7 +2,7 @@
 
 import { h, s } from "./toolkit.js";
 
-const SIGNS = "●■▲◆▼★✚✖○□△◇▽☆";
+const SIGNS = "●■▲◆▼★✚✖○□△◇▽☆⊕⊗⊞⊠";
 
 /**
  * @typedef {{ x: number, y: number, low?: number, high?: number, words: string }} Point

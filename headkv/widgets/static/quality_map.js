@@ -1,6 +1,18 @@
 // QualityMap: answers against bytes, a line a method; the point that is chosen says what it is the mean of.
 
-import { announcer, bytesText, choice, count, follow, h, percent, picker, tooltip, widgetRoot } from "./toolkit.js";
+import {
+  announcer,
+  bytesText,
+  choice,
+  count,
+  follow,
+  h,
+  percent,
+  picker,
+  times,
+  tooltip,
+  widgetRoot,
+} from "./toolkit.js";
 import { figureTable, foldedTable, linePlot } from "./lines.js";
 
 /** @import { Model } from "./toolkit.js" */
@@ -55,7 +67,7 @@ function render({ model, el }) {
   });
   const headline = h("p.map-says");
   const figures = h("p.map-figures");
-  const behind = figureTable("What this point is the mean of");
+  const behind = h("div.map-behind");
   const folded = foldedTable("All figures of this picture");
   const status = announcer();
   const root = widgetRoot(
@@ -64,7 +76,7 @@ function render({ model, el }) {
     "Answers against bytes",
     h("div.dial-pickers", {}, ways.el, ...open.map((one) => one.el)),
     plot.el,
-    h("div.map-point", {}, headline, figures, behind.el),
+    h("div.map-point", {}, headline, figures, behind),
     folded.el,
     status.el,
   );
@@ -86,7 +98,7 @@ function render({ model, el }) {
   };
   const spread = (cell) => `${score(cell.low)} to ${score(cell.high)}`;
   const words = (cell) =>
-    `${methods[cell.at[METHOD]]}, ${kept(cell)} kept: ${score(cell.score)} right (${spread(cell)}) with ` +
+    `${methods[cell.at[METHOD]]}, ${kept(cell)} kept: ${score(cell.score)} found (${spread(cell)}) with ` +
     `${bytesText(cell.bytes)} of ${bytesText(cell.full)}`;
 
   function draw() {
@@ -102,7 +114,7 @@ function render({ model, el }) {
     if (!lines.length) {
       headline.textContent = "Nothing was measured here.";
       figures.textContent = "";
-      behind.el.hidden = true;
+      behind.replaceChildren();
       return folded.update([], []);
     }
     const line = Math.max(0, lines.findIndex((one) => one.method === method));
@@ -140,17 +152,20 @@ function render({ model, el }) {
       ...(full ? { level: full.score, levelText: `full cache ${score(full.score)}` } : {}),
     }, [m, q, task, length].join());
     headline.textContent = `${words(chosen)}.`;
-    figures.textContent =
-      `${percent(chosen.bytes / chosen.full, 1)} of the bytes, ${percent(chosen.entries, 1)} of the ` +
-      `entries; the right answer's log-probability ${chosen.logp.toFixed(2)} a token` +
-      (full ? ` (full cache ${full.logp.toFixed(2)})` : "") +
-      `, distance from the full cache ${chosen.divergence.toFixed(2)} nats; 95% intervals, ${
-        count(chosen.documents)
-      } documents.`;
-    behind.el.hidden = false;
-    behind.update(["", "found", "95%", "MB", "documents"], rowsBehind(chosen));
+    figures.textContent = [
+      `${percent(chosen.bytes / chosen.full, 1)} of the bytes, ${percent(chosen.entries, 1)} of the entries`,
+      likelihood(chosen, full),
+      `95% intervals, ${times(chosen.documents, "question")}`,
+    ].filter(Boolean).join("; ") + ".";
+    behind.replaceChildren(
+      ...groupsBehind(chosen).map(([label, rows]) => {
+        const table = figureTable(label);
+        table.update([label, "found", "95%", "MB", "n"], rows);
+        return table.el;
+      }),
+    );
     folded.update(
-      ["found", ...budgets.slice(0, full ? undefined : budgets.length).map((b) => (b <= 1 ? percent(b) : count(b)))],
+      ["found", ...budgets.map((b) => (b <= 1 ? percent(b) : count(b)))],
       methods.map((name, k) => [
         name,
         ...budgets.map((_, b) => {
@@ -161,19 +176,23 @@ function render({ model, el }) {
     );
   }
 
-  /** The same method and budget: each task of this length, then each way to ask, each length. */
-  function rowsBehind(chosen) {
+  /** The same method and budget, in each task, way to ask, length and model: [label, rows]. */
+  function groupsBehind(chosen) {
     const own = { [METHOD]: chosen.at[METHOD], [BUDGET]: chosen.at[BUDGET] };
-    const row = (name, cell) =>
-      cell ? [name, score(cell.score), spread(cell), (cell.bytes / 1e6).toFixed(2), count(cell.documents)] : null;
+    const group = (label, names, i) => {
+      const rows = names.map((name, at) => {
+        const cell = find({ ...own, [i]: at });
+        if (!cell) return null;
+        return [name, score(cell.score), spread(cell), (cell.bytes / 1e6).toFixed(2), count(cell.documents)];
+      }).filter((row) => row !== null);
+      return /** @type {[string, string[][]]} */ ([label, rows]);
+    };
     return [
-      ...tasks.map((name, i) => (name === ALL ? null : row(name, find({ ...own, [TASK]: i })))),
-      ...(questions.length > 1
-        ? questions.map((name, i) => row(`question ${name}`, find({ ...own, [QUESTION]: i })))
-        : []),
-      ...(lengths.length > 1 ? lengths.map((n, i) => row(`${count(n)} tokens`, find({ ...own, [LENGTH]: i }))) : []),
-      ...(models.length > 1 ? models.map((name, i) => row(name, find({ ...own, [MODEL]: i }))) : []),
-    ].filter((one) => one !== null);
+      group("task", tasks, TASK),
+      group("question", questions, QUESTION),
+      group("tokens", lengths.map(count), LENGTH),
+      group("model", models, MODEL),
+    ].filter(([, rows]) => rows.length > 1);
   }
 
   const off = follow(model, ["model", "question", "task", "length", "method", "budget"], () => {
@@ -186,6 +205,14 @@ function render({ model, el }) {
     off();
     status.stop();
   };
+}
+
+/** What the right answer was worth to the model, where that was measured. */
+function likelihood(cell, full) {
+  if (cell.logp === null || cell.divergence === null) return "";
+  const beside = full ? ` (full cache ${full.logp.toFixed(2)})` : "";
+  return `log-probability of the right answer ${cell.logp.toFixed(2)} a token${beside}, ` +
+    `distance from the full cache ${cell.divergence.toFixed(2)} nats`;
 }
 
 export default { render };
