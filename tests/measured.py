@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from headkv.widgets import QualityMap, SparsityDial
+from headkv.widgets import HeadMap, QualityMap, SparsityDial
 
 LISTS = ("gates", "ablation", "by lot")
 COUNTS, LENGTHS = (0, 1, 4, 9, 15), (1000, 2000)
@@ -74,3 +74,16 @@ def quality_map(**options: Any) -> QualityMap:
         "cells": found_cells(),
     }
     return QualityMap(found, **{"title": "Answers and bytes", "uniform": ["SnapKV"], **options})
+
+
+def head_map(**options: Any) -> HeadMap:
+    """Five layers of three heads over 25 entries; the page rounds weights to a 65535th."""
+    rng = np.random.default_rng(6)
+    look = rng.exponential(size=(5, 3, 25))
+    kept = {name: rng.random(look.shape) < share for name, share in (("SnapKV", 0.3), ("HeadKV", 0.6))}
+    return HeadMap(
+        {"gates": rng.random((5, 3)), "ablation": rng.normal(size=(5, 3))},
+        look / look.sum(-1, keepdims=True),
+        [f" w{i}" for i in range(25)],
+        **{"kept": kept, "facts": [(7, 10, "a city")], "title": "Where a head looks", **options},
+    )

@@ -31,7 +31,7 @@ from headkv.widgets.budget_explorer import HEADROOM  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 from hosted import Shown, shown  # noqa: E402 isort:skip
-from measured import quality_map, sparsity_dial  # noqa: E402 isort:skip
+from measured import head_map, quality_map, sparsity_dial  # noqa: E402 isort:skip
 
 
 def skewed(layers: int, heads: int, m: int, *, seed: int = 0, ties: bool = False) -> np.ndarray:
@@ -607,6 +607,7 @@ MAKERS = {
     "BudgetExplorer, by hand": lambda: by_hand(budget=3),
     "CacheBill": CacheBill,
     "EvictionTimeline": lambda: timeline_and_layers()[0],
+    "HeadMap": head_map,
     "QualityMap": quality_map,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
     "SideBySide": two_ways,

@@ -12,7 +12,7 @@ pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from headkv.evaluation.profile_compare import first_heads  # noqa: E402
-from headkv.widgets import QualityMap, SparsityDial  # noqa: E402
+from headkv.widgets import HeadMap, QualityMap, SparsityDial  # noqa: E402
 
 from hosted import shown  # noqa: E402 isort:skip
 from measured import (  # noqa: E402 isort:skip
@@ -26,6 +26,7 @@ from measured import (  # noqa: E402 isort:skip
     dial_cells,
     dial_scores,
     found_cells,
+    head_map,
     quality_map,
     sparsity_dial,
 )
@@ -303,3 +304,70 @@ def test_the_map_goes_by_keys_and_by_pointer(chromium: Any) -> None:
             "document.querySelector('[role=status]').textContent.startsWith('AdaKV, 10%')"
         )
         assert page.page.locator(".hk-line-dotted").count() == 1
+
+
+ONE, LOOK = {"a": [[1.0, 2.0]]}, [[[0.5, 0.5], [1.0, 0.0]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        pytest.param(({}, LOOK, ["a", "b"]), {}, "profiles must hold one list", id="no profile"),
+        pytest.param((ONE, [[0.5]], ["a"]), {}, "attention must have 3 dimensions", id="flat"),
+        pytest.param(
+            (ONE, [[[1.5, 0], [0, 1]]], ["a", "b"]), {}, "attention must lie in [0, 1]", id="weights"
+        ),
+        pytest.param(({"a": [[1.0]]}, LOOK, ["a", "b"]), {}, "scores of 'a' must be [1, 2]", id="scores"),
+        pytest.param((ONE, LOOK, ["a"]), {}, "tokens must hold 2 strings, got 1", id="tokens"),
+        pytest.param((ONE, LOOK, ["a", "b"]), {"kept": {"S": [[[True]]]}}, "kept of 'S' must be", id="kept"),
+        pytest.param((ONE, LOOK, ["a", "b"]), {"facts": [(1, 3)]}, "facts[0] end must be", id="facts"),
+        pytest.param((ONE, LOOK, ["a", "b"]), {"selected": (1, 0)}, "selected[0] must be", id="selected"),
+    ],
+)
+def test_the_head_map_refuses(arguments: Any, options: Any, says: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        HeadMap(*arguments, **options)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("profile", 2), ("method", -2), ("method", 2), ("selected", [5, 0])]
+)
+def test_the_head_map_refuses_what_a_page_can_not_send(name: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=name):
+        setattr(head_map(), name, value)
+
+
+def test_the_head_map_shows_attention_and_what_is_kept_of_it(chromium: Any) -> None:
+    widget = head_map()
+    masks = {name: widget.kept_mask(name) for name in widget.methods}
+    with shown(chromium, widget) as page:
+        for layer, head in np.ndindex(5, 3):
+            page.set(selected=[layer, head])
+            state = page.page.evaluate("JSON.parse(document.querySelector('.hk-head-map').dataset.state)")
+            look = widget.attention[layer, head]
+            assert state["most"] == np.argsort(-look, kind="stable")[:4].tolist()
+            assert state["lengths"] == [int(mask[layer, head].sum()) for mask in masks.values()]
+            held = [look[mask[layer, head]].sum() / look.sum() for mask in masks.values()]
+            assert state["held"] == pytest.approx(held, abs=2e-4)
+        page.page.get_by_role("button", name="HeadKV", exact=True).click()
+        assert page.get("method") == 1
+        gone = page.page.locator(".hk-strip .hk-evicted").all_inner_texts()
+        assert gone == [f"w{i}" for i in np.flatnonzero(~masks["HeadKV"][4, 2])]
+        page.page.get_by_label("Text shows").select_option("all entries")
+        assert page.get("method") == -1 and page.page.locator(".hk-strip .hk-evicted").count() == 0
+        shade = "(e) => e.style.getPropertyValue('--hk-look')"
+        deepest = page.page.locator(".hk-strip [data-entry]").nth(int(widget.attention[4, 2].argmax()))
+        assert deepest.evaluate(shade) == "100%"
+        page.page.get_by_label("Heads by").select_option("ablation")
+        page.page.locator('[data-layer="4"][data-head="2"]').press("Home")
+        assert (page.get("profile"), page.get("selected")) == (1, [4, 0])
+        assert page.page.locator(".hk-fact").first.inner_text() == "w7 w8 w9"
+
+
+def test_the_head_map_says_where_a_head_looks() -> None:
+    widget = head_map(selected=(2, 1))
+    best = int(widget.attention[2, 1].argmax())
+    assert f"layer 2, head 1 looks most at 'w{best}'" in repr(widget)
+    share = widget.attention[2, 1][widget.kept_mask("SnapKV")[2, 1]].sum() / widget.attention[2, 1].sum()
+    assert f"SnapKV keeps {widget.kept_mask('SnapKV')[2, 1].sum()}, {share:.0%} of it." in repr(widget)
