@@ -49,7 +49,7 @@ def commands(data: object) -> list[str]:
     return own + [found for part in data.values() for found in commands(part)]
 
 
-@pytest.mark.parametrize("name", ["chapters", "first_screen", "full_heads", "quality"])
+@pytest.mark.parametrize("name", ["chapters", "first_screen", "full_heads", "quality", "sweep"])
 def test_data_names_the_command_that_made_it(name: str) -> None:
     found = commands(json.loads((BOOK / "data" / f"{name}.json").read_text(encoding="utf-8")))
     assert found

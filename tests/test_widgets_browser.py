@@ -318,6 +318,18 @@ def test_head_grid_syncs_its_selection(chromium):
         assert page.get("selected") == [2, 1]
 
 
+def test_less_than_nothing_is_another_colour_and_hatched(chromium):
+    with shown(chromium, HeadGrid([[-0.5, 0.2], [0.0, -0.1]])) as page:
+        cells = page.page.locator("[role=gridcell]")
+        minus = [cells.nth(i).evaluate("(e) => e.classList.contains('hk-minus')") for i in range(4)]
+        shades = [cells.nth(i).evaluate("(e) => e.style.getPropertyValue('--hk-level')") for i in range(4)]
+        assert minus == [True, False, False, True] and shades == ["100.0%", "40.0%", "0.0%", "20.0%"]
+        bars = page.page.locator("[data-rank]")
+        spans = [tuple(float(bars.nth(i).get_attribute(k)) for k in ("y", "height")) for i in range(4)]
+        zero = 100 * 0.2 / 0.7
+        assert spans[0] == pytest.approx((0, zero)) and spans[3] == pytest.approx((zero, 100 - zero))
+
+
 def test_kinds_are_told_apart_by_signs(chromium):
     with shown(chromium, HeadGrid([["full", "streaming"], ["streaming", "streaming"]])) as page:
         assert page.page.locator("[role=gridcell]").all_text_contents() == ["■", "□", "□", "□"]
@@ -453,6 +465,20 @@ def test_ragged_pool_says_what_it_did(chromium):
         gap = """row => row.getBoundingClientRect().right - row.lastElementChild.getBoundingClientRect().right"""
         rows = page.page.locator(".hk-pool-slots")
         assert all(rows.nth(i).evaluate(gap) < 8 for i in range(rows.count())), "no wider than its slots"
+
+
+def test_ragged_pool_may_begin_after_some_tokens(chromium):
+    with shown(chromium, RaggedPool([3, 1, 4], headroom=2, appended=3, bytes_per_entry=1)) as page:
+        for _ in range(2):
+            state = settled(page)
+            assert (state["lengths"], state["capacities"]) == ([6, 4, 7], [7, 5, 8]), (
+                "the third found rows full"
+            )
+            assert (state["moved"], state["copied"]) == (6 + 14 + 3, 11 + 14 + 17)
+            assert "Then 3 entries were written." in page.page.locator(".hk-story").text_content()
+            page.page.get_by_role("button", name="Append one token").click()
+            settled(page)
+            page.page.get_by_role("button", name="Restart").click()
 
 
 def test_no_row_is_left_empty(chromium):
@@ -604,6 +630,7 @@ MAKERS = {
     "BudgetExplorer": explorer_with_text,
     "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
     "HeadGrid, every shade": lambda: HeadGrid(np.linspace(0, 1, 90).reshape(30, 3)),
+    "HeadGrid, below zero": lambda: HeadGrid(np.linspace(-1, 0.4, 90).reshape(30, 3)),
     "BudgetExplorer, by hand": lambda: by_hand(budget=3),
     "CacheBill": CacheBill,
     "EvictionTimeline": lambda: timeline_and_layers()[0],

@@ -133,10 +133,7 @@ function render({ model, el }) {
     strip.update(method < 0 ? everything : masks[method], 0);
     const order = Array.from(look.keys()).sort((a, b) => look[b] - look[a] || a - b).slice(0, MOST);
     headline.textContent = `Layer ${l}, head ${k}: where ${get("looking")} looks`;
-    most.textContent = "Most: " + order.map((i) => `“${tokens[i].trim() || "↵"}” ${look[i].toFixed(2)}`).join(", ") +
-      (methods.length
-        ? ". Below: entries that each method keeps of this head, and their share of its attention."
-        : ".");
+    most.textContent = "Most: " + order.map((i) => `“${tokens[i].trim() || "↵"}” ${look[i].toFixed(2)}`).join(", ");
     root.dataset.state = JSON.stringify({ most: order, lengths, held: held.map((x) => Number(x.toFixed(4))) });
   }
   const speak = () => status.say(`${headline.textContent}. ${most.textContent}`);

@@ -13,7 +13,7 @@ function factOfEntry(facts, n) {
 /** Running text of n entries; `update(mask, recent)` redraws only what changed. */
 export function textStrip({ n, tokens, facts }) {
   const factOf = factOfEntry(facts, n);
-  const root = h(`div.strip${n < 60 ? ".short" : ""}`, {
+  const root = h("div.strip", {
     tabindex: 0,
     role: "region",
     "aria-label": "The document, entry by entry",
@@ -40,7 +40,7 @@ export function textStrip({ n, tokens, facts }) {
   let shown = null;
   let edge = -1;
   return {
-    el: root,
+    el: h(`div.strip-frame${n < 60 ? ".short" : ""}`, {}, root),
     update(mask, recent) {
       for (let i = 0; i < n; i++) {
         if (!shown || shown[i] !== mask[i]) spans[i].classList.toggle("hk-evicted", !mask[i]);
