@@ -41,11 +41,14 @@ def book_is_built() -> bool:
 
 def commands(data: object) -> list[str]:
     """The commands that a file of measurements says it was made by."""
+    if isinstance(data, str):
+        return []
     if isinstance(data, list):
         return [found for part in data for found in commands(part)]
     if not isinstance(data, dict):
         return []
-    own = [data[key] for key in ("command", "made_by") if key in data]
+    said = [data[key] for key in ("command", "made_by") if key in data]
+    own = [command for one in said for command in ([one] if isinstance(one, str) else one)]
     return own + [found for part in data.values() for found in commands(part)]
 
 

@@ -71,6 +71,7 @@ STATED: dict[tuple[str, str], Callable[[], float]] = {
     ("duo_attention", "4,000"): lambda: max(
         HeadProfile.builtin("smollm2-gate-published").parameters["lengths"]
     ),
+    ("duo_attention", "36"): lambda: sum(range(1, 9)),  # cells of the causal square
     ("duo_attention", "300"): lambda: 300 * headkv.DuoAttention(gates(), 0.5).stored_share(300),
     ("razor_attention", "61%"): lambda: 100 * exp(-1 / 2),
     ("kvzip", "30"): lambda: gates().num_layers,

@@ -233,7 +233,7 @@ def report(options: argparse.Namespace) -> None:
     if options.cells is not None:
         from headkv.evaluation.report_map import as_map
 
-        found = as_map(rows, shlex.join(["headkv", *options.words]))
+        found = as_map(rows, shlex.join(["headkv", *options.given]))
         lines = ",\n".join(f"  {json.dumps(cell, separators=(',', ':'))}" for cell in found.pop("cells"))
         about = json.dumps(found, indent=1, ensure_ascii=False)[:-2]
         options.cells.write_text(f'{about},\n "cells": [\n{lines}\n ]\n}}\n', encoding="utf-8")
