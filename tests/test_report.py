@@ -10,6 +10,7 @@ import pytest
 
 from headkv.cli import main
 from headkv.evaluation.report import as_text, bootstrap, cells, sections
+from headkv.evaluation.report_map import as_map
 from headkv.evaluation.report_page import as_html
 from headkv.evaluation.report_plots import plot_needles, plot_quality, save_pictures
 from headkv.evaluation.rows import SweepRow, write_rows
@@ -162,6 +163,31 @@ def test_the_page_stands_alone():
     assert "question unseen" in page and "headkv 0 on cpu" in page
 
 
+def test_the_map_has_every_cell_and_all_tasks_together():
+    more = [*ROWS, row("SnapKV", 0.25, 0, length=1024, question="seen", budget=0.5)]
+    found = json.loads(json.dumps(as_map(more, "headkv report x")))
+    assert (found["methods"], found["tasks"], found["budgets"]) == (
+        *(["FullCache", "SnapKV"], ["mills", "harbours"]),
+        [0.1, 0.5, 1.0],
+    )
+    by_place = {
+        tuple(cell[:6]): dict(zip(found["columns"][6:], cell[6:], strict=True)) for cell in found["cells"]
+    }
+    assert len(by_place) == len(found["cells"]) == 2 * 3 + 1
+    one, _, every = (by_place[0, 0, task, 0, 1, 0] for task in range(3))
+    assert (one["score"], one["documents"], every["score"], every["documents"]) == (0.5, 4, 0.625, 6)
+    (snap,) = (cell for cell in cells(ROWS) if cell.method == "SnapKV")
+    assert (every["low"], every["high"]) == tuple(round(x, 3) for x in snap.interval)
+    assert (every["bytes"], every["full_bytes"], every["entries"]) == (300_000, 2_000_000, 0.1)
+    assert by_place[0, 1, 0, 1, 1, 1]["score"] == 0.25
+    assert found["made_by"] == [
+        "headkv eval --model tiny --method SnapKV --budget 0.1 0.5 --tasks mills harbours --lengths 512 1024 "
+        "--question unseen seen --seed 0 --limit 4 --new-tokens 8"
+    ]
+    with pytest.raises(ValueError, match="rows must hold one or more"):
+        as_map([], "")
+
+
 def test_the_command(tmp_path, capsys):
     write_rows(tmp_path / "a.parquet", ROWS[:4])
     write_rows(tmp_path / "b.parquet", ROWS[2:])
@@ -170,5 +196,8 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.rstrip("\n") == as_text(ROWS)
     assert main(["report", *files, "--json", "--by", "length"]) == 0
     assert list(json.loads(capsys.readouterr().out).values())[0][1]["512 tokens"] == "0.58"
+    assert main(["report", *files, "--cells", str(tmp_path / "map.json")]) == 0
+    found = json.loads((tmp_path / "map.json").read_text("utf-8"))
+    assert found == as_map(ROWS, f"headkv report {' '.join(files)} --cells {tmp_path / 'map.json'}")
     assert main(["report", str(tmp_path / "c.parquet")]) == 2
     assert "headkv report: FILE must be what headkv eval wrote" in capsys.readouterr().err

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,91 +30,8 @@ from headkv.widgets import (  # noqa: E402
 from headkv.widgets.budget_explorer import HEADROOM  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
-HOST = """
-const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
-const state = JSON.parse(document.getElementById("state").textContent,
-  (_, value) => value?.bytes === undefined ? value : bytes(value.bytes));
-const handlers = {};
-const same = (a, b) => a === b || (!(a instanceof DataView) && JSON.stringify(a) === JSON.stringify(b));
-window.model = {
-  saves: 0,
-  get: (name) => state[name],
-  set(name, value) {
-    if (same(state[name], value)) return;
-    state[name] = value;
-    [...(handlers[`change:${name}`] ?? [])].forEach((handler) => handler());
-  },
-  save_changes() { this.saves += 1; },
-  on(event, handler) { (handlers[event] ??= []).push(handler); },
-  off(event, handler) { handlers[event] = (handlers[event] ?? []).filter((other) => other !== handler); },
-  watched: () => Object.values(handlers).flat().length,
-};
-const source = new Blob([document.getElementById("module").textContent], { type: "text/javascript" });
-const module = await import(URL.createObjectURL(source));
-window.stop = await module.default.render({ model, el: document.getElementById("widget") });
-window.ready = true;
-"""
-
-
-def page_of(widget: Any, theme: str) -> str:
-    """A page that hosts one widget."""
-    state = {
-        name: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-        for name, value in widget.get_state().items()
-        if name not in ("_esm", "_css", "layout")
-    }
-    inline = json.dumps(state).replace("</", "<\\/")
-    return f"""<!doctype html><html lang="en" data-theme="{theme}"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>{type(widget).__name__}</title>
-<link rel="icon" href="data:,">
-<style>body {{ margin: 8px }}</style><style>{widget._css}</style><div id="widget"></div>
-<script type="application/json" id="state">{inline}</script>
-<script type="text/plain" id="module">{widget._esm}</script><script type="module">{HOST}</script></html>"""
-
-
-@dataclass
-class Shown:
-    """A hosted widget: the page, and what its model says."""
-
-    page: Any
-
-    def get(self, name: str) -> Any:
-        return self.page.evaluate("(name) => model.get(name)", name)
-
-    def set(self, **values: Any) -> None:
-        self.page.evaluate("(all) => Object.entries(all).forEach(([k, v]) => model.set(k, v))", values)
-
-    def state(self) -> dict[str, Any]:
-        return json.loads(self.page.locator("script.hk-state").text_content())
-
-    def kept(self, heads: tuple[int, int], n: int) -> np.ndarray:
-        """All masks `[layers, heads, n]`, once the page has sent those of the present setting."""
-        self.page.wait_for_timeout(160)
-        data = self.page.evaluate("Array.from(new Uint8Array(model.get('kept').buffer))")
-        packed = np.array(data, dtype=np.uint8).reshape(*heads, -1)
-        return np.unpackbits(packed, axis=-1, count=n).astype(bool)
-
-
-@contextmanager
-def shown(chromium: Any, widget: Any, *, width: int = 1000, theme: str = "light") -> Iterator[Shown]:
-    """Host `widget`; fails on any console error and on any request that leaves the page."""
-    page = chromium.new_page(viewport={"width": width, "height": 900}, reduced_motion="no-preference")
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-
-    def answer(route: Any) -> None:
-        if route.request.url == "http://widget.invalid/":
-            return route.fulfill(body=page_of(widget, theme), content_type="text/html")
-        wrong.append(f"asked for {route.request.url}")
-        return route.abort()
-
-    page.route("http*://**", answer)
-    page.goto("http://widget.invalid/")
-    page.wait_for_function("window.ready === true")
-    yield Shown(page)
-    page.close()
-    assert wrong == []
+from hosted import Shown, shown  # noqa: E402 isort:skip
+from measured import head_map, quality_map, sparsity_dial  # noqa: E402 isort:skip
 
 
 def skewed(layers: int, heads: int, m: int, *, seed: int = 0, ties: bool = False) -> np.ndarray:
@@ -404,6 +318,18 @@ def test_head_grid_syncs_its_selection(chromium):
         assert page.get("selected") == [2, 1]
 
 
+def test_less_than_nothing_is_another_colour_and_hatched(chromium):
+    with shown(chromium, HeadGrid([[-0.5, 0.2], [0.0, -0.1]])) as page:
+        cells = page.page.locator("[role=gridcell]")
+        minus = [cells.nth(i).evaluate("(e) => e.classList.contains('hk-minus')") for i in range(4)]
+        shades = [cells.nth(i).evaluate("(e) => e.style.getPropertyValue('--hk-level')") for i in range(4)]
+        assert minus == [True, False, False, True] and shades == ["100.0%", "40.0%", "0.0%", "20.0%"]
+        bars = page.page.locator("[data-rank]")
+        spans = [tuple(float(bars.nth(i).get_attribute(k)) for k in ("y", "height")) for i in range(4)]
+        zero = 100 * 0.2 / 0.7
+        assert spans[0] == pytest.approx((0, zero)) and spans[3] == pytest.approx((zero, 100 - zero))
+
+
 def test_kinds_are_told_apart_by_signs(chromium):
     with shown(chromium, HeadGrid([["full", "streaming"], ["streaming", "streaming"]])) as page:
         assert page.page.locator("[role=gridcell]").all_text_contents() == ["■", "□", "□", "□"]
@@ -539,6 +465,20 @@ def test_ragged_pool_says_what_it_did(chromium):
         gap = """row => row.getBoundingClientRect().right - row.lastElementChild.getBoundingClientRect().right"""
         rows = page.page.locator(".hk-pool-slots")
         assert all(rows.nth(i).evaluate(gap) < 8 for i in range(rows.count())), "no wider than its slots"
+
+
+def test_ragged_pool_may_begin_after_some_tokens(chromium):
+    with shown(chromium, RaggedPool([3, 1, 4], headroom=2, appended=3, bytes_per_entry=1)) as page:
+        for _ in range(2):
+            state = settled(page)
+            assert (state["lengths"], state["capacities"]) == ([6, 4, 7], [7, 5, 8]), (
+                "the third found rows full"
+            )
+            assert (state["moved"], state["copied"]) == (6 + 14 + 3, 11 + 14 + 17)
+            assert "Then 3 entries were written." in page.page.locator(".hk-story").text_content()
+            page.page.get_by_role("button", name="Append one token").click()
+            settled(page)
+            page.page.get_by_role("button", name="Restart").click()
 
 
 def test_no_row_is_left_empty(chromium):
@@ -690,11 +630,15 @@ MAKERS = {
     "BudgetExplorer": explorer_with_text,
     "HeadGrid": lambda: HeadGrid(skewed(6, 32, 1)[..., 0], title="Many heads"),
     "HeadGrid, every shade": lambda: HeadGrid(np.linspace(0, 1, 90).reshape(30, 3)),
+    "HeadGrid, below zero": lambda: HeadGrid(np.linspace(-1, 0.4, 90).reshape(30, 3)),
     "BudgetExplorer, by hand": lambda: by_hand(budget=3),
     "CacheBill": CacheBill,
     "EvictionTimeline": lambda: timeline_and_layers()[0],
+    "HeadMap": head_map,
+    "QualityMap": quality_map,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
     "SideBySide": two_ways,
+    "SparsityDial": sparsity_dial,
     "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),
 }
 CONTRAST = """() => {

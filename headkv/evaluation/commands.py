@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -93,6 +94,9 @@ def add_commands(commands: Any) -> None:
     tell.add_argument("--html", type=Path, metavar="FILE", help="also write one page, light and dark")
     tell.add_argument("--png", type=Path, metavar="FILE", help="also draw it; FILE-dark is for dark pages")
     tell.add_argument("--needles", type=Path, metavar="FILE", help="also draw scores by depth and length")
+    tell.add_argument(
+        "--cells", type=Path, metavar="FILE", help="also write every mean and interval, as JSON"
+    )
     tell.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     tell.set_defaults(run=report)
 
@@ -226,6 +230,13 @@ def report(options: argparse.Namespace) -> None:
         print(json.dumps(dict(sections(rows, options.by)), indent=2))
     else:
         print(as_text(rows, options.by))
+    if options.cells is not None:
+        from headkv.evaluation.report_map import as_map
+
+        found = as_map(rows, shlex.join(["headkv", *options.given]))
+        lines = ",\n".join(f"  {json.dumps(cell, separators=(',', ':'))}" for cell in found.pop("cells"))
+        about = json.dumps(found, indent=1, ensure_ascii=False)[:-2]
+        options.cells.write_text(f'{about},\n "cells": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     if options.html is not None:
         from headkv.evaluation.report_page import as_html
 

@@ -14,8 +14,11 @@ _HOMES = {
     "CacheBill": "cache_bill",
     "EvictionTimeline": "eviction_timeline",
     "HeadGrid": "head_grid",
+    "HeadMap": "head_map",
+    "QualityMap": "quality_map",
     "RaggedPool": "ragged_pool",
     "SideBySide": "side_by_side",
+    "SparsityDial": "sparsity_dial",
     "WorkShares": "work_shares",
 }
 
@@ -24,8 +27,11 @@ __all__ = [
     "CacheBill",
     "EvictionTimeline",
     "HeadGrid",
+    "HeadMap",
+    "QualityMap",
     "RaggedPool",
     "SideBySide",
+    "SparsityDial",
     "WorkShares",
 ]  # noqa: F822 (loaded when first used)
 

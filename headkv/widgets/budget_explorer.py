@@ -10,6 +10,7 @@ import traitlets as t
 
 from headkv.widgets import checks
 from headkv.widgets.base import Buffer, Picture, bundle
+from headkv.widgets.spans import spans
 
 POOLINGS = ("max", "avg", "none")
 ALLOCATORS = ("uniform", "adaptive")
@@ -122,7 +123,7 @@ class BudgetExplorer(Picture):
             _shape=[layers, heads, m],
             _exponent=exponent,
             tokens=checks.strings("tokens", tokens, n),
-            facts=_facts(facts, n),
+            facts=spans(facts, n),
             budget=checks.budget_share(budget, n),
             safeguard=checks.share("safeguard", safeguard),
             pooling=checks.one_of("pooling", pooling, POOLINGS),
@@ -193,17 +194,6 @@ def _pack(raw: np.ndarray) -> tuple[np.ndarray, int]:
     top = float(raw.max())
     exponent = 14 - int(np.frexp(top)[1]) if top > 0 else 0
     return np.ldexp(raw, exponent).astype("<f2") + np.float16(0), exponent
-
-
-def _facts(facts: Sequence[Sequence[Any]] | None, n: int) -> list[list[Any]]:
-    out = []
-    for i, fact in enumerate(facts or ()):
-        if isinstance(fact, str) or len(fact) not in (2, 3):
-            raise TypeError(f"facts[{i}] must be (start, end) or (start, end, label), got {fact!r}")
-        start = checks.whole(f"facts[{i}] start", fact[0], 0, n - 1)
-        end = checks.whole(f"facts[{i}] end", fact[1], start + 1, n)
-        out.append([start, end, str(fact[2]) if len(fact) == 3 else ""])
-    return out
 
 
 def _answer(i: int, answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class RaggedPool(Picture):
         lengths: entries of each row, at least 1.
         headroom: free slots behind each row when the pool is rewritten, at least 0.
         windows: one (sinks, recent) a row, recent 0 for an ordinary row; None: all ordinary.
+        appended: tokens that have been appended when the picture is first seen; what they moved is counted.
         growth: head room on a rewrite, as a share of the mean row, if that is more than `headroom`.
         bytes_per_entry: bytes of one key and one value (512: head dim 64, float32).
         title: a line above the picture.
@@ -37,6 +38,7 @@ class RaggedPool(Picture):
     lengths = t.List(t.Int()).tag(sync=True)
     headroom = t.Int().tag(sync=True)
     windows = t.List(t.List(t.Int())).tag(sync=True)
+    appended = t.Int().tag(sync=True)
     growth = t.Float().tag(sync=True)
     bytes_per_entry = t.Int().tag(sync=True)
     title = t.Unicode().tag(sync=True)
@@ -48,6 +50,7 @@ class RaggedPool(Picture):
         *,
         headroom: int = 2,
         windows: Sequence[tuple[int, int]] | None = None,
+        appended: int = 0,
         growth: float = 1 / 16,
         bytes_per_entry: int = 512,
         title: str | None = None,
@@ -59,6 +62,7 @@ class RaggedPool(Picture):
             lengths=rows,
             headroom=checks.whole("headroom", headroom, 0, 64),
             windows=[_window(i, pair) for i, pair in enumerate(windows or [(0, 0)] * len(lengths))],
+            appended=checks.whole("appended", appended, 0, 64),
             growth=checks.share("growth", growth),
             bytes_per_entry=checks.whole("bytes_per_entry", bytes_per_entry, 1),
             title=title or "",
@@ -68,9 +72,10 @@ class RaggedPool(Picture):
         capacities = [length + self.headroom for length in self.lengths]
         starts = [sum(capacities[:i]) for i in range(len(capacities))]
         rows = "1 row of length" if len(starts) == 1 else f"{len(starts)} rows of lengths"
+        then = f", then {self.appended} appended" if self.appended else ""
         return (
             f"RaggedPool: {rows} {', '.join(map(str, self.lengths))} in one pool of {sum(capacities)} slots, "
-            f"starting at {', '.join(map(str, starts))} (head room {self.headroom})."
+            f"starting at {', '.join(map(str, starts))} (head room {self.headroom}){then}."
         )
 
 

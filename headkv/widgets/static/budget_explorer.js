@@ -161,7 +161,7 @@ function render({ model, el }) {
   const lines = overview({
     n,
     heads,
-    headNames,
+    nameOf: (k) => `head ${nameOf(k)}`,
     facts,
     onselect: (k) => choose(layer, k),
     onlocate: (i) => strip?.reveal(i),
@@ -220,7 +220,7 @@ function render({ model, el }) {
     layerPick.set(layer);
     headPick.set(head);
     masks = Array.from({ length: heads }, (_, k) => keptMask(scores, plan, now, layer, k));
-    lines.update(masks, plan.lengths[layer], head);
+    lines.update(masks, plan.lengths[layer].map(count), head);
     bars?.update(masks, head);
     strip?.update(masks[head], plan.recent);
     const length = plan.lengths[layer][head];

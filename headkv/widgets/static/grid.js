@@ -104,6 +104,12 @@ export function paintLevel(cell, level, text, description) {
   cell.setAttribute("aria-label", description);
 }
 
+/** Fill a cell on both sides of zero: `level` in [-1, 1], what is less than zero in another colour and hatched. */
+export function paintSigned(cell, level, text, description) {
+  paintLevel(cell, Math.abs(level), text, description);
+  cell.classList.toggle("hk-minus", level < 0);
+}
+
 /** Fill a cell by its part of the even share: more is stronger, fewer is hatched; `text` is its number. */
 export function paintAgainst(cell, ratio, text, description) {
   const kind = ratio >= 4

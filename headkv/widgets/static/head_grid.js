@@ -1,7 +1,7 @@
 // HeadGrid: the grid alone, for any number or kind a head has, with all heads in order beside it.
 
 import { announcer, count, follow, h, percent, s, shareSelection, tooltip, widgetRoot } from "./toolkit.js";
-import { headGrid, paintLevel } from "./grid.js";
+import { headGrid, paintLevel, paintSigned } from "./grid.js";
 
 const MARKS = ["■", "□", "◆", "○", "▲", "✕"];
 
@@ -42,12 +42,9 @@ function render({ model, el }) {
     paint: (cell, l, k) => {
       const value = values[l][k];
       if (!kinds.length) {
-        return paintLevel(
-          cell,
-          (value - low) / (high - low),
-          heads > 12 ? "" : digits ? value.toFixed(digits) : count(value),
-          wordsOf(l, k),
-        );
+        const text = heads > 12 ? "" : digits ? value.toFixed(digits) : count(value);
+        if (low < 0) return paintSigned(cell, value / Math.max(-low, high), text, wordsOf(l, k));
+        return paintLevel(cell, value / high, text, wordsOf(l, k));
       }
       cell.classList.add("hk-kind", `hk-kind-${value}`);
       cell.textContent = heads > 12 ? "" : MARKS[value];
@@ -105,11 +102,11 @@ function rankedBars(order, flat, low, high, onpick) {
   const n = flat.length;
   const y = (value) => 100 - (100 * (value - low)) / (high - low);
   const bars = order.map((i, at) =>
-    s("rect.rank-bar", {
+    s(`rect.rank-bar${flat[i] < 0 ? ".rank-minus" : ""}`, {
       x: at + 0.1,
       width: 0.8,
-      y: y(flat[i]),
-      height: Math.max(0.6, 100 - y(flat[i])),
+      y: Math.min(y(flat[i]), y(0)),
+      height: Math.max(0.6, Math.abs(y(0) - y(flat[i]))),
       "data-rank": i,
       onclick: () => onpick(i),
     })

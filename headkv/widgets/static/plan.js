@@ -48,16 +48,26 @@ function poolScores(row, kind, kernel) {
   return out;
 }
 
+const [DIGITS, RADIX] = [3, 2048]; // 33 bits
+
 /**
- * Indices of non-negative float32 values, highest first, ties by index: one exact number sort.
+ * Indices of non-negative float32 values, highest first, ties by index: their bits rise with them, and are sorted digit by
+ * digit from the lowest, each time without changing the order of equal ones.
  * @param {Float32Array} values
  */
 function rankDescending(values) {
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
-  const keys = new Float64Array(values.length);
-  for (let i = 0; i < keys.length; i++) keys[i] = (0xffffffff - bits[i]) * 2097152 + i; // 32 + 21 bits
-  keys.sort();
-  return Uint32Array.from(keys, (key) => key % 2097152);
+  let order = Uint32Array.from(bits, (_, i) => i);
+  let next = new Uint32Array(bits.length);
+  for (let digit = 0; digit < DIGITS; digit++) {
+    const shift = 11 * digit;
+    const ends = new Uint32Array(RADIX + 1);
+    for (const x of bits) ends[RADIX - ((x >>> shift) & (RADIX - 1))]++;
+    for (let i = 1; i <= RADIX; i++) ends[i] += ends[i - 1];
+    for (const i of order) next[ends[RADIX - 1 - ((bits[i] >>> shift) & (RADIX - 1))]++] = i;
+    [order, next] = [next, order];
+  }
+  return order;
 }
 
 /** Python's round: halves go to the even neighbour. @param {number} x */

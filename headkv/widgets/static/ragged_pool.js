@@ -120,7 +120,12 @@ function render({ model, el }) {
       })),
     };
     [marked, queue, done, old, freed, moved, copied, current] = [new Set(), [], 0, null, null, 0, 0, null];
-    log = "Choose entries to mark them, then evict; or append a token and watch who has room.";
+    log = "";
+    for (let i = 0; i < get("appended"); i++) {
+      load(appendOps());
+      settle();
+    }
+    log += `${log && " "}Append a token and watch who has room; or choose entries to mark them, then evict.`;
     draw();
   }
 

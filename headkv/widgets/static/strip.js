@@ -1,7 +1,7 @@
 // The strip: the document as running text. Kept entries are solid, evicted ones pale with a hollow mark,
 // the recent window is edged, the hidden facts are underlined. Above it, every head of the layer at a glance.
 
-import { count, h, s } from "./toolkit.js";
+import { h, s } from "./toolkit.js";
 
 /** Facts arrive as [start, end, label]; returns for each of n entries the number of its fact, or -1. */
 function factOfEntry(facts, n) {
@@ -13,7 +13,7 @@ function factOfEntry(facts, n) {
 /** Running text of n entries; `update(mask, recent)` redraws only what changed. */
 export function textStrip({ n, tokens, facts }) {
   const factOf = factOfEntry(facts, n);
-  const root = h(`div.strip${n < 60 ? ".short" : ""}`, {
+  const root = h("div.strip", {
     tabindex: 0,
     role: "region",
     "aria-label": "The document, entry by entry",
@@ -40,7 +40,7 @@ export function textStrip({ n, tokens, facts }) {
   let shown = null;
   let edge = -1;
   return {
-    el: root,
+    el: h(`div.strip-frame${n < 60 ? ".short" : ""}`, {}, root),
     update(mask, recent) {
       for (let i = 0; i < n; i++) {
         if (!shown || shown[i] !== mask[i]) spans[i].classList.toggle("hk-evicted", !mask[i]);
@@ -53,6 +53,14 @@ export function textStrip({ n, tokens, facts }) {
         });
         edge = recent;
       }
+    },
+    /** Colour by weights: the square root, as part of the greatest. @param {Float32Array} weights */
+    shade(weights) {
+      const most = weights.reduce((a, b) => Math.max(a, b), 1e-12);
+      root.classList.add("hk-shaded");
+      spans.forEach((span, i) =>
+        span.style.setProperty("--hk-look", `${(100 * Math.sqrt(weights[i] / most)).toFixed(0)}%`)
+      );
     },
     /** Scroll entry i into the upper third. */
     show: (
@@ -85,8 +93,8 @@ function maskPath(mask) {
   return path;
 }
 
-/** The whole document on one line a head: a bar where an entry is kept, ticks where the facts are. */
-export function overview({ n, heads, headNames, facts, onselect, onlocate }) {
+/** The whole document on one line for each of some masks (heads, or methods): a bar where an entry is kept, ticks where the facts are. */
+export function overview({ n, heads, nameOf, facts, onselect, onlocate }) {
   const rows = Array.from({ length: heads }, (_, head) => {
     const path = s("path.kept-runs");
     const svg = s("svg.track", { viewBox: `0 0 ${n} 1`, preserveAspectRatio: "none", "aria-hidden": "true" }, path);
@@ -94,7 +102,7 @@ export function overview({ n, heads, headNames, facts, onselect, onlocate }) {
     const name = h(
       "button.track-name",
       { type: "button", onclick: () => onselect(head) },
-      `head ${headNames?.[head] ?? head}`,
+      nameOf(head),
     );
     const row = h("div.track-row", { "data-track": head }, name, svg, tally);
     svg.addEventListener("click", (event) => {
@@ -126,7 +134,7 @@ export function overview({ n, heads, headNames, facts, onselect, onlocate }) {
     update(masks, lengths, chosen) {
       rows.forEach(({ row, path, tally, name }, head) => {
         path.setAttribute("d", maskPath(masks[head]));
-        tally.textContent = count(lengths[head]);
+        tally.textContent = lengths[head];
         row.classList.toggle("hk-chosen", head === chosen);
         name.setAttribute("aria-pressed", String(head === chosen));
       });
