@@ -42,7 +42,7 @@ function render({ model, el }) {
     paint: (cell, l, k) => {
       const value = values[l][k];
       if (!kinds.length) {
-        const text = heads > 12 ? "" : digits ? value.toFixed(digits) : count(value);
+        const text = heads > 12 ? "" : (digits ? value.toFixed(digits) : count(value)).replace(/^-(0\.0+)$/, "$1");
         if (low < 0) return paintSigned(cell, value / Math.max(-low, high), text, wordsOf(l, k));
         return paintLevel(cell, value / high, text, wordsOf(l, k));
       }
