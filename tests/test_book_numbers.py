@@ -80,8 +80,6 @@ STATED: dict[tuple[str, str], Callable[[], float]] = {
     ("laptop", "268"): lambda: 2 * 8 * 32_768 * 128 * 4 / 1e6,
     ("does_it_work", "0.6"): lambda: 1 - 8 / 20,
     ("does_it_work", "0.11"): lambda: (8 / 20 * (1 - 8 / 20) / 20) ** 0.5,
-    ("does_it_work", "48"): lambda: ruler_table(2),
-    ("does_it_work", "4,096"): lambda: ruler_table(1),
     ("does_it_work", "30"): lambda: gates().num_layers,
     ("new_method", "3.2"): lambda: 4 * 4 / (4 + 1),
 }
