@@ -102,7 +102,9 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
     """
     arrow, parquet = _arrow()
     with replacing(path) as partial:
-        parquet.write_table(arrow.Table.from_pylist([row.to_json() for row in rows]), partial, compression="zstd")
+        parquet.write_table(
+            arrow.Table.from_pylist([row.to_json() for row in rows]), partial, compression="zstd"
+        )
 
 
 def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:

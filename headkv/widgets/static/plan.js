@@ -57,14 +57,18 @@ const [DIGITS, RADIX] = [3, 2048]; // 33 bits
  */
 function rankDescending(values) {
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
-  let order = Uint32Array.from(bits, (_, i) => i);
+  let order = new Uint32Array(bits.length);
+  for (let i = 0; i < order.length; i++) order[i] = i;
   let next = new Uint32Array(bits.length);
   for (let digit = 0; digit < DIGITS; digit++) {
     const shift = 11 * digit;
     const ends = new Uint32Array(RADIX + 1);
-    for (const x of bits) ends[RADIX - ((x >>> shift) & (RADIX - 1))]++;
+    for (let i = 0; i < bits.length; i++) ends[RADIX - ((bits[i] >>> shift) & (RADIX - 1))]++;
     for (let i = 1; i <= RADIX; i++) ends[i] += ends[i - 1];
-    for (const i of order) next[ends[RADIX - 1 - ((bits[i] >>> shift) & (RADIX - 1))]++] = i;
+    for (let k = 0; k < order.length; k++) {
+      const i = order[k];
+      next[ends[RADIX - 1 - ((bits[i] >>> shift) & (RADIX - 1))]++] = i;
+    }
     [order, next] = [next, order];
   }
   return order;
@@ -217,12 +221,14 @@ export class Scores {
       mass: new Float64Array(m + 1),
       filled: 0,
     }));
-    for (const index of order) {
-      const head = heads[Math.floor(index / m)];
-      const position = index % m;
-      head.best[head.filled] = position;
-      head.mass[head.filled + 1] = head.mass[head.filled] + this.raw[layer * count * m + index];
-      head.filled++;
+    const from = layer * count * m;
+    for (let rank = 0; rank < order.length; rank++) {
+      const index = order[rank];
+      const h = (index / m) | 0;
+      const head = heads[h];
+      const at = head.filled++;
+      head.best[at] = index - h * m;
+      head.mass[at + 1] = head.mass[at] + this.raw[from + index];
     }
     return { m, pooled, order, heads };
   }
