@@ -14,6 +14,7 @@ from headkv.models import load_smollm2, tiny_model
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 TEXT = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+ROWS = {0: 0, 1: 1, 2: 2}  # every layer attends
 
 
 def mixed(model: nn.Module, mixer: Mixer) -> torch.Tensor:
@@ -28,7 +29,7 @@ def mixed(model: nn.Module, mixer: Mixer) -> torch.Tensor:
 def test_open_gates_leave_the_model_as_it_is(family: str) -> None:
     model = tiny_model(family)
     gates = nn.Parameter(torch.ones(3, 2))
-    torch.testing.assert_close(mixed(model, Mixer(gates, 2, 5)), model(TEXT).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed(model, Mixer(gates, 2, 5, ROWS)), model(TEXT).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +39,7 @@ def test_closed_gates_are_windowed_attention(family: str) -> None:
     seen = (back >= 0) & ((back < 5) | (torch.arange(40) < 2))
     bias = torch.zeros(1, 1, 40, 40).masked_fill(~seen, torch.finfo(torch.float32).min)
     expected = model(TEXT, attention_mask=bias).logits
-    found = mixed(model, Mixer(nn.Parameter(torch.zeros(3, 2)), 2, 5))
+    found = mixed(model, Mixer(nn.Parameter(torch.zeros(3, 2)), 2, 5, ROWS))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -46,7 +47,7 @@ def test_the_gradient_reaches_every_gate() -> None:
     model = tiny_model("llama", num_hidden_layers=2).double()
     gates = nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float64))
     with frozen(model):
-        mixed(model, Mixer(gates, 2, 5)).square().mean().backward()
+        mixed(model, Mixer(gates, 2, 5, ROWS)).square().mean().backward()
     analytic = gates.grad
     assert analytic is not None and all(weight.grad is None for weight in model.parameters())
     assert all(weight.requires_grad for weight in model.parameters())
@@ -56,7 +57,7 @@ def test_the_gradient_reaches_every_gate() -> None:
         for sign in (1, -1):
             moved = gates.detach().clone()
             moved[place] += sign * step
-            losses.append(mixed(model, Mixer(nn.Parameter(moved), 2, 5)).square().mean().item())
+            losses.append(mixed(model, Mixer(nn.Parameter(moved), 2, 5, ROWS)).square().mean().item())
         assert analytic[place].item() == pytest.approx(
             (losses[0] - losses[1]) / (2 * step), rel=0.01, abs=2e-4
         )
@@ -67,7 +68,7 @@ def test_models_whose_attention_has_more_to_it_are_refused(family: str) -> None:
     model = tiny_model(family, **({"layer_types": ["full_attention"] * 3} if family == "gpt_oss" else {}))
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="neither sliding-window layers nor soft caps nor sinks"):
-        mixed(model, Mixer(nn.Parameter(torch.ones(3, 2)), 2, 5))
+        mixed(model, Mixer(nn.Parameter(torch.ones(3, 2)), 2, 5, ROWS))
     assert model.config._attn_implementation == before
 
 

@@ -70,7 +70,9 @@ def test_each_is_as_large_as_alone(family):
     """Stored entries, and bytes as the allocator has them for a cache of the method's own."""
     model, context = tiny_model(family), prompts(1)["input_ids"]
     reading = Reading(model, context)
-    methods = [headkv.FullCache(), *METHODS.values()]
+    # Profiles of these cases are of three layers with attention; the hybrid has fewer.
+    fit = [m for m in METHODS.values() if family == "llama" or not getattr(m, "profiles", ())]
+    methods = [headkv.FullCache(), *fit]
     together = side_by_side(reading, methods)
     for i, method in enumerate(methods):
         cache = reading.compressed(method)
