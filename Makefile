@@ -15,7 +15,7 @@ CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -g
 RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock)
 PACKAGE := $(shell find headkv kernels -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 SCRIPTS := $(wildcard headkv/widgets/static/*.js book/_static/*.js)
-CHAPTERS := benchmarks/README.md $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
+CHAPTERS := benchmarks/README.md benchmarks/rows/ruler.parquet $(shell find book -type f -not -path 'book/_build/*' 2>/dev/null)
 KVPRESS := 0.5.5
 # Releases of transformers besides the installed one: the oldest that is served, two between, the newest.
 VERSIONS := 5.12.0 5.16.1 5.20.2 5.24.0

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import first_screen as tool
 import pytest
 import readme_families
 import readme_picture
@@ -37,6 +38,26 @@ def test_first_screen_holds_what_the_page_says(first_screen):
     assert max(map(max, own)) >= 50 * min(map(min, own))
     wrong, right = (column["answers"][tenth][0] for column in first_screen["columns"].values())
     assert (wrong, right) == (False, True)
+
+
+def test_first_screen_holds_the_times_of_a_step(first_screen):
+    """Otherwise: python tools/first_screen.py --times --out book/data/first_screen.json."""
+    assert first_screen["times"]["device"] == "CPU, 2 threads", "as the page says"
+    full = first_screen["picture"]["full_step_ms"]
+    for column in first_screen["columns"].values():
+        assert len(column["step_ms"]) == len(first_screen["picture"]["shares"])
+        assert min(column["step_ms"]) > full / 3, "the page says that they move less than the bytes"
+        assert column["step_ms"][-1] == pytest.approx(full, rel=0.2), "all of the cache"
+
+
+def test_times_are_not_added_to_a_file_of_other_weights(first_screen, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(first_screen | {"weights": "0"}), "utf-8")
+    before = file.read_bytes()
+    monkeypatch.setattr("sys.argv", ["first_screen.py", "--times", "--out", str(file)])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "must be of the weights that ship" in capsys.readouterr().err and file.read_bytes() == before
 
 
 def test_the_readme_shows_the_first_screen(first_screen):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 import headkv
 import headkv.scorers
+from headkv.evaluation.compare import step_times
 from headkv.evaluation.reading import Reading
 from headkv.methods.base import Method
 from headkv.models.tiny import tiny_model
@@ -114,3 +117,23 @@ def test_one_reading_serves_methods_of_every_kind() -> None:
         stored = reading.compressed(method).lengths()
         assert int(stored.sum()) < stored.numel() * 59 and reading.cache.seen == 59
     assert model.config._attn_implementation == before
+
+
+def test_steps_are_timed_in_turns_and_leave_the_reading_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("llama"), prompt(40)
+    reading = Reading(model, ids)
+    seen: list[int] = []
+    forward = model.forward
+
+    def noted(*args: Any, past_key_values: Any, **kwargs: Any) -> Any:
+        seen.append(int(past_key_values.lengths().sum()))
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(model, "forward", noted)
+    methods = {"full": headkv.FullCache(), "few": headkv.SnapKV(10, headkv.SnapKVScorer(4))}
+    stored = [int(reading.compressed(method).lengths().sum()) for method in methods.values()]
+    times = step_times(reading, methods, steps=3)
+    assert list(times) == list(methods) and min(times.values()) > 0
+    rows = reading.kept(methods["full"])[..., 0].numel()
+    assert seen == [n + step * rows for step in range(3) for n in stored]
+    assert reading.cache.seen == 39

@@ -48,7 +48,7 @@ def side_by_side(**changes):
         "expected": "17",
     }
     made["columns"]["even"] |= {
-        k: v for k, v in changes.items() if k in ("lengths", "kept", "answers", "right")
+        k: v for k, v in changes.items() if k in ("lengths", "kept", "answers", "right", "step_ms")
     }
     return SideBySide(**made | {k: v for k, v in changes.items() if k not in made["columns"]["even"]})
 
@@ -219,6 +219,21 @@ def test_budget_explorer_refuses(scores, options, error, says):
         ),
         pytest.param(
             lambda: side_by_side(right=[1, 3], asked=2), ValueError, "an int in [0, 2], got 3", id="right"
+        ),
+        pytest.param(
+            lambda: side_by_side(step_ms=[3.5]), ValueError, "step_ms of 'even' must be 2 numbers", id="times"
+        ),
+        pytest.param(
+            lambda: side_by_side(step_ms=[3.5, -1.0]),
+            ValueError,
+            "step_ms of 'even' must be a number of at least 0, got -1.0",
+            id="time",
+        ),
+        pytest.param(
+            lambda: side_by_side(full_step_ms="31"),
+            TypeError,
+            "full_step_ms must be a number",
+            id="full-time",
         ),
         pytest.param(
             lambda: side_by_side(answer=(1, 4)),
@@ -418,6 +433,13 @@ def test_anywidget_loads_only_when_a_widget_is_asked_for():
 def test_heads_that_keep_the_answer_whole_are_counted():
     assert side_by_side().whole().tolist() == [[1, 2]]
     assert side_by_side(answer=(0, 3)).whole().tolist() == [[0, 2]]
+
+
+def test_a_step_is_told_where_it_was_timed():
+    said = "SideBySide: 1 layer of 2 KV heads, 4 entries; at 38% of the bytes: even answers 1 (wrong)"
+    assert side_by_side().describe() == f"{said}."
+    timed = side_by_side(step_ms=[3.456, 31], full_step_ms=31.25)
+    assert timed.describe() == f"{said} at 3.46 ms a step; full cache: 31.2 ms a step."
 
 
 def test_what_fits_on_a_card_by_hand() -> None:

@@ -510,7 +510,7 @@ def test_work_shares_cuts_as_the_package_does(chromium, lengths):
         assert page.page.evaluate(widths) == ["100%", "100%"]
 
 
-def two_ways() -> SideBySide:
+def two_ways(timed: bool = True) -> SideBySide:
     """Three shares, five layers of three heads, 40 entries of which nine are shown; the fact is 2 to 6."""
     rng = np.random.default_rng(7)
     columns = {}
@@ -519,9 +519,11 @@ def two_ways() -> SideBySide:
         kept = rng.random((3, 5, 3, 9)) < np.array([0.5, 0.9, 1.0])[:, None, None, None]
         answers = [(False, "3"), (name != "Even", "31"), (True, "316")]
         columns[name] = {"lengths": lengths, "kept": kept, "answers": answers, "right": [0, 5, 8]}
+        if timed:
+            columns[name]["step_ms"] = [9.876, 12.34, 30.0] if name == "Even" else [9.5, 12.0, 31.25]
     return SideBySide(
         columns, shares=[0.2, 0.5, 1.0], length=40, tokens=[f"w{i} " for i in range(9)], fact=(2, 6), asked=8,
-        question="What is it?", expected="316", at=1, title="Two ways",
+        question="What is it?", expected="316", at=1, title="Two ways", full_step_ms=31.04 if timed else None,
     )  # fmt: skip
 
 
@@ -549,6 +551,23 @@ def test_side_by_side_shows_what_was_measured(chromium):
         for c in (0, 1):
             gone = columns.nth(c).locator(".hk-evicted").all_inner_texts()
             assert [text.strip() for text in gone] == [f"w{i}" for i in np.flatnonzero(bits[c, 1, 1, 2] == 0)]
+
+
+def test_side_by_side_shows_how_long_a_step_takes(chromium):
+    with shown(chromium, two_ways()) as page:
+        columns = page.page.locator(".hk-column")
+        for at, times in enumerate([("9.88", "9.5"), ("12.3", "12"), ("30", "31.3")]):
+            page.set(at=at)
+            for c in (0, 1):
+                assert f"{times[c]} ms a step, full cache 31 ms." in columns.nth(c).inner_text()
+        page.page.get_by_label("Kept of the cache").press("Home")
+        said = page.page.locator("[aria-live]")
+        page.page.wait_for_function(
+            "document.querySelector('[aria-live]').textContent.includes('9.5 ms a step')"
+        )
+        assert "9.88 ms a step, full cache 31 ms." in said.first.text_content()
+    with shown(chromium, two_ways(timed=False)) as page:
+        assert " ms" not in page.page.locator(".hk").inner_text()
 
 
 def timeline_and_layers() -> tuple[EvictionTimeline, list[RaggedLayer]]:

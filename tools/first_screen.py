@@ -1,11 +1,13 @@
 """The book's first picture: one cache, the same bytes, split evenly over the heads or not.
 
     python tools/first_screen.py --out book/data/first_screen.json
+    python tools/first_screen.py --times --out book/data/first_screen.json
 
 Texts of many lines, each a number for a key (the form `number_lines` of `headkv.data.tasks`, validation words), are
 read by the tuned SmolLM2 and compressed before it is known which number will be asked for. KVzip's scores keep their
 best entries, once with the same budget for every head and once with one budget over all heads; SnapKV stands beside
-them. Of the first text the file also holds what every head keeps of it. SmolLM2 as it is gets easier questions, the
+them. Of the first text the file also holds what every head keeps of it, and how long a decode step then takes;
+on a quiet machine `--times` measures these times again, and nothing else. SmolLM2 as it is gets easier questions, the
 needles of five kinds of `headkv.data.needles`, which it answers with a full cache.
 """
 
@@ -29,9 +31,10 @@ from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import needle_texts
 from headkv.data.tasks import Source, Task, make_task, own_prose, token_counter
 from headkv.data.words import Words
+from headkv.evaluation.compare import FULL, step_times
 from headkv.evaluation.reading import Reading
 from headkv.evaluation.unseen import Question, Remembered, judge
-from headkv.methods import ScoredMethod
+from headkv.methods import FullCache, ScoredMethod
 from headkv.models.tuned import tuned_weights
 from headkv.scorers import KVzipScorer, SnapKVScorer
 
@@ -41,6 +44,7 @@ COLUMNS = {"uniform": "Every head keeps as much", "kvzip": "Each head keeps what
 PLAIN_SHARES = (0.1, 0.2, 0.3)
 BYTES_PER_ENTRY = 2 * 64 * 4  # a key and a value of SmolLM2, float32
 AROUND = 16  # tokens before and after the fact that the picture shows
+STEPS = 48  # decode steps that are timed, of each way and share
 LOADED = Any
 
 
@@ -154,18 +158,61 @@ def picture(model: LOADED, tokenizer: LOADED, task: Task, shares: Sequence[float
     }
 
 
+def add_times(found: dict[str, Any], model: LOADED, tokenizer: LOADED, steps: int = STEPS) -> None:
+    """Note in `found` the median milliseconds of a decode step over its first text, and where they were measured."""
+    context, question = prompt(tokenizer, make_text(tokenizer, 0))
+    reading = Reading(model, torch.cat([context, question.ids[:, :1]], 1))
+    shares = found["picture"]["shares"]
+    scorer: Any = Remembered(methods(tokenizer, 1.0)["kvzip"].scorer)
+    every: dict[str, Any] = {FULL: FullCache()}
+    for share in shares:
+        made = methods(tokenizer, share, scorer)
+        every |= {f"{name} {share}": made[name] for name in COLUMNS}
+    times = {name: round(ms, 2) for name, ms in step_times(reading, every, steps).items()}
+    found["picture"]["full_step_ms"] = times[FULL]
+    for name, words in COLUMNS.items():
+        found["columns"][words]["step_ms"] = [times[f"{name} {share}"] for share in shares]
+    threads = torch.get_num_threads()
+    found["times"] = {
+        "made_by": "python tools/first_screen.py --times",
+        "device": f"CPU, {threads} {'thread' if threads == 1 else 'threads'}",
+        "steps": steps,
+    }
+
+
+def weights_hash() -> str:
+    """Of the tuned weights that ship."""
+    return hashlib.sha256(tuned_weights().read_bytes()).hexdigest()
+
+
 def main() -> None:
     """Measure and write the file."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--texts", type=int, default=12)
     options.add_argument("--out", type=Path, required=True)
+    options.add_argument(
+        "--times", action="store_true", help="only measure the times of a file that is there again"
+    )
     given = options.parse_args()
+    if given.times:
+        found = json.loads(given.out.read_text("utf-8"))
+        if found["weights"] != weights_hash():
+            options.error(f"--out must be of the weights that ship, got {given.out}: make it without --times")
+        add_times(found, *headkv.load_smollm2(tuned=True))
+        print(found["times"], found["picture"]["full_step_ms"], flush=True)
+    else:
+        found = measured(given.texts)
+    given.out.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def measured(texts: int) -> dict[str, Any]:
+    """All that the file holds."""
     model, tokenizer = headkv.load_smollm2(tuned=True)
-    tasks = [make_text(tokenizer, number) for number in range(given.texts)]
+    tasks = [make_text(tokenizer, number) for number in range(texts)]
     found = {
-        "made_by": f"python tools/first_screen.py --texts {given.texts}",
+        "made_by": f"python tools/first_screen.py --texts {texts}",
         "model": model.name_or_path,
-        "weights": hashlib.sha256(tuned_weights().read_bytes()).hexdigest(),
+        "weights": weights_hash(),
         **picture(model, tokenizer, tasks[0], SHARES),
         "texts": [],
     }
@@ -178,9 +225,10 @@ def main() -> None:
             sum(text[name][i][0] for text in found["texts"]) for i in range(len(SHARES))
         ]
     found["picture"]["asked"] = len(tasks)
-    found["plain"] = plain(given.texts)
+    add_times(found, model, tokenizer)
+    found["plain"] = plain(texts)
     print("as it is:", found["plain"], flush=True)
-    given.out.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":

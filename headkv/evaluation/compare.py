@@ -161,7 +161,8 @@ def compare(
         seen.append([reading.followed_by(needle.question_ids[:, 1:]) for needle in text.needles])
     every = {FULL: Entry("full", lambda n: FullCache(), looks=False), **entries}
     on_step("timing decode steps")
-    times = _step_times(unseen[0], every)
+    n = unseen[0].cache.seen
+    times = step_times(unseen[0], {name: entry.make(n) for name, entry in every.items()})
     for name, entry in every.items():
         on_step(name)
         yield _result(name, entry, texts, unseen, seen, times[name])
@@ -213,13 +214,23 @@ def _is_right(reading: Reading, cache: Any, tokens: Tensor, needle: Needle) -> b
 
 
 @torch.inference_mode()
-def _step_times(reading: Reading, entries: Mapping[str, Entry]) -> dict[str, float]:
-    """Milliseconds of a decode step over one text, methods in turns: what else the machine does slows all alike."""
-    n = reading.cache.seen
-    caches = {name: reading.compressed(entry.make(n)) for name, entry in entries.items()}
-    times: dict[str, list[float]] = {name: [] for name in entries}
+def step_times(
+    reading: Reading, methods: Mapping[str, Method | PromptMethod], steps: int = STEPS
+) -> dict[str, float]:
+    """Milliseconds of a decode step over one text, methods in turns: what else the machine does slows all alike.
+
+    Args:
+        reading: of the text.
+        methods: by name.
+        steps: how many are timed of each; a cache grows by one entry a head with each.
+
+    Returns:
+        The median of each method.
+    """
+    caches = {name: reading.compressed(method) for name, method in methods.items()}
+    times: dict[str, list[float]] = {name: [] for name in methods}
     with chosen_attention(reading.model, NAME):
-        for _ in range(STEPS):
+        for _ in range(steps):
             for name, cache in caches.items():
                 begin = time.perf_counter()
                 reading.model(reading.last, past_key_values=cache)

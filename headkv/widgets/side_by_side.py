@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import traitlets as t
 
+from headkv import _checks
 from headkv.widgets import checks
 from headkv.widgets.base import Buffer, Picture, bundle
 
@@ -21,7 +22,7 @@ class SideBySide(Picture):
         columns: for each way, by its name, a mapping with `lengths` (entries each head keeps,
             `[shares, layers, heads]`), `kept` (which of the tokens shown, `[shares, layers, heads, m]` bool) and
             `answers` (one a share: whether it is right, and its words); optionally `right` (how many of `asked`
-            other texts were answered, one a share).
+            other texts were answered, one a share) and `step_ms` (milliseconds of a decode step, one a share).
         shares: of the full cache, rising, each in (0, 1].
         length: n, entries of the full cache in each head.
         tokens: the m tokens around the fact, as text.
@@ -31,6 +32,7 @@ class SideBySide(Picture):
         expected: the right answer.
         asked: on how many texts `right` was counted.
         bytes_per_entry: bytes of one key and one value of one head (512: head dim 64, float32).
+        full_step_ms: milliseconds of a decode step with the full cache, to compare `step_ms` with.
         at: which share is shown first, by its place in `shares`.
         selected: the chosen (layer, head).
         title: a line above the picture.
@@ -59,6 +61,8 @@ class SideBySide(Picture):
     answers: t.List[Any] = t.List().tag(sync=True)
     right: t.List[Any] = t.List().tag(sync=True)
     asked = t.Int().tag(sync=True)
+    step_ms: t.List[Any] = t.List().tag(sync=True)
+    full_step_ms = t.Float(None, allow_none=True).tag(sync=True)
     length = t.Int().tag(sync=True)
     tokens = t.List(t.Unicode()).tag(sync=True)
     fact = t.List(t.Int()).tag(sync=True)
@@ -83,6 +87,7 @@ class SideBySide(Picture):
         answer: Sequence[int] | None = None,
         asked: int = 0,
         bytes_per_entry: int = 512,
+        full_step_ms: float | None = None,
         at: int = 0,
         selected: tuple[int, int] = (0, 0),
         title: str | None = None,
@@ -101,18 +106,22 @@ class SideBySide(Picture):
                 got = list(lengths.shape[1:])
                 raise ValueError(f"lengths of {name!r} must have {layers} layers of {heads} heads, got {got}")
         whole = checks.whole("asked", asked)
+        if full_step_ms is not None:
+            _checks.between("full_step_ms", full_step_ms, 0)
         super().__init__(
             _shape=[len(levels), layers, heads, m],
             names=list(columns),
             shares=levels,
             lengths=[lengths.tolist() for lengths, *_ in made],
             _kept=b"".join(np.packbits(kept, axis=-1).tobytes() for _, kept, *_ in made),
-            answers=[answers for _, _, answers, _ in made],
+            answers=[answers for _, _, answers, *_ in made],
             right=[
                 [checks.whole(f"right of {name!r}", x, 0, whole) for x in right]
-                for name, (*_, right) in zip(columns, made, strict=True)
+                for name, (*_, right, _) in zip(columns, made, strict=True)
             ],
             asked=whole,
+            step_ms=[times for *_, times in made],
+            full_step_ms=full_step_ms,
             length=n,
             tokens=checks.strings("tokens", tokens, m),
             fact=_span("fact", fact, m),
@@ -144,10 +153,13 @@ class SideBySide(Picture):
         _, layers, heads, _ = self._shape
         said = "; ".join(
             f"{name} answers {text} ({'right' if right else 'wrong'})"
-            for name, (right, text) in zip(
-                self.names, [answers[self.at] for answers in self.answers], strict=True
+            + (f" at {times[self.at]:.3g} ms a step" if times else "")
+            for name, (right, text), times in zip(
+                self.names, [answers[self.at] for answers in self.answers], self.step_ms, strict=True
             )
         )
+        if self.full_step_ms is not None:
+            said += f"; full cache: {self.full_step_ms:.3g} ms a step"
         return (
             f"SideBySide: {layers} {'layer' if layers == 1 else 'layers'} of {heads} "
             f"KV {'head' if heads == 1 else 'heads'}, {self.length:,} entries; "
@@ -157,7 +169,7 @@ class SideBySide(Picture):
 
 def _column(
     name: str, column: Mapping[str, Any], shares: int, n: int, m: int
-) -> tuple[np.ndarray, np.ndarray, list[list[Any]], list[int]]:
+) -> tuple[np.ndarray, np.ndarray, list[list[Any]], list[int], list[float]]:
     """What one way keeps and answers, checked."""
     if missing := {"lengths", "kept", "answers"} - set(column):
         raise ValueError(
@@ -170,12 +182,16 @@ def _column(
     if kept.shape != (*lengths.shape, m):
         raise ValueError(f"kept of {name!r} must have shape {[*lengths.shape, m]}, got {list(kept.shape)}")
     answers = [[bool(right), str(text)] for right, text in column["answers"]]
-    right = list(column.get("right", ()))
+    right, times = list(column.get("right", ())), list(column.get("step_ms", ()))
     if len(answers) != shares or len(right) not in (0, shares):
         raise ValueError(
             f"answers and right of {name!r} must be {shares}, got {len(answers)} and {len(right)}"
         )
-    return lengths, kept, answers, right
+    if len(times) not in (0, shares):
+        raise ValueError(f"step_ms of {name!r} must be {shares} numbers, got {len(times)}")
+    for time in times:
+        _checks.between(f"step_ms of {name!r}", time, 0)
+    return lengths, kept, answers, right, times
 
 
 def _span(name: str, span: Sequence[int], m: int) -> list[int]:

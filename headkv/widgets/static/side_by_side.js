@@ -57,6 +57,8 @@ function render({ model, el }) {
       answers: get("answers")[c],
       right: get("right")[c],
       asked: get("asked"),
+      stepMs: get("step_ms")[c],
+      fullStepMs: get("full_step_ms"),
       kept: (step, layer, head) => keptOf(c, step, layer, head),
       choose,
     })
@@ -104,7 +106,24 @@ function render({ model, el }) {
 
 /** One way: its answer, how often it was right, its grid, and the fact as the chosen head keeps it. */
 function column(
-  { name, layers, heads, n, tokens, fact, answer, shares, lengths, answers, right, asked, kept, choose },
+  {
+    name,
+    layers,
+    heads,
+    n,
+    tokens,
+    fact,
+    answer,
+    shares,
+    lengths,
+    answers,
+    right,
+    asked,
+    stepMs,
+    fullStepMs,
+    kept,
+    choose,
+  },
 ) {
   const says = h("p.says");
   const whole = h("p.caption");
@@ -113,6 +132,9 @@ function column(
   );
   bars.forEach((bar, step) => bar.firstElementChild.style.setProperty("height", `${(100 * right[step]) / asked}%`));
   const often = h("p.caption");
+  const speed = h("p.caption.speed");
+  const speedWords = (step) =>
+    stepMs.length ? `${ms(stepMs[step])} a step${fullStepMs === null ? "" : `, full cache ${ms(fullStepMs)}`}.` : "";
   const line = h("p.caption");
   const strip = textStrip({ n: tokens.length, tokens, facts: [[...fact, ""]] });
   let at = 0;
@@ -147,12 +169,14 @@ function column(
       h("p.column-name", {}, name),
       says,
       whole,
+      ...(stepMs.length ? [speed] : []),
       ...(bars.length ? [h("div.often-row", { "aria-hidden": "true" }, ...bars), often] : []),
       grid.el,
       line,
       strip.el,
     ),
-    words: (step) => `${name}: ${answers[step][0] ? "right" : "wrong"}, ${answers[step][1]}.`,
+    words: (step) =>
+      `${name}: ${answers[step][0] ? "right" : "wrong"}, ${answers[step][1]}. ${speedWords(step)}`.trim(),
     draw(step, layer, head) {
       at = step;
       const [good, text] = answers[step];
@@ -170,6 +194,7 @@ function column(
         ? `${count(most)} entries in each head`
         : `${count(least)} to ${count(most)} entries a head`;
       whole.textContent = `${sizes}. The answer is kept whole by ${wholeHeads(step)} of ${layers * heads} heads.`;
+      speed.textContent = speedWords(step);
       bars.forEach((bar, i) => bar.classList.toggle("hk-now", i === step));
       often.textContent = right.length ? `Right on ${right[step]} of ${asked} such texts.` : "";
       grid.paintAll();
@@ -179,6 +204,9 @@ function column(
     },
   };
 }
+
+/** Milliseconds, to three digits. */
+const ms = (x) => `${Number(x.toPrecision(3))} ms`;
 
 /** Bits of all masks; answers those of one head as bytes of 0 and 1. */
 function maskReader(view, [steps, layers, heads, m]) {
