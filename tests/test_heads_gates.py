@@ -29,7 +29,9 @@ def mixed(model: nn.Module, mixer: Mixer) -> torch.Tensor:
 def test_open_gates_leave_the_model_as_it_is(family: str) -> None:
     model = tiny_model(family)
     gates = nn.Parameter(torch.ones(3, 2))
-    torch.testing.assert_close(mixed(model, Mixer(gates, 2, 5, ROWS)), model(TEXT).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        mixed(model, Mixer(gates, 2, 5, ROWS)), model(TEXT).logits, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,7 +50,9 @@ def test_tiny_models_are_always_the_same_and_leave_the_random_state_alone() -> N
 
 
 def test_an_unknown_family_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="family must be one of 'llama', .*'gpt_oss', .*'falcon_h1', got 'gpt2'"):
+    with pytest.raises(
+        ValueError, match="family must be one of 'llama', .*'gpt_oss', .*'falcon_h1', got 'gpt2'"
+    ):
         tiny_model("gpt2")
 
 
