@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from headkv.cache import checks, layout, moves
-from headkv.cache.rows import Pools, Rows
+from headkv.cache.rows import SUMS, Pools, Rows
 from headkv.cache.windows import Sums
+
+_MOVED = {*Pools._fields, "ticket"}  # all other tensors have an entry a row
 
 
 def selected(rows: Rows, index: Tensor) -> dict[str, Tensor]:
@@ -23,27 +25,20 @@ def selected(rows: Rows, index: Tensor) -> dict[str, Tensor]:
     heads = torch.arange(rows.num_kv_heads, device=rows.device)
     which = (index[:, None] * rows.num_kv_heads + heads).reshape(-1)
     source = layout.source_of_rows(rows.start[which], rows.length[which], rows.capacity[which])
-    moved = {*Pools._fields, "ticket"}
-    per_row = {name: tensor[which] for name, tensor in rows.tensors() if name not in moved}
+    per_row = {name: tensor[which] for name, tensor in rows.tensors() if name not in _MOVED}
     per_row["start"] = layout.starts(per_row["capacity"])
     return {**moves.gather(rows.pools, source)._asdict(), **per_row}
 
 
 def nbytes_alone(rows: Rows) -> list[int]:
     """For each sequence the bytes that it would hold as a layer of its own: slots, bookkeeping, any sums."""
-    sequences, pools, sums = (
-        (rows.batch_size, rows.num_kv_heads),
-        set(Pools._fields),
-        {"key_sum", "value_sum", "count"},
-    )
-    slots = rows.capacity.view(sequences).sum(1)
-    held = slots * sum(tensor[:1].nbytes for tensor in rows.pools)
-    for name, tensor in rows.tensors():
-        if name in pools or name == "ticket":
-            continue
-        has = (rows.count.view(sequences) >= 0).any(1) if name in sums and rows.count is not None else 1
-        held = held + has * (tensor.nbytes // rows.batch_size)
-    found: list[int] = held.tolist()
+    by_sequence = (rows.batch_size, rows.num_kv_heads)
+    held = rows.capacity.view(by_sequence).sum(1) * sum(tensor[:1].nbytes for tensor in rows.pools)
+    per_row = {name: x.nbytes // rows.batch_size for name, x in rows.tensors() if name not in _MOVED}
+    if rows.count is not None:
+        sums = sum(per_row.pop(name) for name in SUMS)
+        held = held + sums * (rows.count.view(by_sequence) >= 0).any(1)
+    found: list[int] = (held + sum(per_row.values())).tolist()
     return found
 
 
@@ -58,7 +53,7 @@ def joined(layers: Sequence[Rows]) -> dict[str, Tensor]:
         raise ValueError(
             f"layers must be alike in heads, tokens seen, D, dtype and device, got {list(alike)}"
         )
-    names = {name for name, _ in layers[0].tensors()} - {"start", "ticket", "key_sum", "value_sum", "count"}
+    names = {name for name, _ in layers[0].tensors()} - {"start", "ticket", *SUMS}
     tensors = {name: torch.cat([getattr(x, name) for x in layers]) for name in names}
     offsets = [0, *itertools.accumulate(x.keys.shape[0] for x in layers[:-1])]
     tensors["start"] = torch.cat([x.start + offset for x, offset in zip(layers, offsets, strict=True)])
@@ -66,6 +61,6 @@ def joined(layers: Sequence[Rows]) -> dict[str, Tensor]:
         sums = [
             Sums.of(x) or Sums.none(torch.zeros_like(x.start, dtype=torch.bool), x.head_dim) for x in layers
         ]
-        for name, parts in zip(("key_sum", "value_sum", "count"), zip(*sums, strict=True), strict=True):
+        for name, parts in zip(SUMS, zip(*sums, strict=True), strict=True):
             tensors[name] = torch.cat(parts)
     return tensors

@@ -19,14 +19,13 @@ from headkv._files import replacing
 from headkv.cache import layout, moves
 from headkv.cache.checks import DTYPES
 from headkv.cache.ragged import RaggedLayer
-from headkv.cache.rows import Pools
+from headkv.cache.rows import SUMS, Pools
 
 FORMAT = "headkv-cache"
 VERSION = 1
 
 # What rows are, beside their pools: all int64 `[rows]`. Where they begin follows from their capacities.
 _NUMBERS = ("length", "capacity", "sinks", "recent", "evicted_end", "trimmed_end")
-_SUMS = ("key_sum", "value_sum", "count")
 _FACTS = ("num_kv_heads", "seen", "rollback")
 
 
@@ -120,7 +119,7 @@ def _about(header: dict[str, str]) -> dict[str, Any]:
 def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
     """The contents of a layer on the CPU: its entries row after row, and what its rows are."""
     pools = moves.gather(layer.pools, layout.source_of_rows(layer.start, layer.length, layer.length))
-    sums = [name for name in _SUMS if getattr(layer, name) is not None]
+    sums = [name for name in SUMS if getattr(layer, name) is not None]
     rest = {name: getattr(layer, name) for name in (*_NUMBERS, *sums)}
     return {name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items()}
 
@@ -164,7 +163,7 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
         "positions": (slots[:1], torch.int32),
         **{key: (rows, torch.int64) for key in _NUMBERS},
     }
-    if set(_SUMS) & tensors.keys():
+    if set(SUMS) & tensors.keys():
         sums = [*rows, slots[1]], torch.float32
         shapes |= {"key_sum": sums, "value_sum": sums, "count": (rows, torch.int64)}
     found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SUMS = ("key_sum", "value_sum", "count")  # of `Rows`, where rows compensate
+
 
 class Pools(NamedTuple):
     """The flat storage of one layer: `keys` and `values` `[slots, D]`, `positions` `[slots]` int32."""

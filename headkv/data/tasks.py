@@ -18,6 +18,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from headkv.data.answers import share_found
 from headkv.data.haystacks import _INTRODUCTION
 from headkv.data.words import Words
 
@@ -70,8 +71,7 @@ class Task:
 
     def score(self, reply: str) -> float:
         """Return the share of the answers that stand in `reply`, in any order and case: RULER's string match."""
-        reply = reply.casefold()
-        return sum(answer.casefold() in reply for answer in self.answers) / len(self.answers)
+        return share_found(self.answers, reply)
 
 
 @dataclass(frozen=True, eq=False)

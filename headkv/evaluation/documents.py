@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv import _checks
 from headkv._files import replacing
+from headkv.data.answers import share_found
 from headkv.data.chat import chat_frame
 from headkv.data.needles import NEEDLE_KINDS, needle_texts
 from headkv.evaluation import harness
@@ -40,7 +41,7 @@ class Found:
     expected: tuple[str, ...]
 
     def __call__(self, reply: str) -> float:
-        return sum(word.casefold() in reply.casefold() for word in self.expected) / len(self.expected)
+        return share_found(self.expected, reply)
 
 
 def check(task: str, length: int) -> None:

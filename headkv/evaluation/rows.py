@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headkv._files import replacing
+from headkv.heads.journal import whole_lines
 
 PARTIAL = ".partial"  # added to a file's name: the journal beside it
 INSTALL = "pip install 'headkv[eval]'"
@@ -135,8 +136,7 @@ def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:
 
 def noted(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows in the journal of a sweep, as plain values; a line that is still being written is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-    return [row for line in lines if line.endswith("\n") for row in json.loads(line)["rows"]]
+    return [row for line in whole_lines(Path(path))[1:] for row in json.loads(line)["rows"]]
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from headkv.cache.batches import nbytes_alone
+from headkv.data.answers import share_found
 from headkv.evaluation.reading import Reading
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
-from headkv.integrations.states import joined
+from headkv.integrations.states import joined, state_bytes
 from headkv.methods import FullCache
 from headkv.models.attention import chosen_attention
 from headkv.scorers import PromptScorer
@@ -49,7 +50,7 @@ class Question:
 
     def found_in(self, text: str) -> float:
         """The share of the answers that stand in `text`, in any case: RULER's measure, arXiv 2404.06654."""
-        return sum(answer.casefold() in text.casefold() for answer in self.answers) / len(self.answers)
+        return share_found(self.answers, text)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> 
     """
     plans = [reading.plan(method) for method in methods]
     cache = reading.compressed(methods[0], plans[0])
-    states = cache.nbytes - sum(layer.filled().nbytes for layer in cache.attending)
+    states = sum(map(state_bytes, cache.states.values()))
     for i, layer in enumerate(cache.attending):
         layer.restore(reading.stored(i, [plan[i] for plan in plans]))
     cache.hold({i: joined([state] * len(methods)) for i, state in cache.states.items()})

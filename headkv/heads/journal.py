@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Of a journal the lines that are written to their end: what is measured, then a piece each."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+
+
 class Journal:
     """A file of JSON lines: what is measured, then each finished piece of it. Without a path: nothing is kept.
 
@@ -27,9 +32,7 @@ class Journal:
         self._first = first = json.dumps(task) + "\n"
         if not self._path.exists():
             return
-        whole = [
-            line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
-        ]
+        whole = whole_lines(self._path)
         if whole[:1] != [first]:  # a line without its end is of a run that was killed while it wrote
             raise ValueError(
                 f"{self._path} is what another run has left; remove it, or write to another file"
