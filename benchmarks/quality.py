@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import headkv
 from headkv.data import needle_texts
 from headkv.data.chat import REPEAT, chat_frame
@@ -24,9 +26,10 @@ TEXTS = 10
 TOKENS = 800
 
 
-def quality(kind: str, texts: int) -> dict[str, Any]:
+def quality(kind: str, texts: int, device: str) -> dict[str, Any]:
     """Right answers of every method at every share, of one model ("plain" or "tuned")."""
     model, tokenizer = headkv.load_smollm2(tuned=kind == "tuned")
+    model.to(device)
     request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
     entries = {
         f"{name} @{share}": entry
@@ -62,12 +65,14 @@ def main() -> int:
     )
     options.add_argument("models", nargs="+", choices=("plain", "tuned"))
     options.add_argument("--texts", type=int, default=TEXTS)
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
     options.add_argument("--out", type=Path, required=True)
     given = options.parse_args()
     made = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     for kind in given.models:
         command = f"python benchmarks/quality.py {kind} --texts {given.texts} --out book/data/quality.json"
-        made[kind] = {"command": command, "device": "CPU", **quality(kind, given.texts)}
+        chip = "CPU" if given.device == "cpu" else torch.cuda.get_device_name(given.device)
+        made[kind] = {"command": command, "device": chip, **quality(kind, given.texts, given.device)}
         given.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -28,7 +28,8 @@ from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import needle_texts
 from headkv.evaluation.documents import read_documents
 from headkv.evaluation.harness import OFFLINE
-from headkv.evaluation.unseen import Question, Remembered, judge
+from headkv.evaluation.remembered import Remembered
+from headkv.evaluation.unseen import Question, judge
 from headkv.heads import HeadProfile
 from headkv.methods import ScoredMethod
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer

@@ -38,7 +38,7 @@ def main() -> None:
     model, tokenizer = headkv.load_smollm2()
     model.to(given.device)
     if given.only is not None:
-        print(json.dumps(peak(model, tokenizer, given)))
+        print(json.dumps(peak(model, tokenizer, given, given.only, given.tokens[0])))
         return
     tables = {}
     for n in given.tokens:
@@ -49,13 +49,18 @@ def main() -> None:
         }
         read = {name: passes(model, ids, call) for name, call in calls.items()}
         seconds = in_turns({name: synchronised(call) for name, call in calls.items()}, given.rounds)
+        held = (
+            partial(peak_apart, given=given)
+            if given.device == "cpu"
+            else partial(peak, model, tokenizer, given)
+        )
         rows: list[Row] = [
             {
                 "method": name,
                 "tokens read": f"{read[name]:.2f} n",
                 "prefill, s": round(seconds[name], 2),
                 "of the full cache's": f"{seconds[name] / seconds[FULL]:.2f} x",
-                "peak, MB": round(peak_apart(name, n, given) / 1e6),
+                "peak, MB": round(held(name, n) / 1e6),
                 "stored, MB": round(call().nbytes / 1e6),
             }
             for name, call in calls.items()
@@ -125,10 +130,10 @@ def synchronised(call: Any) -> Any:
     return run
 
 
-def peak(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
+def peak(model: Any, tokenizer: Any, given: argparse.Namespace, name: str, n: int) -> int:
     """Bytes that one prefill holds at most beyond what was there before."""
-    ids = haystack(tokenizer, given.tokens[0]).context_ids.to(given.device)
-    method = methods(tokenizer, given.share)[given.only]
+    ids = haystack(tokenizer, n).context_ids.to(given.device)
+    method = methods(tokenizer, given.share)[name]
     prefill(model, ids[:, :200], method)
     if given.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -143,8 +148,8 @@ def peak(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
 
 
 def peak_apart(name: str, n: int, given: argparse.Namespace) -> float:
-    """The same in a process of its own, whose allocator gives freed blocks back; nothing where it can not be known."""
-    if given.device == "cpu" and not psutil.LINUX:
+    """The same on a CPU, in a process of its own, whose allocator gives freed blocks back; NaN where nobody knows."""
+    if not psutil.LINUX:
         return float("nan")
     command = [sys.executable, __file__, "--only", name, "--tokens", str(n)]
     command += ["--share", str(given.share), "--device", given.device]

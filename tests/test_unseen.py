@@ -10,7 +10,8 @@ from generation_cases import METHODS, prompts
 
 import headkv
 from headkv.evaluation.reading import Reading
-from headkv.evaluation.unseen import Question, Remembered, judge, side_by_side
+from headkv.evaluation.remembered import Remembered
+from headkv.evaluation.unseen import Question, judge, side_by_side
 from headkv.models.tiny import tiny_model
 from headkv.scorers import KVzipScorer
 

@@ -33,7 +33,8 @@ from headkv.data.tasks import Source, Task, make_task, own_prose, token_counter
 from headkv.data.words import Words
 from headkv.evaluation.compare import FULL, step_times
 from headkv.evaluation.reading import Reading
-from headkv.evaluation.unseen import Question, Remembered, judge
+from headkv.evaluation.remembered import Remembered
+from headkv.evaluation.unseen import Question, judge
 from headkv.methods import FullCache, ScoredMethod
 from headkv.models.tuned import tuned_weights
 from headkv.scorers import KVzipScorer, SnapKVScorer

@@ -38,6 +38,20 @@ class _Witness:
         return [Keep.all(prompt.layer(i)) for i in range(prompt.num_layers)]
 
 
+@dataclass(frozen=True, eq=False)
+class _Spread:
+    """A prompt whose layers are all there, dense, so that none is made again for the next method."""
+
+    prompt: Prompt
+    layers: tuple[Prefill, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.prompt, name)
+
+    def layer(self, layer_idx: int) -> Prefill:
+        return self.layers[layer_idx]
+
+
 class Reading:
     """What a model's layers held after it read a prompt; any method may then choose from it.
 
@@ -60,8 +74,15 @@ class Reading:
         with kept_attention(model), torch.inference_mode():
             self.cache = RaggedCache.for_model(model, _Witness(), chunked_prefill=True)
             model(input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
-        self.prompt: Prompt = self.cache.prompts()[0]
-        self._layers: tuple[Prefill, ...] | None = None
+        self._spread()
+
+    def _spread(self) -> None:
+        """What methods are shown: made once for all of them."""
+        prompt = self.cache.prompts()[0]
+        #: What each layer held: queries `[HQ, n - 1, D]`, keys and values `[H, n - 1, D]`.
+        self.layers = tuple(prompt.layer(i) for i in range(prompt.num_layers))
+        self.prompt: Prompt = _Spread(prompt, self.layers)
+        self._observed: dict[int | None, tuple[Prefill, ...]] = {None: self.layers}
 
     @staticmethod
     def _check(input_ids: Tensor) -> None:
@@ -81,11 +102,11 @@ class Reading:
         """
         self._check(input_ids)
         longer = copy.copy(self)
-        longer.cache, longer._layers = copy.deepcopy(self.cache), None
+        longer.cache = copy.deepcopy(self.cache)
         tokens, longer.last = torch.cat([self.last, input_ids[:, :-1]], 1), input_ids[:, -1:]
         with chosen_attention(self.model, NAME):
             self.model(tokens, past_key_values=longer.cache, logits_to_keep=1)
-        longer.prompt = longer.cache.prompts()[0]
+        longer._spread()
         return longer
 
     def ending(self, last: Tensor) -> Reading:
@@ -94,12 +115,15 @@ class Reading:
         other.last = last
         return other
 
-    @property
-    def layers(self) -> tuple[Prefill, ...]:
-        """What each layer held: queries `[HQ, n - 1, D]`, keys and values `[H, n - 1, D]`."""
-        if self._layers is None:
-            self._layers = tuple(self.prompt.layer(i) for i in range(self.prompt.num_layers))
-        return self._layers
+    def observed(self, wanted: int | None) -> tuple[Prefill, ...]:
+        """The layers with the last `wanted` queries alone; None: all of them."""
+        if wanted not in self._observed:
+            firsts = [max(0, layer.queries.shape[1] - (wanted or 0)) for layer in self.layers]
+            self._observed[wanted] = tuple(
+                replace(layer, queries=layer.queries[:, first:])
+                for layer, first in zip(self.layers, firsts, strict=True)
+            )
+        return self._observed[wanted]
 
     def window_attention(self, window: int = 32, *, reduce: str = "mean") -> Tensor:
         """How the last `window` tokens attend to each token before them: SnapKV's scores before pooling.
@@ -123,11 +147,7 @@ class Reading:
             with chosen_attention(self.model, NAME):  # it may read more
                 answer: Sequence[Keep] = asked.plan_prompt(self.prompt)
             return answer
-        wanted, keeps = method.observed_queries, []
-        for layer in self.layers:
-            first = 0 if wanted is None else max(0, layer.queries.shape[1] - wanted)
-            keeps.append(asked.plan(replace(layer, queries=layer.queries[:, first:])))
-        return keeps
+        return [asked.plan(layer) for layer in self.observed(method.observed_queries)]
 
     def kept(self, method: Method | PromptMethod) -> Tensor:
         """Which entries `method` keeps, `[layers, H, n - 1]` bool.

@@ -10,7 +10,7 @@ from headkv import _checks
 from headkv._config import kv_heads
 from headkv.allocators import AdaptiveAllocator
 from headkv.data.chat import REPEAT, chat_frame
-from headkv.evaluation.unseen import Remembered
+from headkv.evaluation.remembered import Remembered, RememberedLayers
 from headkv.heads import HeadProfile
 from headkv.methods import (
     AdaKV,
@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 Sized = Callable[[float, int], "Method | PromptMethod"]
 
 # Written one token a digit, a number is kept whole only by a wide kernel.
-SNAP = SnapKVScorer(kernel_size=21)
+SNAP = RememberedLayers(SnapKVScorer(kernel_size=21))
+EXPECTED, KEY_DIFF = (
+    RememberedLayers(ExpectedAttentionScorer(epsilon=0.02)),
+    RememberedLayers(KeyDiffScorer()),
+)
 
 BY_SHARE: Mapping[str, Sized] = {
     "FullCache": lambda share, n: FullCache(),
@@ -51,8 +55,8 @@ BY_SHARE: Mapping[str, Sized] = {
     "CriticalAdaKV": lambda share, n: CriticalKV(share, SNAP, adaptive=True),
     "DefensiveKV": lambda share, n: DefensiveKV(share),
     "LayerDefensiveKV": lambda share, n: DefensiveKV(share, scope="model"),
-    "ExpectedAttention": lambda share, n: ScoredMethod(share, ExpectedAttentionScorer(epsilon=0.02)),
-    "KeyDiff": lambda share, n: ScoredMethod(share, KeyDiffScorer()),
+    "ExpectedAttention": lambda share, n: ScoredMethod(share, EXPECTED),
+    "KeyDiff": lambda share, n: ScoredMethod(share, KEY_DIFF),
 }
 READERS = ("KVzip", "KVzip-layer", "KVzip-uniform", "KVzip-ablation")  # read the text again
 PROFILED = {  # the kind of the shipped profile

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,18 +13,19 @@ from headkv.cache.batches import nbytes_alone
 from headkv.data.answers import share_found
 from headkv.evaluation.reading import Reading
 from headkv.integrations.cache import RaggedCache
+from headkv.integrations.graph import DecodeGraph
 from headkv.integrations.hook import NAME
 from headkv.integrations.states import joined, state_bytes
 from headkv.methods import FullCache
 from headkv.models.attention import chosen_attention
-from headkv.scorers import PromptScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from headkv.data.needles import Needle
     from headkv.methods.base import Method, PromptMethod
-    from headkv.prefill import Prompt
+
+WORTH_RECORDING = 8  # steps: recording takes about as long as four of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,36 +70,6 @@ class Verdict:
     nbytes: int
     found: float
     text: str
-
-
-@dataclass(frozen=True, eq=False)
-class Remembered:
-    """A scorer of whole prompts that reads each prompt once, however many methods and budgets ask.
-
-    Args:
-        scorer: the scorer.
-    """
-
-    scorer: PromptScorer
-    _known: weakref.WeakKeyDictionary[Prompt, list[Tensor]] = field(
-        default_factory=weakref.WeakKeyDictionary, repr=False
-    )
-
-    @property
-    def window(self) -> int:
-        """The scorer's window."""
-        return self.scorer.window
-
-    @property
-    def observed_queries(self) -> int | None:
-        """What the scorer needs."""
-        return self.scorer.observed_queries
-
-    def score_prompt(self, prompt: Prompt) -> list[Tensor]:
-        """The scorer's scores, as long as the prompt is there without asking again."""
-        if prompt not in self._known:
-            self._known[prompt] = self.scorer.score_prompt(prompt)
-        return self._known[prompt]
 
 
 @torch.inference_mode()
@@ -171,6 +141,36 @@ def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> 
     return SideBySide(cache, entries.tolist(), [states + sum(some) for some in sizes])
 
 
+def _stepper(model: PreTrainedModel, cache: RaggedCache, most: int) -> Callable[[Tensor], Tensor]:
+    """From tokens `[B, 1]` to the logits `[B, 1, V]` behind them; steps are recorded where a model's can be."""
+
+    def plain(tokens: Tensor) -> Tensor:
+        logits: Tensor = model(tokens, past_key_values=cache).logits
+        return logits
+
+    if most < WORTH_RECORDING or model.device.type != "cuda":
+        return plain
+    try:
+        graph = DecodeGraph(model, cache)
+    except ValueError:  # several devices, states, no Triton
+        return plain
+    graph.reserve(most)
+    recordable = True
+
+    def step(tokens: Tensor) -> Tensor:
+        nonlocal recordable
+        if recordable:
+            try:
+                return graph.step(tokens)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a model that waits for the device; no token was counted
+                recordable = False
+        return plain(tokens)
+
+    return step
+
+
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -180,14 +180,17 @@ def answers(
 ) -> list[str]:
     """Greedy decoding of all sequences, until each has written its end token or enough."""
     end, tokens = tokenizer.eos_token_id, question.ids.to(model.device).expand(rows, -1)
+    logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+    step = _stepper(model, cache, question.max_new_tokens)
     written: list[Tensor] = []
     ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
-    for _ in range(question.max_new_tokens):
-        tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    while True:
+        tokens = logits[:, -1:].argmax(-1)
         written.append(tokens)
         ended |= tokens[:, 0] == end
-        if bool(ended.all()):
+        if len(written) == question.max_new_tokens or bool(ended.all()):
             break
+        logits = step(tokens)
     texts = []
     for ids in torch.cat(written, 1).tolist():
         until = ids.index(end) if end in ids else len(ids)
