@@ -55,6 +55,11 @@ class NeedleText:
     context_ids: Tensor
     needles: tuple[Needle, ...]
 
+    def to(self, device: torch.device | str) -> NeedleText:
+        """The same on another device."""
+        moved = [Needle(x.kind, x.question_ids.to(device), x.answer_ids.to(device)) for x in self.needles]
+        return NeedleText(self.context_ids.to(device), tuple(moved))
+
 
 def needle_texts(
     tokenizer: PreTrainedTokenizerBase,

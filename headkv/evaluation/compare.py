@@ -151,7 +151,7 @@ def compare(
     Yields:
         One `Result` a method, as soon as it is there.
     """
-    unseen, seen = [], []
+    texts, unseen, seen = [text.to(model.device) for text in texts], [], []
     for number, text in enumerate(texts, 1):
         on_step(f"reading text {number} of {len(texts)}")
         # A reading holds the last token back: of the text all is read, and a first token that stands for a question's.
