@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from headkv._files import replacing
 from headkv.heads.journal import whole_lines
 
 PARTIAL = ".partial"  # added to a file's name: the journal beside it
+MEASURES = ("log_probability", "divergence")
 INSTALL = "pip install 'headkv[eval]'"
 
 
@@ -79,7 +80,7 @@ class SweepRow:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "expected": list(self.expected)}
+        return {**vars(self), "expected": list(self.expected)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SweepRow:
@@ -88,9 +89,9 @@ class SweepRow:
         Raises:
             ValueError: other names than a row has.
         """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            odd = ", ".join(sorted(names ^ set(values)))
+        names = cls.__dataclass_fields__.keys()
+        if values.keys() != names:
+            odd = ", ".join(sorted(names ^ values.keys()))
             raise ValueError(f"rows must have the columns of a sweep, got others: {odd}")
         return cls(**{**values, "expected": tuple(values["expected"])})
 
@@ -102,30 +103,46 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
         ImportError: there is no pyarrow.
     """
     arrow, parquet = _arrow()
+    table = arrow.Table.from_pylist([row.to_json() for row in rows])
+    # Measures differ from row to row; all else repeats.
+    few = [f"{x.name}.list.element" if x.name == "expected" else x.name for x in table.schema]
+    options = {
+        "use_dictionary": [name for name in few if name not in MEASURES],
+        "use_byte_stream_split": list(MEASURES),
+        "compression_level": 12,
+    }
     with replacing(path) as partial:
-        parquet.write_table(
-            arrow.Table.from_pylist([row.to_json() for row in rows]), partial, compression="zstd"
-        )
+        parquet.write_table(table, partial, compression="zstd", **options)
 
 
-def read_rows(*paths: str | os.PathLike[str]) -> list[SweepRow]:
+def read_rows(*paths: str | os.PathLike[str], **only: Any) -> list[SweepRow]:
     """The rows of several files; a row that stands in more than one of them counts once.
+
+    >>> read_rows("rows.parquet", question="unseen", budget=0.1)  # doctest: +SKIP
 
     Args:
         *paths: parquet files, or journals of sweeps that are not at their end.
+        **only: attributes of `SweepRow` and what they must be; others are not even read.
 
     Raises:
         ImportError: there is no pyarrow.
-        OSError, ValueError: a file is not there, or holds no rows of a sweep.
+        OSError, ValueError: a file is not there, or holds no rows of a sweep; rows have no such attribute.
     """
     arrow, parquet = _arrow()
+    known = [x.name for x in fields(SweepRow)]
+    if unknown := sorted(set(only) - set(known)):
+        raise ValueError(f"only must name attributes of SweepRow ({', '.join(known)}), got {unknown}")
+    filters = [(name, "=", value) for name, value in only.items()] or None
     found: dict[tuple[Any, ...], SweepRow] = {}
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"FILE must be what headkv eval wrote, got {path}, which is not there")
         try:
             journal = Path(path).suffix == PARTIAL
-            plain = noted(path) if journal else parquet.read_table(path).to_pylist()
+            if journal:
+                plain = [row for row in noted(path) if all(row[name] == only[name] for name in only)]
+            else:
+                plain = parquet.read_table(path, filters=filters).to_pylist()
             rows = [SweepRow.from_json(values) for values in plain]
         except (arrow.ArrowInvalid, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"FILE must be what headkv eval wrote, got {path}: {error}") from error
