@@ -6,6 +6,7 @@ import copy
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +26,8 @@ from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.probe import check_attention
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
-from headkv.integrations.saved import NoMethod, check_identity, devices_of, identity
+from headkv.integrations.ranks import Ranks, own_part, shared
+from headkv.integrations.saved import NoMethod, check_identity, check_one_process, devices_of, identity
 from headkv.integrations.states import (
     State,
     StatefulCache,
@@ -134,11 +136,14 @@ class RaggedCache(StatefulCache):
         cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
     ) -> RaggedCache:
         """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
-        layers, attend = own_layers(model), attention_layers(supported_config(model))
+        config, parts = supported_config(model), parts_of(model)
+        layers, attend = own_layers(model), attention_layers(config)
+        options = replace(options, ranks=Ranks.of(parts, config, type(model).__name__))
+        method = shared(method, options.ranks)
         more: dict[str, Any] = {"is_croppable": not any(map(state_of, layers))}
-        for number, (i, parts) in enumerate(zip(attend, parts_of(model), strict=True)):
+        for number, (i, part) in enumerate(zip(attend, map(own_part, parts), strict=True)):
             state = None if (own := state_of(layers[i])) is None else fresh(own)
-            layers[i] = RaggedCacheLayer(method, number, len(attend), options, parts, state=state, **more)
+            layers[i] = RaggedCacheLayer(method, number, len(attend), options, part, state=state, **more)
         cache = cls(layers)
         cache._made_for = weakref.ref(model)
         return cache
@@ -207,7 +212,7 @@ class RaggedCache(StatefulCache):
             self.check_even()
             decode = attending[0].options.decode
             if decode is not None and self.seen and not self.waiting:
-                bound(attending, decode)
+                bound(attending, decode, attending[0].options.ranks)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_even(self) -> None:
@@ -353,7 +358,9 @@ class RaggedCache(StatefulCache):
         Raises:
             RuntimeError: nothing is stored yet, a prompt waits to be compressed, a call failed on its way, or the
                 cache's model is gone.
+            ValueError: the model's heads lie on several ranks.
         """
+        check_one_process(self.attending[0].options, "saved")
         self.check_even()
         if self.waiting:
             raise RuntimeError("cannot save during a chunked prefill; call finalize_prefill() first")
@@ -398,6 +405,7 @@ class RaggedCache(StatefulCache):
         chosen = NoMethod() if method is None else method
         check_method(chosen, model, False)
         cache = cls.unattached(model, chosen, options)
+        check_one_process(cache.attending[0].options, "loaded")
         devices, attend = devices_of(model), attention_layers(supported_config(model))
         layers, beside = files.read(
             path, lambda about: check_identity(about, model), [devices[i] for i in attend]

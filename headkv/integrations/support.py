@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from headkv.integrations.ranks import Ranks
     from headkv.methods.base import Method, PromptMethod
 
 
@@ -42,6 +43,7 @@ class CacheOptions:
     rollback: int = ROLLBACK
     chunked_prefill: bool = False
     decode: DecodeBudget | None = None
+    ranks: Ranks | None = None  # that have the model's heads
 
     def __post_init__(self) -> None:
         _checks.one_of("backend", self.backend, BACKENDS)
