@@ -84,7 +84,7 @@ def balanced_order(loads: Tensor, ranks: int) -> Tensor:
         ValueError: loads below 0, or heads that can not be shared out evenly.
 
     >>> balanced_order(torch.tensor([[9.0, 7.0, 1.0, 1.0], [9.0, 7.0, 1.0, 1.0]]), 2).tolist()
-    [[0, 2, 1, 3], [1, 3, 0, 2]]
+    [[0, 3, 1, 2], [1, 2, 0, 3]]
     """
     _check(loads, ranks)
     totals, order = [0.0] * ranks, []

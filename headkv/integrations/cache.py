@@ -26,7 +26,7 @@ from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.probe import check_attention
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
-from headkv.integrations.ranks import Ranks, own_part, shared
+from headkv.integrations.ranks import own_part, shared
 from headkv.integrations.saved import NoMethod, check_identity, check_one_process, devices_of, identity
 from headkv.integrations.states import (
     State,
@@ -46,6 +46,7 @@ from headkv.integrations.support import (
     is_whole_prompt,
     own_layers,
     parts_of,
+    ranks_of,
     supported_config,
     supported_model,
 )
@@ -136,12 +137,11 @@ class RaggedCache(StatefulCache):
         cls, model: PreTrainedModel, method: Method | PromptMethod, options: CacheOptions
     ) -> RaggedCache:
         """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
-        config, parts = supported_config(model), parts_of(model)
-        layers, attend = own_layers(model), attention_layers(config)
-        options = replace(options, ranks=Ranks.of(parts, config, type(model).__name__))
+        layers, attend = own_layers(model), attention_layers(supported_config(model))
+        options = replace(options, ranks=ranks_of(model))
         method = shared(method, options.ranks)
         more: dict[str, Any] = {"is_croppable": not any(map(state_of, layers))}
-        for number, (i, part) in enumerate(zip(attend, map(own_part, parts), strict=True)):
+        for number, (i, part) in enumerate(zip(attend, map(own_part, parts_of(model)), strict=True)):
             state = None if (own := state_of(layers[i])) is None else fresh(own)
             layers[i] = RaggedCacheLayer(method, number, len(attend), options, part, state=state, **more)
         cache = cls(layers)

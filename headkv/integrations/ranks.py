@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headkv._config import kv_heads
 from headkv.allocators import Allocator
+from headkv.heads.ranks import RankLoads
 from headkv.methods.base import Keep, Windows
 from headkv.methods.scored import Scored, ScoredMethod
 from headkv.methods.selection import at_least_one
@@ -24,6 +25,7 @@ from headkv.scorers import Scorer
 from headkv.scorers.base import PromptScorer
 
 if TYPE_CHECKING:
+    from headkv.integrations.cache import RaggedCache
     from headkv.methods.base import Method, PromptMethod
 
 
@@ -106,8 +108,6 @@ def own_part(parts: Parts) -> Parts:
 
 def _shared_by(weight: Tensor | None, heads: int) -> Ranks | None:
     """Who has the other columns of an output projection `[hidden, HQ * D]`: the ranks that have the other heads."""
-    if weight is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(weight, DTensor):
@@ -263,3 +263,18 @@ class SharedMethod:
 
     def _own(self, of_heads: Tensor | None) -> Any:
         return None if of_heads is None else self.ranks.own(of_heads)
+
+
+def report(cache: RaggedCache) -> RankLoads:
+    """Entries that each rank stores, over the sequences of the batch: to be called on all ranks.
+
+    Raises:
+        ValueError: a cache that has all heads of its model.
+        RuntimeError: nothing is stored yet.
+    """
+    layers = cache.attending
+    ranks = layers[0].options.ranks
+    if ranks is None:
+        raise ValueError("cache must be one of several ranks, got one that has all heads of its model")
+    entries = torch.stack([layer.filled().lengths() for layer in layers])  # [L, B, heads]
+    return RankLoads.of(ranks.gather(entries, 2).sum(1), ranks.size)

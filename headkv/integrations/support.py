@@ -19,6 +19,7 @@ from headkv.attention.api import BACKENDS, Backend
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
+from headkv.integrations.ranks import Ranks, shared
 from headkv.integrations.states import can_hold, state_of
 from headkv.prefill import Parts
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from headkv.integrations.ranks import Ranks
     from headkv.methods.base import Method, PromptMethod
 
 
@@ -216,6 +216,17 @@ def attentions_to_hear(model: PreTrainedModel, method: Method | PromptMethod) ->
     return [parts.module for parts in parts_of(model) if parts.module is not None]
 
 
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """The processes that share the heads of `model`; None where this one has all.
+
+    Raises:
+        ValueError: they can not share them evenly.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return Ranks.of(parts_of(model), supported_config(model), type(model).__name__)
+
+
 def is_whole_prompt(method: Method | PromptMethod) -> bool:
     """Whether `method` decides once the whole prompt is read."""
     return bool(getattr(method, "whole_prompt", False))
@@ -232,6 +243,7 @@ def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_
         raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
     for profile in getattr(method, "profiles", ()):
         profile.check_model(model)
+    shared(method, ranks_of(model))
     if chunked_prefill:
         check_chunks(method, supported_config(model))
 
