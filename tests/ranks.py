@@ -65,21 +65,29 @@ CASES: dict[str, Any] = {
     "HeadKV": headkv.HeadKV(20, profile("retrieval", 0, "query"), scorer=SCORER),
     "DuoAttention": headkv.DuoAttention(profile("gate", 0), 0.5, 1, 5),
     "DuoAttention streaming": headkv.DuoAttention(profile("gate", 0), 0.5, 1, 5, streaming_prefill=True),
-    "RazorAttention": headkv.RazorAttention(profile("echo", 1, "query"), profile("induction", 2, "query"), **RAZOR),
+    "RazorAttention": headkv.RazorAttention(
+        profile("echo", 1, "query"), profile("induction", 2, "query"), **RAZOR
+    ),
     "AdaKV over all layers": headkv.AdaKV(budget=0.3, scorer=SCORER, scope="model"),
     "AdaKV without safeguard": headkv.AdaKV(budget=0.1, scorer=SCORER, safeguard=0.0),
-    "Adaptive, no window": headkv.ScoredMethod(2, KeyNormScorer(window=0), headkv.AdaKV(2, safeguard=0.0).allocator()),
+    "Adaptive, no window": headkv.ScoredMethod(
+        2, KeyNormScorer(window=0), headkv.AdaKV(2, safeguard=0.0).allocator()
+    ),
     "Adaptive, no window, all layers": headkv.ScoredMethod(
         2, KeyNormScorer(window=0), headkv.AdaKV(2, safeguard=0.0).allocator(), "model"
     ),
-    "DefensiveKV": headkv.DefensiveKV(0.3, DefensiveScorer(window=4)),
-    "DefensiveKV over all layers": headkv.DefensiveKV(0.3, DefensiveScorer(window=4), scope="model"),
+    "DefensiveKV": headkv.DefensiveKV(0.3, DefensiveScorer(window=4, mass=0.2)),
+    "DefensiveKV over all layers": headkv.DefensiveKV(
+        0.3, DefensiveScorer(window=4, mass=0.2), scope="model"
+    ),
     "CriticalKV": headkv.CriticalKV(0.3, SCORER),
     "CriticalKV adaptive": headkv.CriticalKV(0.3, SCORER, adaptive=True),
     "KVzip": headkv.KVzip(0.3, KVzipScorer(request=(5, 6), chunk=16, lead=2, sinks=1, window=4)),
     "KVzip with a profile": headkv.KVzip(0.3, KVzipScorer(window=4), 0.6, profile=profile("gate", 3)),
     "chance": headkv.ScoredMethod(0.3, RandomScorer(window=4), ADAPTIVE),
-    "Expected Attention": headkv.ScoredMethod(0.3, ExpectedAttentionScorer(sinks=2, window=4, future=8), ADAPTIVE),
+    "Expected Attention": headkv.ScoredMethod(
+        0.3, ExpectedAttentionScorer(sinks=2, window=4, future=8), ADAPTIVE
+    ),
     "a user's own": LoudestHead(),
 }
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -99,11 +107,17 @@ def save_models(folder: Path) -> None:
 
 def answer(model: Any, method: Any, options: dict[str, Any], **ask: Any) -> dict[str, Any]:
     """Tokens, what each head stores of them, and the cache's bytes, of this process."""
-    given = prompts() if not ask.keys() & {"prompt_lookup_num_tokens"} else {"input_ids": prompts(1)["input_ids"]}
+    given = (
+        prompts() if not ask.keys() & {"prompt_lookup_num_tokens"} else {"input_ids": prompts(1)["input_ids"]}
+    )
     ask = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **ask}
     with headkv.compress(model, method, **options) as session, torch.no_grad():
         tokens = model.generate(**given, **ask)[:, given["input_ids"].shape[1] :]
-    return {"tokens": tokens.tolist(), "lengths": session.cache.lengths().tolist(), "nbytes": session.cache.nbytes}
+    return {
+        "tokens": tokens.tolist(),
+        "lengths": session.cache.lengths().tolist(),
+        "nbytes": session.cache.nbytes,
+    }
 
 
 def answers(load: Any) -> dict[str, Any]:

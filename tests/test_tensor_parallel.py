@@ -32,7 +32,11 @@ def run(folder: Path) -> list[dict[str, Any]]:
     """What each rank found."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(RANKS)}
+        where = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": str(RANKS),
+        }
     paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     started = []
     for rank in range(RANKS):
@@ -95,7 +99,14 @@ def test_a_plan_that_leaves_attention_whole(shared: list[dict[str, Any]], alone:
 
 def test_heads_differ_where_they_compete(alone: dict[str, Any]):
     """Cases in which the ranks' shares are not even, so that they would fail if each rank split its own budget."""
-    for name in ("AdaKV", "AdaKV over all layers", "DefensiveKV", "KVzip", "chance", "bounded while decoding"):
+    for name in (
+        "AdaKV",
+        "AdaKV over all layers",
+        "DefensiveKV",
+        "KVzip",
+        "chance",
+        "bounded while decoding",
+    ):
         halves = torch.tensor(alone[name]["lengths"]).unflatten(2, (RANKS, -1)).sum(3)  # [L, B, ranks]
         assert bool((halves[..., 0] != halves[..., 1]).any()), name
 
@@ -167,13 +178,17 @@ def test_a_reordered_model_is_the_same(family: str):
         (lambda: balanced_order(-torch.ones(2, 4), 2), "loads must be"),
         (lambda: reorder_heads(tiny_model("llama"), torch.zeros(3, 2).long()), "every head of a layer once"),
         (lambda: reorder_heads(tiny_model("llama"), torch.zeros(3)), r"order must be int64 \[3, H\]"),
-        (lambda: reorder_heads(tiny_model("llama"), torch.arange(4).expand(3, -1)), "of the model's 2 KV heads, got 4"),
-        (lambda: reorder_heads(tiny_model("phi3"), torch.arange(2).expand(3, -1)), r"order must be int64 \[0, H\]"),
+        (
+            lambda: reorder_heads(tiny_model("llama"), torch.arange(4).expand(3, -1)),
+            "of the model's 2 KV heads, got 4",
+        ),
+        (
+            lambda: reorder_heads(tiny_model("phi3"), torch.arange(2).expand(3, -1)),
+            r"order must be int64 \[0, H\]",
+        ),
         (lambda: profile("gate", 0).reordered(torch.zeros(2, 4).long()), "order must have shape"),
     ],
 )
 def test_refused_on_one_process(call: Any, says: str):
     with pytest.raises(ValueError, match=says):
         call()
-
-

@@ -165,7 +165,9 @@ class HeadProfile:
             raise ValueError(f"order must have shape {allowed} for this profile, got {list(order.shape)}")
         grouped = self.scores.unflatten(1, (heads, -1))
         scores = grouped.gather(1, order[..., None].expand_as(grouped)).flatten(1)
-        return dataclasses.replace(self, scores=scores, parameters={**self.parameters, "order": order.tolist()})
+        return dataclasses.replace(
+            self, scores=scores, parameters={**self.parameters, "order": order.tolist()}
+        )
 
     @property
     def label(self) -> str:

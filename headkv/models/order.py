@@ -51,11 +51,15 @@ def _check(attention: nn.Module, heads: int) -> None:
     """Attention whose heads can change places."""
     name, known = type(attention).__name__, ("q_proj", "k_proj", "v_proj", "o_proj")
     if not all(isinstance(getattr(attention, x, None), nn.Linear) for x in known):
-        raise ValueError(f"model must have linear layers {', '.join(known)} in its attention, which {name} has not")
+        raise ValueError(
+            f"model must have linear layers {', '.join(known)} in its attention, which {name} has not"
+        )
     width = {x: getattr(attention, x).weight.shape[0] for x in known}
     dim = getattr(attention, "head_dim", 0)
     if width["k_proj"] != heads * dim or width["q_proj"] % width["k_proj"]:
-        raise ValueError(f"order must be of the model's {width['k_proj'] // max(1, dim)} KV heads, got {heads}")
+        raise ValueError(
+            f"order must be of the model's {width['k_proj'] // max(1, dim)} KV heads, got {heads}"
+        )
     for path, parameter in attention.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise ValueError("model must be whole: reorder heads before they are shared out over ranks")
