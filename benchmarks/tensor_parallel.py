@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -32,7 +33,7 @@ from transformers.distributed import DistributedConfig, tensor_parallel
 
 import headkv
 from headkv.cache import RaggedLayer
-from headkv.heads.ranks import RankLoads, balanced_order
+from headkv.heads import RankLoads, balanced_order
 from headkv.scorers import SnapKVScorer
 
 SEED = 0
@@ -188,10 +189,10 @@ class Bench:
             self.say(*rows[-1].values())
 
         model.set_attn_implementation("sdpa")
-        cache = self.dense(model, 1, heads)
+        full = self.dense(model, 1, heads)
         nbytes = 2.0 * heads * self.size.context * self.size.dim * self.size.layers * self.size.dtype.itemsize
-        row("DynamicCache, sdpa", lambda: model(token, past_key_values=cache), nbytes)
-        del cache
+        row("DynamicCache, sdpa", partial(model, token, past_key_values=full), nbytes)
+        del full
         self.free()
         kinds: list[tuple[str, Tensor]] = [(f"headkv, {self.share:.0%}", lengths)]
         if shared:
@@ -199,10 +200,10 @@ class Bench:
             kinds.append((f"headkv, {self.share:.0%}, heads in order", lengths.gather(2, order[:, None])))
         for name, every in kinds:
             ragged = self.ragged(model, self.own(every, shared))
-            row(name, lambda ragged=ragged: model(token, past_key_values=ragged), ragged.nbytes)
+            row(name, partial(model, token, past_key_values=ragged), ragged.nbytes)
             if self.cuda:
                 graph = headkv.DecodeGraph(model, ragged)
-                row(f"{name}, CUDA graph", lambda graph=graph: graph.step(token), ragged.nbytes)
+                row(f"{name}, CUDA graph", partial(graph.step, token), ragged.nbytes)
                 del graph
             del ragged
             self.free()

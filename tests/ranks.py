@@ -157,8 +157,6 @@ def main(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    from headkv.integrations.ranks import report
-
     config = {"distributed_config": DistributedConfig(tp_size=int(os.environ["WORLD_SIZE"]))}
 
     def load(family: str) -> Any:
@@ -170,7 +168,7 @@ def main(folder: Path) -> None:
     cache = headkv.RaggedCache.for_model(model := load("llama"), CASES["AdaKV"])
     with torch.no_grad():
         model(prompts()["input_ids"], past_key_values=cache)
-    found["report"] = report(cache).layers.tolist()
+    found["report"] = cache.rank_loads().layers.tolist()
     rank = torch.distributed.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

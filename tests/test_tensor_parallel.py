@@ -16,8 +16,7 @@ import torch
 from ranks import CASES, FAMILIES, KV_HEADS, LAYERS, SHAPE, WAYS, answers, profile, save_models
 
 import headkv
-from headkv.heads.ranks import RankLoads, balanced_order
-from headkv.integrations.ranks import report
+from headkv.heads import RankLoads, balanced_order
 from headkv.models import reorder_heads
 from headkv.models.tiny import tiny_model
 
@@ -133,8 +132,8 @@ def test_the_report_is_of_all_ranks(shared: list[dict[str, Any]]):
         model(ranks.prompts()["input_ids"], past_key_values=cache)
     whole = cache.lengths().sum(1)
     assert torch.equal(first, RankLoads.of(whole, RANKS).layers)
-    with pytest.raises(ValueError, match="cache must be one of several ranks"):
-        report(cache)
+    with pytest.raises(ValueError, match="there are no ranks"):
+        cache.rank_loads()
 
 
 def test_loads_of_ranks_by_hand():

@@ -18,6 +18,7 @@ from headkv._grid import grid_html
 from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer, files
 from headkv.cache.ragged import MIN_HEADROOM
+from headkv.heads.ranks import RankLoads
 from headkv.integrations.calls import Hooks, Told, left_out
 from headkv.integrations.decoding import DecodeBudget, bound
 from headkv.integrations.hook import NAME, register
@@ -261,8 +262,23 @@ class RaggedCache(StatefulCache):
         return rows + sum(state_bytes(state) for state in self.states.values())
 
     def lengths(self) -> Tensor:
-        """Stored entries, `[layers, B, H]` int64; of hybrids the layers that attend."""
+        """Stored entries, `[layers, B, H]` int64; of hybrids the layers that attend, of ranks the own heads."""
         return torch.stack([layer.filled().lengths().cpu() for layer in self.attending])
+
+    def rank_loads(self) -> RankLoads:
+        """Entries that each rank stores, over the batch, where ranks share the model's heads: to be called on all.
+
+        Raises:
+            ValueError: this process has all heads.
+            RuntimeError: nothing is stored yet.
+        """
+        ranks = self.attending[0].options.ranks
+        if ranks is None:
+            raise ValueError("the heads of this cache's model are all on this process: there are no ranks")
+        entries = torch.stack(
+            [layer.filled().lengths().to(layer.filled().device) for layer in self.attending]
+        )
+        return RankLoads.of(ranks.gather(entries, 2).sum(1), ranks.size)
 
     def finalize_prefill(self) -> None:
         """End a prefill in chunks now; see `for_model`. All or nothing where the method decides for all layers at once.

@@ -67,7 +67,8 @@ class DecodeBudget:
     def split(self, layers: Sequence[RaggedLayer], ranks: Ranks | None = None) -> list[Tensor]:
         """Budgets `[B, H]` int64 of every layer, in proportion to what its rows store now; 0: windowed, not planned.
 
-        Where `ranks` have the heads, those of all of them share; the answer is for this rank's. Of each sequence, the rows that are planned have `entries` on average, and each at least the window and one.
+        Of each sequence, the rows that are planned have `entries` on average, and each at least the window and one.
+        Where `ranks` share the heads that is so of all heads together, and the answer is for this rank's.
         """
         stored = torch.stack([layer.lengths().cpu() for layer in layers])  # [layers, B, H]
         planned = torch.stack([(layer.recent == 0).view(layer.lengths().shape).cpu() for layer in layers])

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from headkv._config import kv_heads
 from headkv.allocators import Allocator
-from headkv.heads.ranks import RankLoads
 from headkv.methods.base import Keep, Windows
 from headkv.methods.scored import Scored, ScoredMethod
 from headkv.methods.selection import at_least_one
@@ -25,7 +24,6 @@ from headkv.scorers import Scorer
 from headkv.scorers.base import PromptScorer
 
 if TYPE_CHECKING:
-    from headkv.integrations.cache import RaggedCache
     from headkv.methods.base import Method, PromptMethod
 
 
@@ -152,8 +150,8 @@ def _shared_scored(method: ScoredMethod, ranks: Ranks, name: str) -> ScoredMetho
 
 def _unknown(name: str, ranks: Ranks) -> ValueError:
     return ValueError(
-        f"method {name} decides over the whole prompt, and headkv does not know how over the heads of {ranks.size} ranks; "
-        "use one process, or a scorer that ranks each head by itself and says so by `by_head = True`"
+        f"method {name} decides over the whole prompt, and headkv does not know how over the heads of {ranks.size} "
+        "ranks; use one process, or a scorer that ranks each head by itself and says so by `by_head = True`"
     )
 
 
@@ -263,18 +261,3 @@ class SharedMethod:
 
     def _own(self, of_heads: Tensor | None) -> Any:
         return None if of_heads is None else self.ranks.own(of_heads)
-
-
-def report(cache: RaggedCache) -> RankLoads:
-    """Entries that each rank stores, over the sequences of the batch: to be called on all ranks.
-
-    Raises:
-        ValueError: a cache that has all heads of its model.
-        RuntimeError: nothing is stored yet.
-    """
-    layers = cache.attending
-    ranks = layers[0].options.ranks
-    if ranks is None:
-        raise ValueError("cache must be one of several ranks, got one that has all heads of its model")
-    entries = torch.stack([layer.filled().lengths() for layer in layers])  # [L, B, heads]
-    return RankLoads.of(ranks.gather(entries, 2).sum(1), ranks.size)

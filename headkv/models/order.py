@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def reorder_heads(model: PreTrainedModel, order: Tensor) -> None:
 
     Args:
         model: a decoder of transformers with separate projections `q_proj`, `k_proj`, `v_proj`, `o_proj`.
-        order: `[L, H]` int64, see `headkv.heads.ranks.balanced_order`.
+        order: `[L, H]` int64, see `headkv.heads.balanced_order`.
 
     Raises:
         ValueError: an order that is none, or attention of another form; the model is unchanged then.
@@ -33,11 +33,12 @@ def reorder_heads(model: PreTrainedModel, order: Tensor) -> None:
     for attention in attentions:
         _check(attention, order.shape[1])
     for attention, heads in zip(attentions, order, strict=True):
+        output: Any = attention.o_proj
         for name in ("q_proj", "k_proj", "v_proj"):
             projection = getattr(attention, name)
             for parameter in projection.parameters(recurse=False):
                 _reorder(parameter, heads, 0)
-        _reorder(attention.o_proj.weight, heads, 1)
+        _reorder(output.weight, heads, 1)
         if isinstance(sinks := getattr(attention, "sinks", None), nn.Parameter):
             _reorder(sinks, heads, 0)
 
