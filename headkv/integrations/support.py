@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv._config import WITHOUT_ATTENTION, attention_layers, kv_heads, layer_kinds
+from headkv._config import WITHOUT_ATTENTION, CacheShape, attention_layers, kv_heads, layer_kinds
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache.ragged import MIN_HEADROOM
@@ -220,11 +220,20 @@ def ranks_of(model: PreTrainedModel) -> Ranks | None:
     """The processes that share the heads of `model`; None where this one has all.
 
     Raises:
-        ValueError: they can not share them evenly.
+        ValueError: they can not share them evenly, or in a way that does not show.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
-    return Ranks.of(parts_of(model), supported_config(model), type(model).__name__)
+    name, config, parts = type(model).__name__, supported_config(model), parts_of(model)
+    width = config.num_attention_heads * CacheShape.of(config).head_dim
+    if (getattr(model, "_tp_size", None) or 1) > 1 and any(
+        part.output is None or part.output.shape[1] != width for part in parts
+    ):
+        raise ValueError(
+            f"model {name} is shared out over ranks in a way that headkv does not know: it looks for an output "
+            "projection that is a DTensor, as transformers makes it from 5.16 on"
+        )
+    return Ranks.of(parts, config, name)
 
 
 def is_whole_prompt(method: Method | PromptMethod) -> bool:
