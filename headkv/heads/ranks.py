@@ -69,8 +69,8 @@ def balanced_order(loads: Tensor, ranks: int) -> Tensor:
     """An order of each layer's heads by which equal runs of them are as even as can be.
 
     In every layer the heaviest head that is left goes to the rank that has least of that layer and still has room; then
-    heads change places while that lowers the layer's fullest rank. What is left uneven evens out over layers: the
-    lightest part of a layer goes to the rank with the most so far.
+    heads change places while that lowers the layer's fullest rank. What is left uneven evens out over layers, from the
+    most uneven on: the lightest part goes to the rank with the most so far.
 
     Args:
         loads: `[L, H]`, at least 0: what each KV head is expected to store, e.g. `method.explain(...).budgets`, the
@@ -87,15 +87,20 @@ def balanced_order(loads: Tensor, ranks: int) -> Tensor:
     [[0, 3, 1, 2], [1, 2, 0, 3]]
     """
     _check(loads, ranks)
-    totals, order = [0.0] * ranks, []
+    weighed = []  # by layer: the parts, lightest first, and what they weigh
     for layer in loads.double().tolist():
-        parts = sorted(_parts(layer, ranks), key=lambda part: sum(layer[h] for h in part), reverse=True)
+        parts = sorted((sum(layer[h] for h in part), sorted(part)) for part in _parts(layer, ranks))
+        weighed.append(parts)
+    totals, order = [0.0] * ranks, torch.empty(loads.shape, dtype=torch.int64, device="cpu")
+    # Large differences first, so that small ones are left to even them out.
+    for i in sorted(range(len(weighed)), key=lambda i: weighed[i][-1][0] - weighed[i][0][0], reverse=True):
+        fullest_first = sorted(range(ranks), key=lambda rank: (totals[rank], rank), reverse=True)
         places: list[list[int]] = [[] for _ in range(ranks)]
-        for rank, part in zip(sorted(range(ranks), key=totals.__getitem__), parts, strict=True):
-            places[rank] = sorted(part)
-            totals[rank] += sum(layer[h] for h in part)
-        order.append([head for part in places for head in part])
-    return torch.tensor(order)
+        for rank, (weight, part) in zip(fullest_first, weighed[i], strict=True):
+            places[rank] = part
+            totals[rank] += weight
+        order[i] = torch.tensor([head for part in places for head in part])
+    return order
 
 
 def _parts(layer: list[float], ranks: int) -> list[list[int]]:
