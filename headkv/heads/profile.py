@@ -153,6 +153,22 @@ class HeadProfile:
             self, model=model, parameters={**self.parameters, "measured_on": self.model}
         )
 
+    def reordered(self, order: Tensor) -> HeadProfile:
+        """This profile of the model whose KV heads stand in `order` `[layers, H]`; see `headkv.models.reorder_heads`.
+
+        Raises:
+            ValueError: an order of another number of layers or heads.
+        """
+        heads = order.shape[-1] if order.ndim == 2 else 0
+        if not heads or len(order) != self.num_layers or self.num_heads % heads:
+            allowed = f"[{self.num_layers}, a divisor of {self.num_heads}]"
+            raise ValueError(f"order must have shape {allowed} for this profile, got {list(order.shape)}")
+        grouped = self.scores.unflatten(1, (heads, -1))
+        scores = grouped.gather(1, order[..., None].expand_as(grouped)).flatten(1)
+        return dataclasses.replace(
+            self, scores=scores, parameters={**self.parameters, "order": order.tolist()}
+        )
+
     @property
     def label(self) -> str:
         """What it is, in three words."""

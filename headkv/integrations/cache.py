@@ -6,6 +6,7 @@ import copy
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from headkv._grid import grid_html
 from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer, files
 from headkv.cache.ragged import MIN_HEADROOM
+from headkv.heads.ranks import RankLoads
 from headkv.integrations.calls import Hooks, Told, left_out
 from headkv.integrations.decoding import DecodeBudget, bound
 from headkv.integrations.hook import NAME, register
@@ -25,7 +27,8 @@ from headkv.integrations.looks import no_attribute, no_pairs
 from headkv.integrations.planning import ROLLBACK, Observation
 from headkv.integrations.probe import check_attention
 from headkv.integrations.prompt import CachedPrompt, WaitingLayer
-from headkv.integrations.saved import NoMethod, check_identity, devices_of, identity
+from headkv.integrations.ranks import own_part, shared
+from headkv.integrations.saved import NoMethod, check_identity, check_one_process, devices_of, identity
 from headkv.integrations.states import (
     State,
     StatefulCache,
@@ -44,6 +47,7 @@ from headkv.integrations.support import (
     is_whole_prompt,
     own_layers,
     parts_of,
+    ranks_of,
     supported_config,
     supported_model,
 )
@@ -135,10 +139,12 @@ class RaggedCache(StatefulCache):
     ) -> RaggedCache:
         """An empty cache for `model`, which stays as it is: whoever made the cache tells it of calls (`Listener`)."""
         layers, attend = own_layers(model), attention_layers(supported_config(model))
+        options = replace(options, ranks=ranks_of(model))
+        method = shared(method, options.ranks)
         more: dict[str, Any] = {"is_croppable": not any(map(state_of, layers))}
-        for number, (i, parts) in enumerate(zip(attend, parts_of(model), strict=True)):
+        for number, (i, part) in enumerate(zip(attend, map(own_part, parts_of(model)), strict=True)):
             state = None if (own := state_of(layers[i])) is None else fresh(own)
-            layers[i] = RaggedCacheLayer(method, number, len(attend), options, parts, state=state, **more)
+            layers[i] = RaggedCacheLayer(method, number, len(attend), options, part, state=state, **more)
         cache = cls(layers)
         cache._made_for = weakref.ref(model)
         return cache
@@ -207,7 +213,7 @@ class RaggedCache(StatefulCache):
             self.check_even()
             decode = attending[0].options.decode
             if decode is not None and self.seen and not self.waiting:
-                bound(attending, decode)
+                bound(attending, decode, attending[0].options.ranks)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_even(self) -> None:
@@ -256,8 +262,23 @@ class RaggedCache(StatefulCache):
         return rows + sum(state_bytes(state) for state in self.states.values())
 
     def lengths(self) -> Tensor:
-        """Stored entries, `[layers, B, H]` int64; of hybrids the layers that attend."""
+        """Stored entries, `[layers, B, H]` int64; of hybrids the layers that attend, of ranks the own heads."""
         return torch.stack([layer.filled().lengths().cpu() for layer in self.attending])
+
+    def rank_loads(self) -> RankLoads:
+        """Entries that each rank stores, over the batch, where ranks share the model's heads: to be called on all.
+
+        Raises:
+            ValueError: this process has all heads.
+            RuntimeError: nothing is stored yet.
+        """
+        ranks = self.attending[0].options.ranks
+        if ranks is None:
+            raise ValueError("the heads of this cache's model are all on this process: there are no ranks")
+        entries = torch.stack(
+            [layer.filled().lengths().to(layer.filled().device) for layer in self.attending]
+        )
+        return RankLoads.of(ranks.gather(entries, 2).sum(1), ranks.size)
 
     def finalize_prefill(self) -> None:
         """End a prefill in chunks now; see `for_model`. All or nothing where the method decides for all layers at once.
@@ -353,7 +374,9 @@ class RaggedCache(StatefulCache):
         Raises:
             RuntimeError: nothing is stored yet, a prompt waits to be compressed, a call failed on its way, or the
                 cache's model is gone.
+            ValueError: the model's heads lie on several ranks.
         """
+        check_one_process(self.attending[0].options, "saved")
         self.check_even()
         if self.waiting:
             raise RuntimeError("cannot save during a chunked prefill; call finalize_prefill() first")
@@ -398,6 +421,7 @@ class RaggedCache(StatefulCache):
         chosen = NoMethod() if method is None else method
         check_method(chosen, model, False)
         cache = cls.unattached(model, chosen, options)
+        check_one_process(cache.attending[0].options, "loaded")
         devices, attend = devices_of(model), attention_layers(supported_config(model))
         layers, beside = files.read(
             path, lambda about: check_identity(about, model), [devices[i] for i in attend]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from headkv.logits import Rule
 from headkv.methods.selection import select
 from headkv.prefill import Prefill
 from headkv.scorers import SnapKVScorer
+
+if TYPE_CHECKING:
+    from headkv.integrations.ranks import Ranks
 
 EVERY = 128
 
@@ -61,13 +64,17 @@ class DecodeBudget:
             return None
         return cls(decode_budget) if every is None else cls(decode_budget, every)
 
-    def split(self, layers: Sequence[RaggedLayer]) -> list[Tensor]:
+    def split(self, layers: Sequence[RaggedLayer], ranks: Ranks | None = None) -> list[Tensor]:
         """Budgets `[B, H]` int64 of every layer, in proportion to what its rows store now; 0: windowed, not planned.
 
         Of each sequence, the rows that are planned have `entries` on average, and each at least the window and one.
+        Where `ranks` share the heads that is so of all heads together, and the answer is for this rank's.
         """
         stored = torch.stack([layer.lengths().cpu() for layer in layers])  # [layers, B, H]
         planned = torch.stack([(layer.recent == 0).view(layer.lengths().shape).cpu() for layer in layers])
+        if ranks is not None:
+            device = layers[0].device  # which the ranks can talk over
+            stored, planned = (ranks.gather(x.to(device), 2).cpu() for x in (stored, planned))
         least, budgets = self.scorer.window + 1, torch.zeros_like(stored)
         for b in range(stored.shape[1]):
             rows = stored[:, b][planned[:, b]].double()
@@ -77,7 +84,7 @@ class DecodeBudget:
                 budgets[:, b][planned[:, b]] = least + largest_remainder(
                     rows / rows.sum() * total, total, caps
                 )
-        return list(budgets)
+        return list(budgets if ranks is None else ranks.own(budgets, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +169,11 @@ class Growing(Protocol):
         """The layer's store."""
 
 
-def bound(layers: Sequence[Growing], budget: DecodeBudget) -> None:
-    """Plan the rows of all layers again, if that is due: to be called before more tokens come."""
+def bound(layers: Sequence[Growing], budget: DecodeBudget, ranks: Ranks | None = None) -> None:
+    """Plan the rows of all layers again, if that is due: to be called before more tokens come, on all `ranks`."""
     rows = [layer.filled() for layer in layers]
     if any(layer.growth.budgets is None for layer in layers):
-        for layer, budgets in zip(layers, budget.split(rows), strict=True):
+        for layer, budgets in zip(layers, budget.split(rows, ranks), strict=True):
             layer.growth = replace(layer.growth, budgets=budgets, planned=layer.filled().seen)
     since = rows[0].seen - layers[0].growth.planned
     if since < budget.every or min(layer.growth.observed() for layer in layers) < budget.scorer.window:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headkv._config import CacheShape, layer_kinds, model_name
-from headkv.integrations.support import decoder_of, supported_config
+from headkv.integrations.support import CacheOptions, decoder_of, supported_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +36,19 @@ class NoMethod:
         raise RuntimeError(
             "this cache was loaded from a file, which holds no method for another prompt: "
             "call RaggedCache.load(path, model, method), or begin anew with RaggedCache.for_model"
+        )
+
+
+def check_one_process(options: CacheOptions, done: str) -> None:
+    """A cache that has all heads of its model.
+
+    Raises:
+        ValueError: it has those of one rank.
+    """
+    if options.ranks is not None:
+        raise ValueError(
+            f"a cache can not be {done} where {options.ranks.size} ranks share the model's heads: a file holds all of "
+            "them; use one process, or `cache.snapshot()` on every rank"
         )
 
 

@@ -64,7 +64,8 @@ def compress(
     """Let `model` compress its KV cache by `method` inside a `with` block; outside it is as it was.
 
     Args:
-        model: a decoder of transformers, as it is or wrapped by peft, accelerate or torch.compile.
+        model: a decoder of transformers, as it is, wrapped by peft, accelerate or torch.compile, or shared out over
+            ranks by a `tp_plan`: then every rank does the same calls, and budgets are those of all heads.
         method: what each head keeps of a prompt, e.g. `headkv.AdaKV(budget=0.2)`.
         backend: of attention after the prefill: "auto", "reference", "rust" or "triton"; see `headkv.ragged_decode`.
         headroom: free slots behind each row after the prefill; it grows by itself when they are used up.

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv._config import WITHOUT_ATTENTION, attention_layers, kv_heads, layer_kinds
+from headkv._config import WITHOUT_ATTENTION, CacheShape, attention_layers, kv_heads, layer_kinds
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache.ragged import MIN_HEADROOM
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
+from headkv.integrations.ranks import Ranks, shared
 from headkv.integrations.states import can_hold, state_of
 from headkv.prefill import Parts
 
@@ -42,6 +43,7 @@ class CacheOptions:
     rollback: int = ROLLBACK
     chunked_prefill: bool = False
     decode: DecodeBudget | None = None
+    ranks: Ranks | None = None  # that have the model's heads
 
     def __post_init__(self) -> None:
         _checks.one_of("backend", self.backend, BACKENDS)
@@ -214,6 +216,26 @@ def attentions_to_hear(model: PreTrainedModel, method: Method | PromptMethod) ->
     return [parts.module for parts in parts_of(model) if parts.module is not None]
 
 
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """The processes that share the heads of `model`; None where this one has all.
+
+    Raises:
+        ValueError: they can not share them evenly, or in a way that does not show.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    name, config, parts = type(model).__name__, supported_config(model), parts_of(model)
+    width = config.num_attention_heads * CacheShape.of(config).head_dim
+    if (getattr(model, "_tp_size", None) or 1) > 1 and any(
+        part.output is None or part.output.shape[1] != width for part in parts
+    ):
+        raise ValueError(
+            f"model {name} is shared out over ranks in a way that headkv does not know: it looks for an output "
+            "projection that is a DTensor, as transformers makes it from 5.16 on"
+        )
+    return Ranks.of(parts, config, name)
+
+
 def is_whole_prompt(method: Method | PromptMethod) -> bool:
     """Whether `method` decides once the whole prompt is read."""
     return bool(getattr(method, "whole_prompt", False))
@@ -230,6 +252,7 @@ def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_
         raise TypeError(f"method must be a headkv method such as headkv.AdaKV(budget=0.2), got {method!r}")
     for profile in getattr(method, "profiles", ()):
         profile.check_model(model)
+    shared(method, ranks_of(model))
     if chunked_prefill:
         check_chunks(method, supported_config(model))
 

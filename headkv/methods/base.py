@@ -109,6 +109,9 @@ class Method(Protocol):
     """Which entries each row keeps of a prompt, decided a layer at a time, while that layer is prefilled.
 
     That takes the least memory: the layers that were decided, and one whole layer.
+
+    A method whose answer follows from the layer's shape alone may say so by `by_shape = True`: where ranks share a
+    model's heads it then needs nothing of the others.
     """
 
     @property

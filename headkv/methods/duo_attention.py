@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,7 @@ class DuoAttention(Explained):
     recent: int = 256
     reduce: str = "max"
     streaming_prefill: bool = False
+    by_shape: ClassVar[bool] = True
 
     __repr__ = brief
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from headkv.methods.base import Keep
 from headkv.methods.explanation import Explained
@@ -12,6 +13,8 @@ from headkv.prefill import Prefill
 @dataclass(frozen=True)
 class FullCache(Explained):
     """Every KV head keeps every entry: the ragged cache without compression."""
+
+    by_shape: ClassVar[bool] = True
 
     @classmethod
     def for_share(cls, share: float, length: int) -> FullCache:

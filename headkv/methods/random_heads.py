@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class RandomHeads(Explained):
     sinks: int = 64
     recent: int = 256
     seed: int = 0
+    by_shape: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.between("share", self.share, 0, 1)

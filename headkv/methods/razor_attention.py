@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class RazorAttention(Explained):
     window_share: float = 1 / 5
     compensation: bool = True
     streaming_prefill: bool = False
+    by_shape: ClassVar[bool] = True
 
     __repr__ = brief
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,7 @@ class StreamingLLM(Explained):
 
     budget: int | float
     sinks: int = 4
+    by_shape: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_budget(self.budget)

@@ -10,7 +10,11 @@ from headkv.prefill import Prefill, Prompt
 
 
 class Scorer(Protocol):
-    """Ranks the entries of each row; also says which last entries are kept without competing."""
+    """Ranks the entries of each row; also says which last entries are kept without competing.
+
+    One that ranks each head by itself may say so by `by_head = True`: where ranks share a model's heads (tensor
+    parallelism), each then scores its own; others are given those of all ranks.
+    """
 
     @property
     def window(self) -> int:
@@ -26,7 +30,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class PromptScorer(Protocol):
-    """A scorer that looks at all layers of a prompt at once, or reads its text again."""
+    """A scorer that looks at all layers of a prompt at once, or reads its text again; `by_head` as in `Scorer`."""
 
     @property
     def window(self) -> int:

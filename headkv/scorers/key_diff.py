@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +30,7 @@ class KeyDiffScorer:
     """
 
     window: int = 0
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("window", self.window)

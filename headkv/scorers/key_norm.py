@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ class KeyNormScorer:
     """
 
     window: int = 32
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("window", self.window)

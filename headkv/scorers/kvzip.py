@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class KVzipScorer:
     lead: int = 8
     sinks: int = 4
     window: int = 32
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "request", tuple(self.request))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class ObservedAttentionScorer:
     window: int = 32
     average: bool = False
     reduce: str = "mean"
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("window", self.window)

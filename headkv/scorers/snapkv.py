@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class SnapKVScorer:
     kernel_size: int = 7
     pooling: str = "max"
     reduce: str = "mean"
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("window", self.window, 1)

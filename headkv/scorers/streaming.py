@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class StreamingScorer:
 
     sinks: int = 4
     window: int = 0
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.whole("sinks", self.sinks)
