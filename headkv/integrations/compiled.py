@@ -7,12 +7,15 @@ Attention stays ours.
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from headkv.integrations.joined import joined_products
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -29,7 +32,8 @@ _TURN = threading.RLock()
 
 def can_compile() -> bool:
     """Whether this release of torch knows all that is asked of it."""
-    return all(hasattr(torch._dynamo.config, name) for name in CONFIG)
+    known = all(hasattr(torch._dynamo.config, name) for name in CONFIG)
+    return known and importlib.util.find_spec("torch._inductor.custom_graph_pass") is not None
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
@@ -52,14 +56,20 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
 
 @contextmanager
 def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` runs its layers compiled, which they are when first called, all layers of a kind at once."""
+    """Inside, `model` runs its layers compiled, which they are when first called, all layers of a kind at once.
+
+    Within a block of `joined_weights`, q, k and v are one product in them, and so are gate and up.
+    """
     layers: Sequence[Any] = decoder_layers(model)
+    from headkv.integrations.once import ONCE  # loads the compiler
+
+    options = OPTIONS | {"post_grad_custom_pre_pass": ONCE}
     with _TURN:
         former = [layer._compiled_call_impl for layer in layers]
         try:
             for layer in layers:
-                layer.compile(options=OPTIONS)
-            with torch._dynamo.config.patch(CONFIG):
+                layer.compile(options=options)
+            with torch._dynamo.config.patch(CONFIG), joined_products(model):
                 yield
         finally:
             for layer, call in zip(layers, former, strict=True):

@@ -19,6 +19,7 @@ from headkv.integrations.cache import RaggedCache
 from headkv.integrations.calls import cache_name
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.hook import NAME
+from headkv.integrations.joined import times_moved
 from headkv.integrations.precision import autocast_dtype
 from headkv.integrations.support import supported_model
 from headkv.models.attention import decoder_attention
@@ -199,7 +200,8 @@ class DecodeGraph:
             return self.model(**inputs, use_cache=True).logits
 
     def _addresses(self) -> tuple[int, ...]:
-        return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
+        own = (address for layer in self.cache.layers for address in layer.filled().addresses())
+        return times_moved(self.model), *own
 
 
 def allocated(device: torch.device) -> int:

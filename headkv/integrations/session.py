@@ -22,6 +22,7 @@ from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends, register
+from headkv.integrations.joined import joined_weights
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
 from headkv.integrations.probe import check_attention
@@ -174,6 +175,8 @@ class Session:
                 former.enter_context(kept_attention(self.model))
                 register()
                 choose_attention(self.model, NAME)
+                if self._decoding.compile_layers:
+                    former.enter_context(joined_weights(self.model))
                 self._former = former.pop_all()
             self._warned = False
             heard = attentions_to_hear(self.model, self.method)
