@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import headkv
 from headkv.integrations import compiled
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.graph import DecodeGraph
+from headkv.integrations.joined import joined_weights
 from headkv.models.tiny import FAMILIES, tiny_model
 
 TOKENS = 90
@@ -182,6 +184,26 @@ def test_layers_that_can_not_be_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiled, "CONFIG", {"an option of a later torch": True})
     with pytest.raises(ValueError, match="compile_layers must be False with torch .*: it needs a newer one"):
         decoder_layers(tiny_model("llama"))
+
+
+@pytest.mark.gpu
+def test_weights_that_move() -> None:
+    """A graph that was recorded reads them where they are now, when projections are joined and when they are not."""
+    model, inputs = on_gpu("llama", 1)
+    caches = [headkv.RaggedCache.for_model(model, METHODS["AdaKV"]) for _ in range(2)]
+    token = inputs["input_ids"][:, -1:]
+    with torch.no_grad():
+        for cache in caches:
+            model(inputs["input_ids"], past_key_values=cache)
+    steps = DecodeGraph(model, caches[0])
+    for turn in range(9):
+        with torch.no_grad(), joined_weights(model) if turn % 5 > 2 else nullcontext():
+            sizes = {p.nbytes for p in model.parameters()}
+            freed = [torch.full((size // 4,), torch.nan, device="cuda") for size in sizes for _ in range(20)]
+            got = steps.step(token)
+            want = model(token, past_key_values=caches[1]).logits
+            assert torch.equal(got, want), turn
+            del freed
 
 
 @compiles

@@ -88,9 +88,11 @@ def joined_weights(model: nn.Module) -> Iterator[int]:
         yield len(groups)
     finally:
         del _GROUPS[model]
-        while groups:
-            _part(groups.pop())
-        _moved(model)
+        try:
+            while groups:
+                _part(groups.pop())
+        finally:
+            _moved(model)
 
 
 @contextmanager

@@ -82,7 +82,9 @@ def compress(
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
         compile_layers: with `cuda_graph`, let torch.compile fuse what the layers do in a decode step: faster, but the
-            first decode step takes a while (once a process), and tokens may differ by rounding.
+            first decode step takes a while (once a process), and tokens may differ by rounding. Inside the block the
+            weights of q, k and v, and of gate and up, lie in one storage where they are plain, so that each is one
+            product; CUDA graphs of your own that read the model must be recorded anew in it, and after it.
 
     Returns:
         A context manager; its `cache` is the `RaggedCache` of the latest `generate` (or forward) call. A `DynamicCache`
