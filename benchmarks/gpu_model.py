@@ -104,17 +104,29 @@ KINDS = {
 REST = "all else: norms, rotary embeddings, sums"
 
 
-def kernel_times(step: Callable[[], object], steps: int = 4) -> dict[str, tuple[int, float]]:
-    """Launches in a step and their milliseconds in all, by kind; what overlaps counts twice."""
+Kinds = dict[str, tuple[int, float]]
+
+
+def kernel_times(step: Callable[[], object], steps: int = 4, longest: int = 0) -> Kinds:
+    """Launches in a step and their milliseconds in all, by kind; what overlaps counts twice.
+
+    The `longest` kernels are printed, with microseconds a launch.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, REST)}
+    named: dict[str, list[float]] = {}
     for event in seen.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kinds = (kind for kind, parts in KINDS.items() if any(part in event.name for part in parts))
             found[next(kinds, REST)].append(event.device_time_total)
+            named.setdefault(event.name, []).append(event.device_time_total)
+    for name, times in sorted(named.items(), key=lambda item: -sum(item[1]))[:longest]:
+        print(
+            f"    {sum(times) / steps / 1e3:6.3f} ms, {len(times) // steps:4d} x {median(times):7.2f} us  {name[:90]}"
+        )
     return {kind: (len(times) // steps, sum(times) / steps / 1e3) for kind, times in found.items()}
 
 
@@ -155,7 +167,7 @@ def ways(share: float, options: Sequence[str]) -> list[Way]:
 
 def ragged(
     model: LlamaForCausalLM, token: Tensor, context: int, way: Way
-) -> tuple[float, float, float, dict[str, tuple[int, float]]]:
+) -> tuple[float, float, float, Kinds]:
     """Milliseconds a step, gigabytes held, bytes of stored keys and values; `kernel_times` of a graph."""
     before = torch.cuda.memory_allocated()
     cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
@@ -176,7 +188,7 @@ def ragged(
             seconds = time.perf_counter() - begin
             print(f"{way.words}: the first steps, which compile if no other has: {seconds:.1f} s", flush=True)
         took = milliseconds(lambda: steps.step(token))
-        return took, held, stored, kernel_times(lambda: steps.step(token))
+        return took, held, stored, kernel_times(lambda: steps.step(token), longest=12 * way.compiled)
 
 
 def measure(
@@ -218,7 +230,7 @@ def measure(
         del cache
         gc.collect()
         torch.cuda.empty_cache()
-    spent: dict[str, dict[str, tuple[int, float]]] = {}
+    spent: dict[str, Kinds] = {}
     for way in ways(share, options):
         took, held, stored, spent[way.words] = ragged(model, token, context, way)
         found[way.words] = took, held, stored
