@@ -292,7 +292,7 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
     note("flash varlen, one KV head a sequence", time_varlen(layers, options.replays))
     for rivals in RIVALS:
         try:
-            for rival in rivals(SCALE):
+            for rival in rivals(layers, SCALE):
                 attempt(rival.name, measure_rival, rival)
         except ImportError as missing:
             print(f"  {rivals.__name__} is not installed: {missing}", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 WORKSPACE = 128 << 20  # bytes, what FlashInfer's documentation gives a wrapper
 FLASH_PAGE = 256  # the smallest that FlashAttention 2 takes
-FASTDMS_BLOCKS = (256, 64, 512)  # entries a program; the first is its own choice
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def by_row(q: Tensor, rows: Rows) -> Tensor:
     return q.view(rows.number, -1, q.shape[-1])
 
 
-def flash_varlen(scale: float) -> Iterator[Rival]:
+def flash_varlen(layers: Sequence[Layer], scale: float) -> Iterator[Rival]:
     """torch's own FlashAttention, over rows that lie one after another and, where it knows them, over pages."""
     known = inspect.signature(varlen_attn).parameters
     options = {"scale": scale} | ({"enable_gqa": True} if "enable_gqa" in known else {})
@@ -135,7 +134,7 @@ def flash_varlen(scale: float) -> Iterator[Rival]:
         yield Rival(f"flash varlen, group packed, pages of {FLASH_PAGE}", partial(prepare, size=FLASH_PAGE))
 
 
-def flash_attn(scale: float) -> Iterator[Rival]:
+def flash_attn(layers: Sequence[Layer], scale: float) -> Iterator[Rival]:
     """FlashAttention 2's decoding from pages, with and without its append."""
     from flash_attn import flash_attn_with_kvcache
 
@@ -152,21 +151,18 @@ def flash_attn(scale: float) -> Iterator[Rival]:
         yield Rival(name, partial(prepare, append=append), append)
 
 
-def flashinfer(scale: float) -> Iterator[Rival]:
-    """FlashInfer's batch decode, as for a CUDA graph: planned anew for new lengths, into buffers that stay."""
+def flashinfer(layers: Sequence[Layer], scale: float) -> Iterator[Rival]:
+    """FlashInfer's batch decode, planned anew for new lengths, into buffers that stay; and as if lengths stayed."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    scratch = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
+    scratch = torch.empty(WORKSPACE, dtype=torch.uint8, device=layers[0].q.device)
 
-    def prepare(layer: Layer, size: int, tensor_cores: bool) -> Decoder:
+    def prepare(layer: Layer, size: int, tensor_cores: bool, graph: bool) -> Decoder:
         pages, q = in_pages(layer.rows, size), by_row(layer.q, layer.rows)
+        buffers = {"indptr": pages.ends, "indices": pages.index, "last_page_len": pages.last}
+        own = {f"paged_kv_{name}_buffer": tensor.clone() for name, tensor in buffers.items()} if graph else {}
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            scratch,
-            use_cuda_graph=True,
-            use_tensor_cores=tensor_cores,
-            paged_kv_indptr_buffer=pages.ends.clone(),
-            paged_kv_indices_buffer=pages.index.clone(),
-            paged_kv_last_page_len_buffer=pages.last.clone(),
+            scratch, use_cuda_graph=graph, use_tensor_cores=tensor_cores, **own
         )
         # What it asks for on the host is there, as serving engines have it.
         where = (pages.ends.cpu(), pages.index, pages.last.cpu(), q.shape[1], 1, q.shape[2], size)
@@ -177,30 +173,35 @@ def flashinfer(scale: float) -> Iterator[Rival]:
     for size, tensor_cores in itertools.product((16, 1), (True, False)):
         cores = "tensor" if tensor_cores else "CUDA"
         name = f"FlashInfer, pages of {size}, {cores} cores"
-        yield Rival(name, partial(prepare, size=size, tensor_cores=tensor_cores))
+        yield Rival(name, partial(prepare, size=size, tensor_cores=tensor_cores, graph=True))
+    name = "FlashInfer, pages of 16, for no other lengths"
+    yield Rival(name, partial(prepare, size=16, tensor_cores=True, graph=False))
 
 
-def fastdms(scale: float) -> Iterator[Rival]:
+def fastdms(layers: Sequence[Layer], scale: float) -> Iterator[Rival]:
     """FastDMS's ragged split-K over our pools as they are, with and without the append that its engine launches."""
     from fastdms.layers.compact_attention import compact_decode_attention, store_compact_kvcache
 
-    def prepare(layer: Layer, block: int, append: bool) -> Decoder:
-        rows, lengths = layer.rows, layer.rows.length + append
-        slots, start, live = (x.int()[None] for x in (rows.start + rows.length, rows.start, lengths))
-        # Its function takes 128 for "as I like it", which is 256.
-        options = {"max_live_count": int(lengths.max()), "block_n": 128 if block == 256 else block}
+    most = 1 + max(
+        int(layer.rows.length.max()) for layer in layers
+    )  # its engine has one bound for all layers
+
+    def prepare(layer: Layer, append: bool) -> Decoder:
+        rows = layer.rows
+        new, start, live = (
+            x.int()[None] for x in (rows.start + rows.length, rows.start, rows.length + append)
+        )
 
         def step() -> Tensor:
             if append:
-                store_compact_kvcache(*layer.new, rows.keys, rows.values, slots)
-            return compact_decode_attention(layer.q, rows.keys, rows.values, start, live, scale, **options)[0]
+                store_compact_kvcache(*layer.new, rows.keys, rows.values, new)
+            return compact_decode_attention(layer.q, rows.keys, rows.values, start, live, scale, most)[0]
 
         return Decoder(step)
 
-    for block in FASTDMS_BLOCKS:
-        yield Rival(f"FastDMS, blocks of {block}", partial(prepare, block=block, append=False))
-    block = FASTDMS_BLOCKS[0]
-    yield Rival(f"FastDMS, blocks of {block}, its append", partial(prepare, block=block, append=True), True)
+    for append in (False, True):
+        name = "FastDMS" + (", its append" if append else "")
+        yield Rival(name, partial(prepare, append=append), append)
 
 
 RIVALS = (flash_varlen, flash_attn, flashinfer, fastdms)

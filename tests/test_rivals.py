@@ -74,10 +74,10 @@ def test_pages_hold_the_rows(lengths: list[int], size: int, room: int) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_fastdms(lengths: list[int]) -> None:
     pytest.importorskip("fastdms", reason="FastDMS is not installed")
-    reading = [rival for rival in benchmark().fastdms(scale=0.2) if not rival.appends]
+    layer = make_layer(lengths)
+    reading = [rival for rival in benchmark().fastdms([layer], scale=0.2) if not rival.appends]
     assert reading
     for rival in reading:  # the interpreter can not run its append
-        layer = make_layer(lengths)
         got = rival.prepare(layer).step()
         torch.testing.assert_close(got.double(), truth(layer, 0.2), rtol=1e-4, atol=1e-5)
 
