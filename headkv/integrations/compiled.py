@@ -7,7 +7,6 @@ Attention stays ours.
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,7 @@ _TURN = threading.RLock()
 
 def can_compile() -> bool:
     """Whether this release of torch knows all that is asked of it."""
-    known = all(hasattr(torch._dynamo.config, name) for name in CONFIG)
-    return known and importlib.util.find_spec("torch._inductor.custom_graph_pass") is not None
+    return all(hasattr(torch._dynamo.config, name) for name in CONFIG)
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
@@ -61,15 +59,17 @@ def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
     Within a block of `joined_weights`, q, k and v are one product in them, and so are gate and up.
     """
     layers: Sequence[Any] = decoder_layers(model)
-    from headkv.integrations.once import ONCE  # loads the compiler
+    with _TURN, joined_products(model) as joined:
+        options: dict[str, Any] = dict(OPTIONS)
+        if joined:
+            from headkv.integrations.once import ONCE  # loads the compiler
 
-    options = OPTIONS | {"post_grad_custom_pre_pass": ONCE}
-    with _TURN:
+            options["post_grad_custom_pre_pass"] = ONCE
         former = [layer._compiled_call_impl for layer in layers]
         try:
             for layer in layers:
                 layer.compile(options=options)
-            with torch._dynamo.config.patch(CONFIG), joined_products(model):
+            with torch._dynamo.config.patch(CONFIG):
                 yield
         finally:
             for layer, call in zip(layers, former, strict=True):

@@ -47,8 +47,8 @@ class DecodeGraph:
             noticed, and the step recorded again if need be.
         compile_layers: record what torch.compile makes of the model's layers. That is faster, and rounds otherwise than
             the plain layers do. The first step compiles, once a process for layers of a kind, and then takes a while
-            (16 s on an H200). The model is left as it was. In a block of `joined_weights` (`compress` opens one)
-            projections of the same input are one product.
+            (16 s on an H200). The model is left as it was. In a block of
+            `headkv.integrations.joined.joined_weights`, projections of the same input are one product.
 
     Raises:
         ValueError: a model that is not on a CUDA device, whose attention is not "headkv", or (with `compile_layers`)

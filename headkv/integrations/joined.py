@@ -96,13 +96,13 @@ def joined_weights(model: nn.Module) -> Iterator[int]:
 
 
 @contextmanager
-def joined_products(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules of groups are `Part`s: for layers that are compiled with `Once`."""
+def joined_products(model: nn.Module) -> Iterator[bool]:
+    """Inside, the modules of groups are `Part`s: for layers that are compiled with `Once`. Yields whether any is."""
     groups = [group for group in _GROUPS.get(model, ()) if all(part.holds() for part in group.parts.values())]
     try:
         for group in groups:
             group.parent._modules.update(group.parts)
-        yield
+        yield bool(groups)
     finally:
         for group in groups:
             group.parent._modules.update(group.linears)

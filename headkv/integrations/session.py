@@ -22,7 +22,6 @@ from headkv.integrations.compiled import decoder_layers
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.graph import check_device, replaying
 from headkv.integrations.hook import NAME, attends, register
-from headkv.integrations.joined import joined_weights
 from headkv.integrations.layer import RaggedCacheLayer
 from headkv.integrations.planning import ROLLBACK
 from headkv.integrations.probe import check_attention
@@ -82,9 +81,7 @@ def compress(
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
         compile_layers: with `cuda_graph`, let torch.compile fuse what the layers do in a decode step: faster, but the
-            first decode step takes a while (once a process), and tokens may differ by rounding. Inside the block the
-            weights of q, k and v, and of gate and up, lie in one storage where they are plain, so that each is one
-            product; CUDA graphs of your own that read the model must be recorded anew in it, and after it.
+            first decode step takes a while (once a process), and tokens may differ by rounding.
 
     Returns:
         A context manager; its `cache` is the `RaggedCache` of the latest `generate` (or forward) call. A `DynamicCache`
@@ -177,8 +174,6 @@ class Session:
                 former.enter_context(kept_attention(self.model))
                 register()
                 choose_attention(self.model, NAME)
-                if self._decoding.compile_layers:
-                    former.enter_context(joined_weights(self.model))
                 self._former = former.pop_all()
             self._warned = False
             heard = attentions_to_hear(self.model, self.method)
