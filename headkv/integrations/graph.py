@@ -88,6 +88,7 @@ class DecodeGraph:
         # Whether the last one ran in inference mode: what is compiled serves one mode, and no recording compiles.
         self._inference = False
         self._autocast: torch.dtype | None = None  # and what autocast computed in
+        self._moved = 0  # and how often weights had moved: other products are compiled where they are joined
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -152,8 +153,8 @@ class DecodeGraph:
 
     def _can_record(self) -> bool:
         """Whether all that a step compiles or makes once is there."""
-        modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
-        ready = not self._unrecorded and modes == (self._inference, self._autocast)
+        modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda"), times_moved(self.model)
+        ready = not self._unrecorded and modes == (self._inference, self._autocast, self._moved)
         return ready and all(layer.filled().ticket is not None for layer in self.cache.layers)
 
     def _run(self) -> Tensor:
@@ -163,6 +164,7 @@ class DecodeGraph:
         self._needs = took if self._needs is None else min(self._needs, took)
         self._unrecorded = max(0, self._unrecorded - 1)
         self._inference, self._autocast = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
+        self._moved = times_moved(self.model)
         return logits
 
     def _record(self) -> None:
