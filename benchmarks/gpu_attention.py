@@ -1,11 +1,12 @@
-"""One layer's decode step on a GPU, beside a launch that only reads the same bytes and dense attention.
+"""One layer's decode step on a GPU, beside a launch that only reads, dense attention, and others' kernels.
 
     PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--json FILE] [--profile NAME]
 
 Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. The rows' lengths are skewed (Dirichlet 1), as
 head-specific budgets leave them; dense attention gets as many entries, in rows of equal length. Medians of CUDA graph
 replays over 16 layers of their own, so that no layer is found in the L2 cache; a step appends the new token, attends,
-and combines. Every variant is held against float64 before it is timed and after.
+and combines; of the others, those do whose name says so. What reads ragged rows is held against float64 before it is
+timed and after, but for torch's varlen attention as published code calls it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from measure import NOT_COUNTED, replay_microseconds
+from measure import NOT_COUNTED, in_turns, replay_microseconds
+from rivals import RIVALS, Rival
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
@@ -34,6 +36,7 @@ from headkv_kernels import DecodeConfig, Rows, new_ticket, ragged_step
 HEADS, GROUP, DIM, LAYERS, HEADROOM = 8, 4, 128, 16, 512
 ENTRIES = (26214, 6553, 1638)  # kept entries a head: 20% of 128k, 32k and 8k
 SCALE = 1 / math.sqrt(DIM)
+WRONG = 1e-2  # a relative distance from float64 that 16 bits do not explain
 DENSE = {"dense, cuDNN": SDPBackend.CUDNN_ATTENTION, "dense, flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -73,22 +76,39 @@ def make_layer(entries: int, device: str) -> Layer:
 Step = Callable[[Layer], Tensor]
 
 
+def truth(layer: Layer, new: bool = False) -> Tensor:
+    """`[HQ, D]`: attention in float64 over what the rows hold; `new`: and over the new entries behind that."""
+    found = []
+    for r, (begin, n) in enumerate(zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)):
+        keys, values = (pool[begin : begin + n].double() for pool in (layer.rows.keys, layer.rows.values))
+        if new:
+            keys, values = (torch.cat([x, layer.new[i, :, r]]) for i, x in enumerate((keys, values)))
+        q = layer.q[0, r * GROUP : (r + 1) * GROUP].double()
+        found.append((q @ keys.T * SCALE).softmax(-1) @ values)
+    return torch.cat(found)
+
+
 def error(layer: Layer, step: Step) -> float:
-    """Relative distance of one step from attention in float64, over what the rows hold after it."""
+    """Relative distance of one step from the truth, once it has stored the new entries."""
     before = layer.rows.length.clone()
-    got = step(layer)[0].double()
+    got = step(layer)[0]
     if not torch.equal(layer.rows.length, before + 1) or layer.ticket.any():
         raise AssertionError(
             f"lengths {before.tolist()} -> {layer.rows.length.tolist()}, {layer.ticket.tolist()}"
         )
-    want = []
-    for r, (begin, n) in enumerate(zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)):
-        keys, values = (pool[begin : begin + n].double() for pool in (layer.rows.keys, layer.rows.values))
-        if not torch.equal(torch.stack([keys[-1], values[-1]]), layer.new[:, 0, r].double()):
-            raise AssertionError(f"row {r} did not get its new entry")
-        q = layer.q[0, r * GROUP : (r + 1) * GROUP].double()
-        want.append((q @ keys.T * SCALE).softmax(-1) @ values)
-    return float((got - torch.cat(want)).norm() / torch.cat(want).norm())
+    last = layer.rows.start + before
+    stored = torch.stack([layer.rows.keys[last], layer.rows.values[last]])
+    if not torch.equal(stored, layer.new[:, 0]):
+        raise AssertionError("a row did not get its new entry")
+    return distance(got, truth(layer))
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Relative; as near as 16 bits come, or it is an error."""
+    far = float((got.double() - want).norm() / want.norm())
+    if not far < WRONG:
+        raise AssertionError(f"wrong by {far:.1e}")
+    return far
 
 
 def microseconds(step: Callable[[], object], replays: int) -> float:
@@ -213,6 +233,41 @@ def default_config() -> DecodeConfig:
     return DecodeConfig.default(make_layer(64, "cuda").rows)
 
 
+Note = Callable[..., None]
+
+
+def measure_ours(name: str, step: Step, layers: list[Layer], replays: int, note: Note) -> None:
+    """A step's time in a graph, and its error before and after."""
+    for layer in layers:
+        layer.rewind()
+        layer.ticket.zero_()
+    first = error(layers[0], step)
+    time = microseconds(lambda: [step(layer) for layer in layers], replays)
+    steps = int((layers[1].rows.length - layers[1].begun)[0])
+    if steps != replays + NOT_COUNTED:
+        raise AssertionError(f"{steps} steps instead of {replays} and {NOT_COUNTED}")
+    note(name, time, first, max(error(layer, step) for layer in layers[::5]))
+
+
+def measure_rival(rival: Rival, layers: list[Layer], replays: int, note: Note) -> None:
+    """The same; and the host's time for what it has to plan outside a graph, a layer."""
+    for layer in layers:
+        layer.rewind()
+    decoders = [rival.prepare(layer) for layer in layers]
+
+    def furthest() -> float:
+        some = list(zip(layers, decoders, strict=True))[::5]
+        return max(distance(decoder.step(), truth(layer, rival.appends)) for layer, decoder in some)
+
+    first = furthest()
+    note(
+        rival.name, microseconds(lambda: [decoder.step() for decoder in decoders], replays), first, furthest()
+    )
+    if plans := [decoder.plan for decoder in decoders if decoder.plan is not None]:
+        seconds = in_turns({"plans": lambda: [plan() for plan in plans]}, replays)["plans"]
+        note(f"{rival.name}: its plan", 1e6 * seconds / len(plans))
+
+
 def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
     """One column of the table, in microseconds a layer; what fails is NaN, with the reason printed."""
     layers = [make_layer(entries, "cuda") for _ in range(LAYERS)]
@@ -222,26 +277,27 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
 
     def note(name: str, time: float, *errors: float) -> None:
         column[name] = time
-        print(f"  {name:42s}{time:9.2f}" + "".join(f"{e:10.1e}" for e in errors), flush=True)
+        print(f"  {name:46s}{time:9.2f}" + "".join(f"{e:10.1e}" for e in errors), flush=True)
+
+    def attempt(name: str, measured: Callable[..., None], *what: object) -> None:
+        try:
+            measured(*what, layers, options.replays, note)
+        except Exception as problem:  # the others still count
+            column[name] = math.nan
+            print(f"  {name:46s} failed: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
 
     note("a launch that only reads", time_read(layers, options.replays))
     for name, backend in DENSE.items():
         note(name, time_dense(entries, backend, options.replays))
     note("flash varlen, one KV head a sequence", time_varlen(layers, options.replays))
-    for name, step in variants(options.search).items():
-        for layer in layers:
-            layer.rewind()
-            layer.ticket.zero_()
+    for rivals in RIVALS:
         try:
-            first = error(layers[0], step)
-            time = microseconds(lambda step=step: [step(layer) for layer in layers], options.replays)
-            steps = int((layers[1].rows.length - layers[1].begun)[0])
-            if steps != options.replays + NOT_COUNTED:
-                raise AssertionError(f"{steps} steps instead of {options.replays} and {NOT_COUNTED}")
-            note(name, time, first, max(error(layer, step) for layer in layers[::5]))
-        except Exception as problem:  # the others still count
-            column[name] = math.nan
-            print(f"  {name:42s} failed: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+            for rival in rivals(layers, SCALE):
+                attempt(rival.name, measure_rival, rival)
+        except ImportError as missing:
+            print(f"  {rivals.__name__} is not installed: {missing}", flush=True)
+    for name, step in variants(options.search).items():
+        attempt(name, measure_ours, name, step)
     return column
 
 
@@ -280,9 +336,9 @@ def main() -> None:
         if options.json:  # what is known so far
             options.json.write_text(json.dumps({"machine": machine, "table": table}, indent=1) + "\n")
     print(f"\n{machine}; microseconds a layer, median of {options.replays}")
-    print(f"{'entries a head':44s}" + "".join(f"{entries:>10d}" for entries in table))
+    print(f"{'entries a head':48s}" + "".join(f"{entries:>10d}" for entries in table))
     for name in next(iter(table.values())):
-        print(f"{name:44s}" + "".join(f"{column[name]:10.2f}" for column in table.values()))
+        print(f"{name:48s}" + "".join(f"{column.get(name, math.nan):10.2f}" for column in table.values()))
 
 
 if __name__ == "__main__":

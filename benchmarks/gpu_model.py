@@ -1,6 +1,6 @@
 """One decode step of an 8B-shaped decoder on a GPU: headkv with a fifth of the cache, beside transformers' own caches.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--cases 8192 32768x8] [--static] [--json FILE]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_model.py [--cases 8192 32768x8] [--static] [--options NAME]
 
 Llama-3.1-8B's shape, random weights, bfloat16. The caches are filled with noise, as only time and memory are measured;
 a layer's heads keep `--share` of the context together, shared out by a Dirichlet draw. The bound is the bytes of
@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from measure import add_json, finish
@@ -24,6 +27,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import headkv
 from headkv.cache import RaggedLayer
+from headkv.integrations import compiled
+from headkv.integrations.joined import joined_weights
 
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
 
@@ -99,43 +104,91 @@ KINDS = {
 REST = "all else: norms, rotary embeddings, sums"
 
 
-def kernel_times(step: Callable[[], object], steps: int = 4) -> dict[str, tuple[int, float]]:
-    """Launches in a step and their milliseconds in all, by kind; what overlaps counts twice."""
+Kinds = dict[str, tuple[int, float]]
+
+
+def kernel_times(step: Callable[[], object], steps: int = 4, longest: int = 0) -> Kinds:
+    """Launches in a step and their milliseconds in all, by kind; what overlaps counts twice.
+
+    The `longest` kernels are printed, with microseconds a launch.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, REST)}
+    named: dict[str, list[float]] = {}
     for event in seen.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kinds = (kind for kind, parts in KINDS.items() if any(part in event.name for part in parts))
             found[next(kinds, REST)].append(event.device_time_total)
+            named.setdefault(event.name, []).append(event.device_time_total)
+    for name, times in sorted(named.items(), key=lambda item: -sum(item[1]))[:longest]:
+        print(
+            f"    {sum(times) / steps / 1e3:6.3f} ms, {len(times) // steps:4d} x {median(times):7.2f} us  {name[:90]}"
+        )
     return {kind: (len(times) // steps, sum(times) / steps / 1e3) for kind, times in found.items()}
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a step runs.
+
+    Attributes:
+        words: what the table calls it.
+        share: of the context, that the rows keep.
+        graph, compiled, joined: in a CUDA graph; its layers compiled; projections of one input as one product.
+        options: of torch's compiler, that are switched on beyond headkv's own.
+    """
+
+    words: str
+    share: float
+    graph: bool = False
+    compiled: bool = False
+    joined: bool = False
+    options: tuple[str, ...] = ()
+
+
+def ways(share: float, options: Sequence[str]) -> list[Way]:
+    """All that are compared."""
+    name = f"headkv, {share:.0%}"
+    found = [
+        Way(name, share),
+        Way(f"{name}, CUDA graph", share, graph=True),
+        Way(f"{name}, layers compiled", share, graph=True, compiled=True),
+        Way(f"{name}, products joined", share, graph=True, compiled=True, joined=True),
+        Way("headkv, all, products joined", 1.0, graph=True, compiled=True, joined=True),
+    ]
+    for option in options:
+        words = f"{name}, products joined, {option}"
+        found.append(Way(words, share, graph=True, compiled=True, joined=True, options=(option,)))
+    return found
+
+
 def ragged(
-    model: LlamaForCausalLM,
-    token: Tensor,
-    context: int,
-    share: float,
-    graph: bool,
-    compiled: bool,
-) -> tuple[float, float, float, dict[str, tuple[int, float]]]:
+    model: LlamaForCausalLM, token: Tensor, context: int, way: Way
+) -> tuple[float, float, float, Kinds]:
     """Milliseconds a step, gigabytes held, bytes of stored keys and values; `kernel_times` of a graph."""
     before = torch.cuda.memory_allocated()
     cache = headkv.RaggedCache.for_model(model, headkv.FullCache())
-    fill(cache, token.shape[0], context, share)
+    fill(cache, token.shape[0], context, way.share)
     held, stored = cached_bytes(before), 4 * DIM * int(cache.lengths().sum())
-    if graph:
-        steps = headkv.DecodeGraph(model, cache, compile_layers=compiled)
-        begin = time.perf_counter()
-        steps.step(token)
+    if not way.graph:
+        return milliseconds(lambda: model(token, past_key_values=cache)), held, stored, {}
+    steps = headkv.DecodeGraph(model, cache, compile_layers=way.compiled)
+    begin = time.perf_counter()
+    with (
+        patch.dict(compiled.OPTIONS, dict.fromkeys(way.options, True)),
+        joined_weights(model) if way.joined else nullcontext(),
+    ):
+        for _ in range(3):  # two run unrecorded, and the third is recorded
+            steps.step(token)
         torch.cuda.synchronize()
-        if compiled:
-            print(f"the first step, which compiles if no other has: {time.perf_counter() - begin:.1f} s")
+        if way.compiled:
+            seconds = time.perf_counter() - begin
+            print(f"{way.words}: the first steps, which compile if no other has: {seconds:.1f} s", flush=True)
         took = milliseconds(lambda: steps.step(token))
-        return took, held, stored, kernel_times(lambda: steps.step(token))
-    return milliseconds(lambda: model(token, past_key_values=cache)), held, stored, {}
+        return took, held, stored, kernel_times(lambda: steps.step(token), longest=12 * way.compiled)
 
 
 def measure(
@@ -144,6 +197,7 @@ def measure(
     batch: int,
     share: float,
     static: bool,
+    options: Sequence[str],
     bandwidth: float,
 ) -> tuple[list[dict[str, str | float]], list[dict[str, str | float]]]:
     """The rows of both tables for one context and batch."""
@@ -176,15 +230,10 @@ def measure(
         del cache
         gc.collect()
         torch.cuda.empty_cache()
-    spent: dict[str, dict[str, tuple[int, float]]] = {}
-    for name, kept, graph, compiled in (
-        (f"headkv, {share:.0%}", share, False, False),
-        (f"headkv, {share:.0%}, CUDA graph", share, True, False),
-        (f"headkv, {share:.0%}, CUDA graph, layers compiled", share, True, True),
-        ("headkv, all, CUDA graph, layers compiled", 1.0, True, True),
-    ):
-        took, held, stored, spent[name] = ragged(model, token, context, kept, graph, compiled)
-        found[name] = took, held, stored
+    spent: dict[str, Kinds] = {}
+    for way in ways(share, options):
+        took, held, stored, spent[way.words] = ragged(model, token, context, way)
+        found[way.words] = took, held, stored
         gc.collect()
         torch.cuda.empty_cache()
     first = next(iter(found.values()))[0]
@@ -232,6 +281,13 @@ def main() -> None:
     parser.add_argument(
         "--static", action="store_true", help="also transformers' StaticCache, compiled (slow to start)"
     )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of torch's compiler, each to be switched on in a row of its own, e.g. triton.enable_pdl",
+    )
     add_json(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -244,7 +300,7 @@ def main() -> None:
         title += f"a copy moves {bandwidth / 1e12:.2f} TB/s"
         tables |= {title: [], "What kernels spend their time on, ms a step": []}
         for context, batch in options.cases:
-            found = measure(model, context, batch, options.share, options.static, bandwidth)
+            found = measure(model, context, batch, options.share, options.static, options.options, bandwidth)
             for table, rows in zip(tables.values(), found, strict=True):
                 table += rows
                 for row in rows:

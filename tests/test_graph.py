@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import headkv
 from headkv.integrations import compiled
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.graph import DecodeGraph
+from headkv.integrations.joined import joined_weights
 from headkv.models.tiny import FAMILIES, tiny_model
 
 TOKENS = 90
@@ -182,6 +184,31 @@ def test_layers_that_can_not_be_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiled, "CONFIG", {"an option of a later torch": True})
     with pytest.raises(ValueError, match="compile_layers must be False with torch .*: it needs a newer one"):
         decoder_layers(tiny_model("llama"))
+
+
+@compiles
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_layers", [False, True], ids="compile_layers {}".format)
+def test_weights_that_move(compile_layers: bool) -> None:
+    """A graph that was recorded reads them where they are now, when projections are joined and when they are not."""
+    model, inputs = on_gpu("llama", 1)
+    caches = [headkv.RaggedCache.for_model(model, METHODS["AdaKV"]) for _ in range(2)]
+    token = inputs["input_ids"][:, -1:]
+    with torch.no_grad():
+        for cache in caches:
+            model(inputs["input_ids"], past_key_values=cache)
+    steps = DecodeGraph(model, caches[0], compile_layers=compile_layers)
+    bound = 1e-3 if compile_layers else 0
+    sizes = {parameter.nbytes for parameter in model.parameters()}
+    for joined in (False, True, False):
+        with torch.no_grad(), joined_weights(model) if joined else nullcontext():
+            for _ in range(5):  # what is freed and read all the same is NaN
+                freed = [
+                    torch.full((size // 4,), torch.nan, device="cuda") for size in sizes for _ in range(9)
+                ]
+                got, want = steps.step(token), model(token, past_key_values=caches[1]).logits
+                torch.testing.assert_close(got, want, atol=bound, rtol=bound)
+                del freed
 
 
 @compiles

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv.integrations.joined import joined_products
+
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
@@ -52,13 +54,21 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[Module]:
 
 @contextmanager
 def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` runs its layers compiled, which they are when first called, all layers of a kind at once."""
+    """Inside, `model` runs its layers compiled, which they are when first called, all layers of a kind at once.
+
+    Within a block of `joined_weights`, q, k and v are one product in them, and so are gate and up.
+    """
     layers: Sequence[Any] = decoder_layers(model)
-    with _TURN:
+    with _TURN, joined_products(model) as joined:
+        options: dict[str, Any] = dict(OPTIONS)
+        if joined:
+            from headkv.integrations.once import ONCE  # loads the compiler
+
+            options["post_grad_custom_pre_pass"] = ONCE
         former = [layer._compiled_call_impl for layer in layers]
         try:
             for layer in layers:
-                layer.compile(options=OPTIONS)
+                layer.compile(options=options)
             with torch._dynamo.config.patch(CONFIG):
                 yield
         finally:

@@ -19,6 +19,7 @@ from headkv.integrations.cache import RaggedCache
 from headkv.integrations.calls import cache_name
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.hook import NAME
+from headkv.integrations.joined import times_moved
 from headkv.integrations.precision import autocast_dtype
 from headkv.integrations.support import supported_model
 from headkv.models.attention import decoder_attention
@@ -46,7 +47,8 @@ class DecodeGraph:
             noticed, and the step recorded again if need be.
         compile_layers: record what torch.compile makes of the model's layers. That is faster, and rounds otherwise than
             the plain layers do. The first step compiles, once a process for layers of a kind, and then takes a while
-            (16 s on an H200). The model is left as it was.
+            (16 s on an H200). The model is left as it was. In a block of
+            `headkv.integrations.joined.joined_weights`, projections of the same input are one product.
 
     Raises:
         ValueError: a model that is not on a CUDA device, whose attention is not "headkv", or (with `compile_layers`)
@@ -86,6 +88,7 @@ class DecodeGraph:
         # Whether the last one ran in inference mode: what is compiled serves one mode, and no recording compiles.
         self._inference = False
         self._autocast: torch.dtype | None = None  # and what autocast computed in
+        self._moved = 0  # and how often weights had moved: other products are compiled where they are joined
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: tuple[int, ...] = ()
         self._needs: int | None = None  # bytes that recording takes at most; known after a first step
@@ -150,8 +153,8 @@ class DecodeGraph:
 
     def _can_record(self) -> bool:
         """Whether all that a step compiles or makes once is there."""
-        modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
-        ready = not self._unrecorded and modes == (self._inference, self._autocast)
+        modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda"), times_moved(self.model)
+        ready = not self._unrecorded and modes == (self._inference, self._autocast, self._moved)
         return ready and all(layer.filled().ticket is not None for layer in self.cache.layers)
 
     def _run(self) -> Tensor:
@@ -161,6 +164,7 @@ class DecodeGraph:
         self._needs = took if self._needs is None else min(self._needs, took)
         self._unrecorded = max(0, self._unrecorded - 1)
         self._inference, self._autocast = torch.is_inference_mode_enabled(), autocast_dtype("cuda")
+        self._moved = times_moved(self.model)
         return logits
 
     def _record(self) -> None:
@@ -199,7 +203,8 @@ class DecodeGraph:
             return self.model(**inputs, use_cache=True).logits
 
     def _addresses(self) -> tuple[int, ...]:
-        return tuple(address for layer in self.cache.layers for address in layer.filled().addresses())
+        own = (address for layer in self.cache.layers for address in layer.filled().addresses())
+        return times_moved(self.model), *own
 
 
 def allocated(device: torch.device) -> int:
