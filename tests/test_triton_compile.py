@@ -47,23 +47,29 @@ class Compiler:
         from triton.compiler import ASTSource
 
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = given.pop(parameter.name)
-            special = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-                signature[parameter.name], constants[(i,)] = "constexpr", value
-                continue
-            if isinstance(value, torch.Tensor):
-                signature[parameter.name] = TYPES[value.dtype]
-            else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        self.constants, self.attributes = {}, {}
+        signature = {
+            parameter.name: self.describe(given.pop(parameter.name), parameter, (i,))
+            for i, parameter in enumerate(self.kernel.params)
+        }
         if self.kernel.is_gluon():
             from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        source = ASTSource(self.kernel, signature, self.constants, self.attributes)
         self.compiled.append(triton.compile(source, GPUTarget("cuda", self.capability, 32), given))
+
+    def describe(self, value: Any, parameter: Any, path: tuple[int, ...]) -> Any:
+        """The type of an argument, or of the one at that path within it; notes what is constant or aligned."""
+        if isinstance(value, tuple):
+            return type(value)(*(self.describe(x, parameter, (*path, i)) for i, x in enumerate(value)))
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
+            self.attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
 
 
 @pytest.fixture(params=[80, 90], ids="sm_{}".format)
@@ -127,8 +133,6 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
             )
             fused = backend.kernels().ragged_step
             fused(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
-            config = replace(backend.kernels().DecodeConfig.default(rows), split=True)
-            fused(q[:, :, 0], *step, layer.length[:1], config=config, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
             extend, config = backend.kernels().ragged_extend, backend.kernels().ExtendConfig.default(q, rows)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headkv_kernels.arguments import Pools, Table
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_DIM = 512
@@ -88,6 +90,17 @@ class Rows:
     def dim(self) -> int:
         """D, the size of one key."""
         return self.keys.shape[1]
+
+    @property
+    def pools(self) -> Pools:
+        """The flat storage, as kernels are given it."""
+        return Pools(self.keys, self.values, self.positions)
+
+    def table(self, heads: int, capacity: Tensor | None = None) -> Table:
+        """The rows, `heads` of them a sequence, as kernels are given them."""
+        sums = (self.count, self.key_sum, self.value_sum)
+        windows = (self.sinks, self.recent)
+        return Table(self.number, heads, self.start, self.length, capacity, *windows, *sums)
 
     def operand(self, q: Tensor) -> tl.dtype:
         """The dtype in which queries meet keys: their own, or float32 if it differs."""
