@@ -6,6 +6,7 @@ A launch is caught on its way, and what it would have run is compiled for the ta
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,6 +31,7 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 SHARED = (
     99 * 1024
 )  # what a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9
+LOAD = re.compile(r"\bld\.global|\bcp\.async\.c[ag]\.")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -153,6 +155,19 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         assert "cp.async.cg.shared.global" in decode.asm["ptx"], (
             "keys and values are copied 16 bytes at a time"
         )
+    if launches["decode_shares"].capability >= 90:  # where launches start early
+        at_once, ahead = launches["decode_shares"].compiled
+        assert not LOAD.search(before_the_wait(at_once)), "reads before the launch before has ended"
+        assert "cp.async" not in before_the_wait(ahead), "reads more than lengths"
+        for combine in launches["combine_segments"].compiled:
+            assert ".cg" not in before_the_wait(combine), "segments are read before they are written"
+
+
+def before_the_wait(compiled: Any) -> str:
+    """The code that runs, maybe, while the launch before still does."""
+    before, wait, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    assert wait and LOAD.search(after)
+    return before
 
 
 RINGS = [
@@ -187,6 +202,8 @@ def test_the_ring_compiles(
     kernels.ragged_step(
         q[:, :, 0], *new, ragged, layer.capacity, kernels.new_ticket(ragged), layer.length[:1], **options
     )
-    (compiled,) = stand.compiled
+    kernels.ragged_decode(q[:, :, 0], ragged, **options | {"ahead": False})
+    (compiled, at_once) = stand.compiled
+    assert not LOAD.search(before_the_wait(at_once))
     assert compiled.metadata.shared <= 227 * 1024
     assert "cp.async.cg.shared.global" in compiled.asm["ptx"]

@@ -137,9 +137,10 @@ def decode_shares(
     g, d, n = tl.arange(0, G_PAD), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
     real = (g < G)[:, None] & (d < D)[None, :]
     lse = partial + (programs + rows.number) * G * D
-    if EARLY:  # `combine_segments` reads the lengths as soon as it may start: not before this launch may
-        if not AHEAD:
-            tl.extra.cuda.gdc_wait()
+    # The next launches may start once all before this one have ended: `combine_segments` and, `ahead`, other layers'
+    # steps then read lengths at once.
+    if EARLY and not AHEAD:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     plan = plan_rows(tl.arange(0, PAD), rows, rule, gap)
     unit, stop, share = share_of(program, programs, plan.ends)
@@ -147,6 +148,7 @@ def decode_shares(
     unit = segment.unit
     if AHEAD:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     while unit < stop:
         row, base, front, back = segment.row, segment.base, segment.front, segment.back
