@@ -28,9 +28,8 @@ pytestmark = [
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"} | {
     **{torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
 }
-SHARED = (
-    99 * 1024
-)  # what a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9
+# What a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9.
+SHARED = 99 * 1024
 LOAD = re.compile(r"\bld\.global|\bcp\.async\.c[ag]\.")
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -82,9 +81,8 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
     for module in (decode, extend):
         monkeypatch.setattr(module, "device_traits", lambda device: (100, request.param >= 90, 0))
-    monkeypatch.setattr(
-        decode, "ring_serves", lambda *arguments: False
-    )  # the portable kernel; the ring's test is below
+    # The portable kernel; the ring's test is below.
+    monkeypatch.setattr(decode, "ring_serves", lambda *arguments: False)
     stands = {}
     for module, names in (
         (decode, ("decode_shares", "combine_segments")),

@@ -67,10 +67,13 @@ class DecodeConfig:
         return cls(programs, block, stages, early=early, ring=ring)
 
 
-def ring_serves(config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, window: int | None) -> bool:
+def ring_serves(
+    config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, sliding_window: int | None
+) -> bool:
     """Whether `ring.py` can do it: 16 bits, D 64 or 128, up to 16 queries a row, nothing special."""
-    plain = narrow and rows.count is None and window is None and rows.dim in (64, 128) and group_pad == 16
-    return config.ring > 1 and plain and config.block >= 16 * config.warps and not INTERPRETED
+    plain = narrow and rows.count is None and sliding_window is None
+    fits = rows.dim in (64, 128) and group_pad == 16
+    return config.ring > 1 and plain and fits and config.block >= 16 * config.warps and not INTERPRETED
 
 
 def new_ticket(rows: Rows) -> Tensor:

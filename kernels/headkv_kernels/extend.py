@@ -9,6 +9,7 @@ GPU, rows are cut into parts, long ones into more of them, and a second launch p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +31,7 @@ from headkv_kernels.softmax import (
 
 MOST_CUTS = 65_535
 TRIED = tl.constexpr(8)  # sizes of parts
-VARYING = ["tokens", "blocks", "cuts", "number"]  # Triton would compile anew for 1 and for multiples of 16
+VARYING = ["tokens", "blocks", "cuts", "queries"]  # Triton would compile anew for 1 and for multiples of 16
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,13 @@ def ragged_extend(
             **FUSED,
         )
         if lse is not None:
-            number, queries = group * tokens, max(1, 512 // dim_pad)
-            merge_rows[(rows.number * triton.cdiv(number, queries),)](
-                *(result, lse, out, table, config.cuts, number),
+            queries, some = group * tokens, max(1, 512 // dim_pad)
+            merge_rows[(rows.number * triton.cdiv(queries, some),)](
+                *(result, lse, out, table, config.cuts, queries),
                 D=dim,
                 D_PAD=dim_pad,
-                QUERIES=queries,
-                PARTS=min(16, padded(parts // rows.number, 2)),
+                QUERIES=some,
+                AT_ONCE=min(16, padded(parts // rows.number, 2)),
                 PAD=padded(rows.number),
                 num_warps=4,
                 **FUSED,
@@ -177,26 +178,42 @@ def entries_until(positions, entries, position):
     return found
 
 
+class Parts(NamedTuple):
+    """`[PAD]` each: the row `r`, into how many parts it is cut, and the running sum of that."""
+
+    r: tl.tensor
+    number: tl.tensor
+    ends: tl.tensor
+
+
 @triton.jit
 def plan_parts(rows, cuts, PAD: tl.constexpr):
-    """`[PAD]` twice: into how many parts each row is cut, and the running sum of that: at most as many as rows, and
-    `cuts` more. They have as few entries as that allows, by some sizes that are tried."""
+    """How the rows are cut: into at most as many parts as there are rows, and `cuts` more. These have as few entries
+    as that allows, by some sizes that are tried."""
     r, most = tl.arange(0, PAD), rows.number + cuts
     entries = tl.load(rows.length + r, mask=r < rows.number, other=0)
     low, high = tl.cdiv(tl.sum(entries), most), tl.cdiv(tl.sum(entries), cuts)
     # With `low` there are enough parts if all are full; with `high` even if each row ends with an almost empty one.
     tried = tl.maximum(low + (high - low) * tl.arange(0, TRIED) // (TRIED - 1), 1)
-    number = parts_of(entries[None, :], tried[:, None])
+    number = parts_needed(entries[None, :], tried[:, None])
     fits = tl.sum(tl.where((r < rows.number)[None, :], number, 0), 1) <= most
     size = tl.min(tl.where(fits, tried, tl.maximum(high, 1)))
-    number = tl.where(r < rows.number, parts_of(entries, size), 0)
-    return number, tl.cumsum(number, 0)
+    number = tl.where(r < rows.number, parts_needed(entries, size), 0)
+    return Parts(r, number, tl.cumsum(number, 0))
 
 
 @triton.jit
-def parts_of(entries, size):
+def parts_needed(entries, size):
     """Parts of a row: one even without entries, so that someone writes its output."""
     return tl.maximum(tl.cdiv(entries.to(tl.int32), size.to(tl.int32)), 1)
+
+
+@triton.jit
+def parts_of(plan, row):
+    """A row's first part, and the one after its last."""
+    own = plan.r == row
+    last = tl.sum(tl.where(own, plan.ends, 0))
+    return last - tl.sum(tl.where(own, plan.number, 0)), last
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -210,11 +227,10 @@ def extend_rows(
     # 0 and 1, but not as constants: with those the compiler keeps blocks of both loops at once in shared memory.
     row, place, parts = part, cuts, cuts + 1
     if lse is not None:
-        number, ends = plan_parts(rows, cuts, PAD)
-        r = tl.arange(0, PAD)
-        row = tl.minimum(tl.sum((ends <= part).to(tl.int32)), rows.number - 1)
-        parts = tl.sum(tl.where(r == row, number, 0))
-        place = part - tl.sum(tl.where(r == row, ends, 0)) + parts
+        plan = plan_parts(rows, cuts, PAD)
+        row = tl.minimum(tl.sum((plan.ends <= part).to(tl.int32)), rows.number - 1)
+        first_part, last_part = parts_of(plan, row)
+        place, parts = part - first_part, last_part - first_part
     batch, head = row // rows.heads, row % rows.heads
     m, d, n = tl.arange(0, M), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
     # The last queries see most, so they come first.
@@ -247,11 +263,11 @@ def extend_rows(
     jump = (block_back - block_front).to(tl.int32)
 
     # Both spans together are cut into blocks. Every query sees all of those from `inside` to `outside`.
-    number = (block_end - jump).to(tl.int32)
+    shown = (block_end - jump).to(tl.int32)
     inside = tl.cdiv(tl.max(tl.where(token < tokens, back, 0)).to(tl.int32) - jump, BLOCK)
     outside = tl.min(tl.where(token < tokens, end, entries)).to(tl.int32) - jump
     outside = tl.maximum(outside // BLOCK, inside)
-    edges = inside + tl.cdiv(number, BLOCK) - outside
+    edges = inside + tl.cdiv(shown, BLOCK) - outside
     share = tl.cdiv(edges + outside - inside, parts)
     begin, stop = place * share, tl.minimum((place + 1) * share, edges + outside - inside)
 
@@ -268,15 +284,14 @@ def extend_rows(
         v = load_entries(pools.value, base + entry, here, D, D_PAD, OPERAND)
         j = entry[None, :]
         eligible = (j >= first[:, None]) & (j < end[:, None])
-        shown = (j < (first + front)[:, None]) | (j >= back[:, None])
+        hidden = (j >= (first + front)[:, None]) & (j < back[:, None])
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
         if rows.dropped is not None:
-            hidden = shown == 0  # and eligible: nothing from `back` on is hidden
             hidden_logit += tl.sum(tl.where(hidden, logits * rule.scale, 0.0), 1)
             hidden_value = tl.dot(hidden.to(OPERAND), v, hidden_value, input_precision="ieee")
         if rule.softcap is not None:
             logits = base_two(logits * rule.scale, rule)
-        logits = tl.where(eligible & shown, logits, -float("inf"))
+        logits = tl.where(eligible & (hidden == 0), logits, -float("inf"))
         top, total, acc = add_block(logits, v, top, total, acc, factor)
     for i in tl.range(tl.maximum(begin, edges), stop, num_stages=STAGES):
         entry = base + jump + (i - edges + inside) * BLOCK + n
@@ -309,26 +324,25 @@ def extend_rows(
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_rows(
-    parts, lse, out, rows, cuts, number, D: tl.constexpr, D_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr,
+    parts, lse, out, rows, cuts, queries, D: tl.constexpr, D_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, AT_ONCE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """Some queries' outputs from all parts of their row, each weighted by 2**lse; 0 without any entry."""
-    blocks = tl.cdiv(number, QUERIES)
+    """Some of a row's `queries`: their outputs from all of its parts, each weighted by 2**lse; 0 without any entry."""
+    blocks = tl.cdiv(queries, QUERIES)
     row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
     query = query.to(tl.int64)
-    r, d = tl.arange(0, PAD), tl.arange(0, D_PAD)
-    parts_each, ends = plan_parts(rows, cuts, PAD)
-    last = tl.sum(tl.where(r == row, ends, 0))
-    real = (query < number)[:, None] & (d < D)[None, :]
+    d = tl.arange(0, D_PAD)
+    first, last = parts_of(plan_parts(rows, cuts, PAD), row)
+    real = (query < queries)[:, None] & (d < D)[None, :]
     top, total, acc = start_softmax(QUERIES, D_PAD)
-    for first in range(last - tl.sum(tl.where(r == row, parts_each, 0)), last, PARTS):
-        for i in tl.static_range(PARTS):
-            at = query + (first + i) * number
-            here = (query < number) & (at < last * number)
+    for begin in range(first, last, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # the loads of all are on their way together
+            at = query + (begin + i) * queries
+            here = (query < queries) & (at < last * queries)
             logit = tl.load(lse + at, mask=here, other=-float("inf"))
             value = tl.load(
                 parts + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
             )
             top, total, acc = add_entry(logit, value, top, total, acc)
     result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row * number + query)[:, None] * D + d[None, :], result, mask=real)
+    tl.store(out + (row * queries + query)[:, None] * D + d[None, :], result, mask=real)

@@ -17,9 +17,8 @@ from headkv_kernels.arguments import Pools, Table
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_DIM = 512
-FUSED = {
-    "enable_fp_fusion": True
-}  # of a launch: a * b + c rounds once; Triton's own default is about to change
+# Of a launch: a * b + c rounds once. Triton's own default is about to change.
+FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def check_queries(
     rows: Rows,
     ndim: int,
     scale: float,
-    window: int | None,
+    sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> int:
@@ -136,8 +135,9 @@ def check_queries(
         )
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    if window is not None and (window < 1 or rows.count is not None):
-        raise ValueError(f"sliding_window must be None (with count: always) or at least 1, got {window}")
+    if sliding_window is not None and (sliding_window < 1 or rows.count is not None):
+        allowed = "None (with count: always) or at least 1"
+        raise ValueError(f"sliding_window must be {allowed}, got {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or positive, got {softcap}")
     if sinks is not None and sinks.dtype not in DTYPES:
