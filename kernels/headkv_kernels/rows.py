@@ -179,8 +179,8 @@ def guard(tensor: Tensor) -> AbstractContextManager[object]:
 
 @cache
 def device_traits(device: torch.device) -> tuple[int, bool, int]:
-    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have; a few, no
-    and none for Triton's interpreter."""
+    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have. Of Triton's
+    interpreter: 4, no and 0."""
     if device.type != "cuda":
         return 4, False, 0
     traits = torch.cuda.get_device_properties(device)

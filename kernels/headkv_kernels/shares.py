@@ -31,14 +31,12 @@ class Plan(NamedTuple):
 
 class Segment(NamedTuple):
     """A program's part of one row, scalars: its first unit and the one after its last; its row; where on the line
-    the row begins and ends; the row's first slot, entries, and whether it grows; what the row shows of the entries
-    from `first` on (`spans`); and the visible entries `begin .. end` of the row that are stored and of this
-    segment."""
+    the row ends; the row's first slot, entries, and whether it grows; what the row shows of the entries from `first`
+    on (`spans`); and the visible entries `begin .. end` of the row that are stored and of this segment."""
 
     unit: tl.tensor
     unit_end: tl.tensor
     row: tl.tensor
-    row_begin: tl.tensor
     row_end: tl.tensor
     base: tl.tensor
     entries: tl.tensor
@@ -107,9 +105,7 @@ def segment_at(unit, stop, plan, rows, rule):
     # The new entry is the last one visible, and not yet stored.
     stored = (front + entries - back).to(tl.int32) - grows
     begin, end = (unit - row_begin) * UNIT, tl.minimum((unit_end - row_begin) * UNIT, stored)
-    return Segment(
-        unit, unit_end, row, row_begin, row_end, base, entries, grows, first, front, back, begin, end
-    )
+    return Segment(unit, unit_end, row, row_end, base, entries, grows, first, front, back, begin, end)
 
 
 @triton.jit
