@@ -30,10 +30,10 @@ SHARES = {
     "started": "    program, programs = gl.program_id(0), gl.num_programs(0)\n    lse =",
     "planned": "    pairs: gl.constexpr = gl.SliceLayout(2, copied)\n",
     "may go on": "    while unit < stop:\n",
-    "query asked": "        acc = gl.zeros([PARTS, D, M], gl.float32, layout=mma)\n",
+    "query asked": "        acc = gl.zeros([WARPS, D, M], gl.float32, layout=mma)\n",
     "entries done": "        # One softmax out of all parts",
-    "parts merged": "        segment = (program + row) * G + g\n",
-    "stored": "        unit = segment_end\n        if unit",
+    "parts merged": "        place = (program + segment.row) * G + g\n",
+    "stored": "        unit = segment.unit_end\n        if unit",
 }
 COMBINE = {
     "started": "    row, g = tl.program_id(0) // G",
@@ -46,7 +46,7 @@ COMBINE = {
 def with_clock(module: ModuleType, kernel: str, language: str, moments: dict[str, str], folder: str) -> Any:
     """The kernel of `module`, its last function, noting the moments and its end in `clock` `[programs, 16]`."""
     source = Path(str(module.__file__)).read_text()
-    last = next(name for name in ("softcap", "out") if f", {name},\n    PAD: " in source)
+    last = next(name for name in ("partial", "out") if f", {name},\n    PAD: " in source)
     changes = {f", {last},\n    PAD: ": f", {last}, clock,\n    PAD: "}
     for i, line in enumerate(moments.values()):
         indent = line[: len(line) - len(line.lstrip())]

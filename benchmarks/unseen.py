@@ -34,11 +34,12 @@ from headkv.heads import HeadProfile
 from headkv.methods import ScoredMethod
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, KVzipScorer, SnapKVScorer
 
+# They end sooner than lm-eval's 128.
 LIMITS = {
     "niah_single_1": 16,
     "niah_multikey_2": 16,
     "niah_multikey_3": 48,
-}  # they end sooner than lm-eval's 128
+}
 
 
 def readers(request: Sequence[int]) -> dict[str, Remembered]:

@@ -42,11 +42,8 @@ class OracleLayer(DynamicLayer):
         self.decode = None  # (entries, every, window, kernel_size) of a decode budget
         self.budgets, self.began, self.planned = None, 0, 0
         self.parts = Parts()
-        self.siblings, self.ids, self.model = (
-            [],
-            [],
-            None,
-        )  # of the cache: for methods that see the whole prompt
+        # Of the cache: for methods that see the whole prompt.
+        self.siblings, self.ids, self.model = [], [], None
 
     def update(self, keys, values, *args, **kwargs):
         super().update(keys, values)
@@ -71,9 +68,8 @@ class OracleLayer(DynamicLayer):
                 sinks[b], recent[b] = chosen.sinks, chosen.recent
             if chosen.compensate is not None and sliding_window is None:
                 compensate[b] = chosen.compensate
-        keep |= (recent > 0)[..., None] & valid[
-            :, None
-        ]  # windowed rows evict nothing for good: they see less
+        # Windowed rows evict nothing for good: they see less.
+        keep |= (recent > 0)[..., None] & valid[:, None]
         self.plan = [keep, sinks, recent, compensate]
 
     def prefill(self, b, real):
@@ -230,9 +226,8 @@ def attention(
     s_aux = None if s_aux is None else s_aux.detach()
     layer.rule = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sink_logits": s_aux}
     if layer.plan is None and layer.chunked and tokens == 1 and total > 1:
-        for one in (
-            layer.siblings if whole or layer.decode else [layer]
-        ):  # with a whole prompt all layers, when the first is called
+        # With a whole prompt all layers, when the first is called.
+        for one in layer.siblings if whole or layer.decode else [layer]:
             one.make_plan(valid[:, : total - 1], **(one.rule or layer.rule))
     if layer.plan is None and getattr(layer.method, "streaming_prefill", False):
         layer.make_windows(valid, sliding_window)

@@ -37,9 +37,8 @@ NO_CLAIMS = (
 HEAD = re.compile(r"[Hh]ead (\d+) of layer (\d+)|[Ll]ayer (\d+),? head (\d+)")
 
 
-SMOLLM2 = (
-    49_152 * 576 + 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536 + 2 * 576) + 576
-)  # weights, from its configuration
+# Weights, from its configuration.
+SMOLLM2 = 49_152 * 576 + 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536 + 2 * 576) + 576
 LLAMA_8B = 8_030_261_248
 POOL = 4 * 4  # HeadKV by hand: four heads give half of their eight entries each
 

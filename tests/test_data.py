@@ -54,9 +54,8 @@ def test_spans_hold_the_facts(smollm2, num_tokens: int, depths: tuple[float, ...
         assert text.text.count(fact.sentence) == 1
     wanted = sorted(depths or (1 / 6, 3 / 6, 5 / 6))
     for span, depth in zip(text.spans, wanted, strict=True):
-        assert abs(span[0] / length - depth) < (
-            0.1 if num_tokens >= 1000 else 0.35
-        )  # the chat header counts too
+        # The chat header counts too.
+        assert abs(span[0] / length - depth) < (0.1 if num_tokens >= 1000 else 0.35)
     assert text.prompt(1).shape[1] == length + text.question_ids[1].shape[1]
 
 

@@ -15,9 +15,8 @@ NEEDLES = [
     Needle("words", *(torch.randint(3, 97, (1, n), generator=RANDOM) for n in sizes))
     for sizes in ((9, 3), (5, 1), (7, 6))
 ]
-HYBRIDS = tuple(
-    family for family in FAMILIES if family != "mistral-sliding"
-)  # that has no head to open or shut
+# The one left out has no head to open or shut.
+HYBRIDS = tuple(family for family in FAMILIES if family != "mistral-sliding")
 STREAM = Stream(sinks=3, recent_share=0.1)  # of 60 tokens: 3 + 16
 HELD = (torch.arange(60) < 3) | (torch.arange(60) >= 44)
 

@@ -94,9 +94,10 @@ def test_every_part_has_its_own_attention_back(block: Callable[[Any], None]) -> 
         (f, own)
         for f in FAMILIES
         for own in ("sdpa", "eager")
+        # These have no sdpa in transformers.
         if own == "eager" or f not in ("gemma2", "gpt_oss")
     ],
-)  # these have no sdpa in transformers
+)
 def test_a_plain_model_has_its_attention_back(family: str, own: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation(own)

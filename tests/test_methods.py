@@ -28,7 +28,7 @@ from headkv.methods import (
     RazorAttention,
     SnapKV,
     StreamingLLM,
-    budget_capacity,
+    budget_entries,
     plan_by_scores,
     select,
 )
@@ -70,8 +70,8 @@ BY_BUDGET = {
 @pytest.mark.parametrize("name", BY_BUDGET)
 def test_totals_are_the_budget(name: str, budget: int | float, n: int) -> None:
     """Over all layers and heads, whatever the method: exactly the budget, or the prompt if that is less."""
-    capacity = min(n, budget if isinstance(budget, int) else max(1, round(budget * n)))
-    assert int(kept(BY_BUDGET[name](budget), n).sum()) == 4 * 3 * capacity
+    entries = min(n, budget if isinstance(budget, int) else max(1, round(budget * n)))
+    assert int(kept(BY_BUDGET[name](budget), n).sum()) == 4 * 3 * entries
 
 
 @pytest.mark.parametrize("name", [name for name in BY_BUDGET if name not in {"streaming", "ada-key-norm"}])
@@ -292,12 +292,12 @@ def test_bad_budget(name: str, budget: Any, error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize(
-    "budget, capacity",
+    "budget, entries",
     [(7, 7), (0.2, 20), (1, 1), (1.0, 100), (0.001, 1), (0.115, 12), (Fraction(1, 4), 25), (np.int64(5), 5),
      (np.float32(0.5), 50), (1000, 1000)],
 )  # fmt: skip
-def test_budget_capacity(budget: Any, capacity: int) -> None:
-    assert budget_capacity(budget, 100) == capacity
+def test_budget_entries(budget: Any, entries: int) -> None:
+    assert budget_entries(budget, 100) == entries
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def test_a_total_over_all_layers_is_exact():
         cache = headkv.RaggedCache.for_model(model, headkv.AdaKV(budget, SCORER, scope="model", safeguard=0))
         with torch.no_grad():
             model(ids, past_key_values=cache)
-        capacity = budget if isinstance(budget, int) else round(budget * 60)
-        assert int(cache.lengths().sum()) == min(60, capacity) * cache.lengths().numel()
+        entries = budget if isinstance(budget, int) else round(budget * 60)
+        assert int(cache.lengths().sum()) == min(60, entries) * cache.lengths().numel()
     layers = cache.lengths().sum((1, 2))
     assert len(set(layers.tolist())) == 1  # budget 3 is all window
 

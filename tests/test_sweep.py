@@ -28,9 +28,8 @@ SWEEP = Sweep(
     limit=2,
     max_new_tokens=3,
 )
-ROWS = (
-    2 * 2 * 2 * 2 * (1 + 2 * 2)
-)  # tasks, seeds, documents, ways to ask; the full cache and methods x budgets
+# Tasks, seeds, documents, ways to ask; the full cache and methods x budgets.
+ROWS = 2 * 2 * 2 * 2 * (1 + 2 * 2)
 
 
 def documents(task: str, length: int, seed: int, limit: int) -> list[Sample]:

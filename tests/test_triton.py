@@ -401,13 +401,13 @@ def fused_steps(case, config):
 
 @device
 @pytest.mark.parametrize("programs", [1, 2, 5, 200])
-@pytest.mark.parametrize("warps", [1, 2, 4, 8])
-def test_any_cut_of_a_fused_step(programs, warps):
-    """The same, however the entries are cut and however many warps take entries of their own."""
+@pytest.mark.parametrize("block, warps", [(16, 1), (16, 4), (64, 2), (128, 8)])
+def test_any_cut_of_a_fused_step(programs, block, warps):
+    """The same, however the entries are cut."""
     case = Case("cut", ((1, 700, 0, 33, 64), (40, 2, 1, 5, 9)), group=3, dtype=FP16, gaps=False)
     q, layer = case.build(DEVICE)
     kernels, rows = backend.kernels(), backend.rows_of(layer)
-    config = kernels.DecodeConfig(programs, 16 * warps, warps=warps)
+    config = kernels.DecodeConfig(programs, block, warps=warps)
     keys, values = torch.randn(2, 2, 5, 64, device=DEVICE).to(FP16)
     ticket, seen = kernels.new_ticket(rows), torch.tensor([layer.seen], device=DEVICE)
     q_now = q[:, :, 0]

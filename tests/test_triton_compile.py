@@ -6,6 +6,7 @@ A launch is caught on its way, and what it would have run is compiled for the ta
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,9 +28,9 @@ pytestmark = [
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"} | {
     **{torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
 }
-SHARED = (
-    99 * 1024
-)  # what a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9
+# What a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9.
+SHARED = 99 * 1024
+LOAD = re.compile(r"\bld\.global|\bcp\.async\.c[ag]\.")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -47,23 +48,29 @@ class Compiler:
         from triton.compiler import ASTSource
 
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = given.pop(parameter.name)
-            special = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-                signature[parameter.name], constants[(i,)] = "constexpr", value
-                continue
-            if isinstance(value, torch.Tensor):
-                signature[parameter.name] = TYPES[value.dtype]
-            else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        self.constants, self.attributes = {}, {}
+        signature = {
+            parameter.name: self.describe(given.pop(parameter.name), parameter, (i,))
+            for i, parameter in enumerate(self.kernel.params)
+        }
         if self.kernel.is_gluon():
             from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        source = ASTSource(self.kernel, signature, self.constants, self.attributes)
         self.compiled.append(triton.compile(source, GPUTarget("cuda", self.capability, 32), given))
+
+    def describe(self, value: Any, parameter: Any, path: tuple[int, ...]) -> Any:
+        """The type of an argument, or of the one at that path within it; notes what is constant or aligned."""
+        if isinstance(value, tuple):
+            return type(value)(*(self.describe(x, parameter, (*path, i)) for i, x in enumerate(value)))
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
+            self.attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
 
 
 @pytest.fixture(params=[80, 90], ids="sm_{}".format)
@@ -74,9 +81,8 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
     for module in (decode, extend):
         monkeypatch.setattr(module, "device_traits", lambda device: (100, request.param >= 90, 0))
-    monkeypatch.setattr(
-        decode, "ring_serves", lambda *arguments: False
-    )  # the portable kernel; the ring's test is below
+    # The portable kernel; the ring's test is below.
+    monkeypatch.setattr(decode, "ring_serves", lambda *arguments: False)
     stands = {}
     for module, names in (
         (decode, ("decode_shares", "combine_segments")),
@@ -127,8 +133,6 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
             )
             fused = backend.kernels().ragged_step
             fused(q[:, :, 0], *step, layer.length[:1], ahead=True, **options)
-            config = replace(backend.kernels().DecodeConfig.default(rows), split=True)
-            fused(q[:, :, 0], *step, layer.length[:1], config=config, **options)
         else:
             q = q[:, :, :1].repeat(1, 1, tokens, 1)
             extend, config = backend.kernels().ragged_extend, backend.kernels().ExtendConfig.default(q, rows)
@@ -149,6 +153,19 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         assert "cp.async.cg.shared.global" in decode.asm["ptx"], (
             "keys and values are copied 16 bytes at a time"
         )
+    if launches["decode_shares"].capability >= 90:  # where launches start early
+        at_once, ahead = launches["decode_shares"].compiled
+        assert not LOAD.search(before_the_wait(at_once)), "reads before the launch before has ended"
+        assert "cp.async" not in before_the_wait(ahead), "reads more than lengths"
+        for combine in launches["combine_segments"].compiled:
+            assert ".cg" not in before_the_wait(combine), "segments are read before they are written"
+
+
+def before_the_wait(compiled: Any) -> str:
+    """The code that runs, maybe, while the launch before still does."""
+    before, wait, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    assert wait and LOAD.search(after)
+    return before
 
 
 RINGS = [
@@ -183,6 +200,8 @@ def test_the_ring_compiles(
     kernels.ragged_step(
         q[:, :, 0], *new, ragged, layer.capacity, kernels.new_ticket(ragged), layer.length[:1], **options
     )
-    (compiled,) = stand.compiled
+    kernels.ragged_decode(q[:, :, 0], ragged, **options | {"ahead": False})
+    (compiled, at_once) = stand.compiled
+    assert not LOAD.search(before_the_wait(at_once))
     assert compiled.metadata.shared <= 227 * 1024
     assert "cp.async.cg.shared.global" in compiled.asm["ptx"]

@@ -120,9 +120,8 @@ def test_by_hand_two_heads_three_slots_each(chromium):
     with shown(chromium, by_hand(budget=3)) as page:
         assert page.state()["budgets"] == [[2, 4]]
         story = page.page.locator(".hk-story").text_content()
-        assert "80.0% of the attention" in story and "uniform budgets would hold 77.5%" in story, (
-            story
-        )  # of 2: 1.60, 1.55
+        # Of 2: 1.60, 1.55.
+        assert "80.0% of the attention" in story and "uniform budgets would hold 77.5%" in story, story
         page.page.get_by_role("radio", name="Uniform").check()
         assert page.state()["budgets"] == [[3, 3]]
 

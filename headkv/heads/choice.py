@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 Head = tuple[int, int]  # (layer, KV head)
-Value = Callable[
-    [Tensor], Tensor
-]  # gates [C, layers, H] -> what each configuration is worth, [C]; more is better
+# Gates [C, layers, H] -> what each configuration is worth, [C]; more is better.
+Value = Callable[[Tensor], Tensor]
 
 
 def gates_of(heads: Sequence[Sequence[Head]], shape: tuple[int, int]) -> Tensor:

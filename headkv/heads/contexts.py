@@ -158,9 +158,8 @@ class Asker:
         """
         device = self.model.device
         texts = [torch.cat([needle.question_ids, needle.answer_ids], dim=1)[0, :-1] for needle in needles]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(
-            device
-        )  # what follows an answer is not seen
+        # What follows an answer is not seen.
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
         lengths = torch.tensor([needle.answer_ids.shape[1] for needle in needles])
         begins = torch.tensor([needle.question_ids.shape[1] - 1 for needle in needles])
         answers = nn.utils.rnn.pad_sequence([needle.answer_ids[0] for needle in needles], batch_first=True)

@@ -56,9 +56,8 @@ def gated_attention(
         return output
     some = slice(None) if len(opened) == len(keys) else list(opened)
     far_logits = rule.cap(_precise(_products(queries[:, some], keys[some, far])))
-    share = torch.sigmoid(
-        far_logits.logsumexp(-1) - rule.lse(logits)[:, some]
-    )  # of what is far, [R, H, G, T]
+    # Of what is far, [R, H, G, T].
+    share = torch.sigmoid(far_logits.logsumexp(-1) - rule.lse(logits)[:, some])
     taken = (gates[:, some, None, None] * share)[..., None].to(value.dtype)
     change = taken * (_weighted(far_logits.softmax(-1).to(value.dtype), values[some, far]) - output[:, some])
     if isinstance(some, slice):

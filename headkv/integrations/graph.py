@@ -27,7 +27,9 @@ from headkv.models.attention import decoder_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SEGMENTS = 1 << 26  # bytes beyond what tensors take that the allocator may ask for, for a pool of its own
+SEGMENTS = (
+    1 << 26
+)  # bytes beyond what tensors take that the allocator may ask for, as a graph's memory is its own
 MOST_RESERVED = 1024  # tokens that `generate` makes room for at once
 
 

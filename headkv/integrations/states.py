@@ -141,9 +141,8 @@ class StatefulCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry."""
-        sizes = [
-            layer.batch_size for layer in self.layers if hasattr(layer, "batch_size")
-        ]  # none before a prompt
+        # None before a prompt.
+        sizes = [layer.batch_size for layer in self.layers if hasattr(layer, "batch_size")]
         if sizes:
             self.batch_select_indices(torch.arange(sizes[0]).repeat_interleave(repeats))
 

@@ -13,7 +13,7 @@ from headkv.methods.pyramid_kv import PyramidKV
 from headkv.methods.random_heads import RandomHeads
 from headkv.methods.razor_attention import RazorAttention
 from headkv.methods.scored import ScoredMethod
-from headkv.methods.selection import budget_capacity, plan_by_scores, select
+from headkv.methods.selection import budget_entries, plan_by_scores, select
 from headkv.methods.snap_kv import SnapKV
 from headkv.methods.streaming_llm import StreamingLLM
 from headkv.prefill import Prefill, Prompt
@@ -41,7 +41,7 @@ __all__ = [
     "StreamingLLM",
     "StreamingMethod",
     "Windows",
-    "budget_capacity",
+    "budget_entries",
     "plan_by_scores",
     "select",
 ]

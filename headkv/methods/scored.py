@@ -17,7 +17,7 @@ from headkv.methods.explanation import Explained
 from headkv.methods.selection import (
     at_least_one,
     best,
-    budget_capacity,
+    budget_entries,
     by_age,
     check_budget,
     for_budget,
@@ -92,15 +92,15 @@ class ScoredMethod(Explained):
     def plan_prompt(self, prompt: Prompt) -> list[Keep]:
         """Keep the best entries of all layers."""
         n, window, layers = prompt.length, self.scorer.window, range(prompt.num_layers)
-        capacity = budget_capacity(self.budget, n)
-        if not scores_matter(capacity, window, n):
-            return [by_age(prompt.layer(i), capacity) for i in layers]
-        scorer = for_budget(self.scorer, capacity)
+        entries = budget_entries(self.budget, n)
+        if not scores_matter(entries, window, n):
+            return [by_age(prompt.layer(i), entries) for i in layers]
+        scorer = for_budget(self.scorer, entries)
         if isinstance(scorer, PromptScorer):
             scores = scorer.score_prompt(prompt)
         else:
             scores = [scores_of(prompt.layer(i), scorer) for i in layers]
-        budgets = self._budgets(scores, capacity - window)
+        budgets = self._budgets(scores, entries - window)
         source = type(self.allocator).__name__
         return [best(scores[i], budgets[i], n, f"{source} in layer {i}") for i in layers]
 
@@ -113,14 +113,14 @@ class ScoredMethod(Explained):
     def budgets_ahead(self, layers: Sequence[Prefill]) -> list[Tensor] | None:
         """The allocator's budgets with the window; None where the allocator needs scores. See `Explained`."""
         n, window, m = layers[0].length, self.scorer.window, layers[0].length - self.scorer.window
-        capacity = budget_capacity(self.budget, n)
-        if not scores_matter(capacity, window, n):
-            kept = [torch.full((x.num_kv_heads,), min(capacity, n)) for x in layers]
+        entries = budget_entries(self.budget, n)
+        if not scores_matter(entries, window, n):
+            kept = [torch.full((x.num_kv_heads,), min(entries, n)) for x in layers]
         elif getattr(self.allocator, "needs_scores", True):
             return None
         else:
             blank = [torch.zeros(1).expand(x.num_kv_heads, m) for x in layers]
-            split = [budgets.cpu() for budgets in self._budgets(blank, capacity - window)]
+            split = [budgets.cpu() for budgets in self._budgets(blank, entries - window)]
             kept = [x + window if window else at_least_one(x, n) for x in split]
         return [
             x if layer.sliding_window is None else x.clamp(max=max(1, layer.sliding_window - 1))

@@ -33,10 +33,10 @@ def check_budget(budget: int | float) -> None:
         raise ValueError(allowed)
 
 
-def budget_capacity(budget: int | float, length: int) -> int:
+def budget_entries(budget: int | float, length: int) -> int:
     """Entries that a KV head may keep of `length` tokens, the observation window included: at least 1.
 
-    >>> budget_capacity(0.2, 1000), budget_capacity(300, 1000), budget_capacity(0.001, 10)
+    >>> budget_entries(0.2, 1000), budget_entries(300, 1000), budget_entries(0.001, 10)
     (200, 300, 1)
     """
     check_budget(budget)
@@ -50,7 +50,7 @@ def stored_share(budget: int | float, length: int) -> float:
     (0.2, 0.3, 1.0)
     """
     _checks.whole("length", length, 1)
-    return min(1.0, budget_capacity(budget, length) / length)
+    return min(1.0, budget_entries(budget, length) / length)
 
 
 def check_scores(scores: Tensor, shape: tuple[int, int], source: str) -> None:
@@ -138,35 +138,35 @@ def plan_by_scores(
         ValueError: scores or budgets that break the contract of their protocol.
     """
     n, window = prefill.length, scorer.window
-    capacity = budget_capacity(budget, n)
-    if not scores_matter(capacity, window, n):
-        return by_age(prefill, capacity)
-    scores = scores_of(prefill, for_budget(scorer, capacity))
+    entries = budget_entries(budget, n)
+    if not scores_matter(entries, window, n):
+        return by_age(prefill, entries)
+    scores = scores_of(prefill, for_budget(scorer, entries))
     where = {"layer_idx": prefill.layer_idx, "num_layers": prefill.num_layers}
-    budgets = allocator.allocate(scores, capacity - window, **where)
+    budgets = allocator.allocate(scores, entries - window, **where)
     if second_look is not None:
         scores = second_look(scores, budgets)
     return best(scores, budgets, n, f"{type(allocator).__name__} in layer {prefill.layer_idx}")
 
 
-def scores_matter(capacity: int, window: int, n: int) -> bool:
-    """Whether rows that may keep `capacity` of `n` entries, the last `window` among them, have to choose."""
-    return window < capacity < n
+def scores_matter(entries: int, window: int, n: int) -> bool:
+    """Whether rows that may keep so many `entries` of `n`, the last `window` among them, have to choose."""
+    return window < entries < n
 
 
-def for_budget(scorer: S, capacity: int) -> S:
+def for_budget(scorer: S, entries: int) -> S:
     """A scorer that wants to know how many entries a KV head keeps, the window not counted, told so."""
     if not hasattr(scorer, "for_budget"):
         return scorer
-    told: S = scorer.for_budget(capacity - scorer.window)  # type: ignore[attr-defined]
+    told: S = scorer.for_budget(entries - scorer.window)  # type: ignore[attr-defined]
     return told
 
 
-def by_age(prefill: Prefill, capacity: int) -> Keep:
-    """The last `capacity` entries of each row: all of them, or what fits where the window takes everything."""
+def by_age(prefill: Prefill, entries: int) -> Keep:
+    """The last ones of each row, so many `entries`: all of them, or what fits where the window takes everything."""
     n = prefill.length
     mask = torch.ones(prefill.num_kv_heads, n, dtype=torch.bool, device=prefill.keys.device)
-    mask[:, : max(0, n - capacity)] = False
+    mask[:, : max(0, n - entries)] = False
     return Keep(mask)
 
 

@@ -10,7 +10,7 @@ import torch
 from headkv import _checks
 from headkv.methods.base import Keep
 from headkv.methods.explanation import Explained
-from headkv.methods.selection import budget_capacity, check_budget, stored_share
+from headkv.methods.selection import budget_entries, check_budget, stored_share
 from headkv.methods.windows import windowed
 from headkv.prefill import Prefill
 
@@ -52,7 +52,7 @@ class StreamingLLM(Explained):
 
     def plan(self, prefill: Prefill) -> Keep:
         """Keep the first `sinks` entries and the last of the budget."""
-        capacity = budget_capacity(self.budget, prefill.length)
-        sinks = min(self.sinks, capacity - 1)
+        entries = budget_entries(self.budget, prefill.length)
+        sinks = min(self.sinks, entries - 1)
         none = torch.zeros(prefill.num_kv_heads, dtype=torch.bool, device="cpu")
-        return windowed(prefill, none, sinks, capacity - sinks)
+        return windowed(prefill, none, sinks, entries - sinks)

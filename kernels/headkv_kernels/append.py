@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headkv_kernels.arguments import New, Strided
 from headkv_kernels.rows import FUSED, Rows, guard, padded
 
 
@@ -68,47 +69,44 @@ def ragged_append(
         raise ValueError(f"seen must be an int or int64 [1] on {device}, got {seen.dtype} {list(seen.shape)}")
     with guard(keys):
         append_rows[(rows.number,)](
-            *(keys, *keys.stride()[:3], values, *values.stride()[:3]),
-            *(None if valid is None else valid.contiguous(), seen, heads, tokens),
-            *(rows.keys, rows.values, rows.positions, rows.start, rows.length, capacity.contiguous()),
+            New(Strided.of(keys), Strided.of(values), seen),
+            None if valid is None else valid.contiguous(),
+            tokens,
+            rows.table(heads, capacity.contiguous()),
+            rows.pools,
             D=dim,
             D_PAD=padded(dim),
             BLOCK=min(32, padded(tokens, 1)),
-            VALID=valid is not None,
             **FUSED,
         )
 
 
 @triton.jit
 def append_rows(
-    new_keys, k_batch, k_head, k_token, new_values, v_batch, v_head, v_token, valid, seen, heads, tokens,
-    keys, values, positions, start, length, capacity,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, VALID: tl.constexpr,
+    new, valid, tokens, rows, pools, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One row: its new tokens, a block at a time."""
     row = tl.program_id(0)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // rows.heads).to(tl.int64), row % rows.heads
     n, d = tl.arange(0, BLOCK), tl.arange(0, D_PAD)
-    base, entries, room, now = (
-        tl.load(start + row),
-        tl.load(length + row),
-        tl.load(capacity + row),
-        tl.load(seen),
-    )
+    base, entries = tl.load(rows.start + row), tl.load(rows.length + row)
+    room, now = tl.load(rows.capacity + row), tl.load(new.seen)
     for i in range(0, tokens, BLOCK):
         token = (i + n).to(tl.int64)
         stored = token < tokens
-        if VALID:
+        if valid is not None:
             stored = stored & (tl.load(valid + batch * tokens + token, mask=stored, other=0) != 0)
         entry = entries + tl.cumsum(stored.to(tl.int32), 0) - 1
         stored = stored & (entry < room)
         slot = base + entry
         both = stored[:, None] & (d < D)[None, :]
         target = slot[:, None] * D + d[None, :]
-        from_keys = new_keys + batch * k_batch + head * k_head + token[:, None] * k_token + d[None, :]
-        from_values = new_values + batch * v_batch + head * v_head + token[:, None] * v_token + d[None, :]
-        tl.store(keys + target, tl.load(from_keys, mask=both), mask=both)
-        tl.store(values + target, tl.load(from_values, mask=both), mask=both)
-        tl.store(positions + slot, (now + token).to(tl.int32), mask=stored)
+        for_keys = batch * new.key.batch + head * new.key.head + token * new.key.token
+        for_values = batch * new.value.batch + head * new.value.head + token * new.value.token
+        key = tl.load(new.key.data + for_keys[:, None] + d[None, :], mask=both)
+        value = tl.load(new.value.data + for_values[:, None] + d[None, :], mask=both)
+        tl.store(pools.key + target, key, mask=both)
+        tl.store(pools.value + target, value, mask=both)
+        tl.store(pools.position + slot, (now + token).to(tl.int32), mask=stored)
         entries += tl.sum(stored.to(tl.int32))
-    tl.store(length + row, entries)
+    tl.store(rows.length + row, entries)

@@ -9,39 +9,38 @@ from headkv_kernels.softmax import sink_of
 
 @triton.jit
 def combine_segments(
-    length, sinks, recent, count, capacity, rows, window, gap, programs, ticket, partial, sink_logits, out,
+    rows, rule, gap, programs, ticket, partial, out,
     PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    COMPENSATE: tl.constexpr, APPEND: tl.constexpr, EARLY: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry.
 
     With `EARLY` it starts while `decode_shares` runs, and finds out meanwhile which programs serve its row.
     """
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
-    r, n = tl.arange(0, PAD), tl.arange(0, BLOCK)
+    n = tl.arange(0, BLOCK)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    lse = partial + (programs + rows) * G * D
+    lse = partial + (programs + rows.number) * G * D
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    lengths, _, units, ends = plan_rows(
-        r, length, sinks, recent, count, capacity, rows, window, gap, COMPENSATE, APPEND
-    )
-    _, _, share = share_of(0, programs, ends)
-    end = tl.sum(tl.where(r == row, ends, 0))
-    first, last = (end - tl.sum(tl.where(r == row, units, 0))) // share, tl.cdiv(end, share)
-    if APPEND:
+    plan = plan_rows(tl.arange(0, PAD), rows, rule, gap)
+    _, _, share = share_of(0, programs, plan.ends)
+    own = plan.r == row
+    end = tl.sum(tl.where(own, plan.ends, 0))
+    first, last = (end - tl.sum(tl.where(own, plan.units, 0))) // share, tl.cdiv(end, share)
+    if ticket is not None:
         tl.debug_barrier()  # all threads of this program have read the lengths, so it counts without a fence
         arrived = tl.atomic_add(ticket, 1, sem="relaxed")
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    if APPEND:  # noqa: SIM102 (APPEND is known to the compiler)
+    if ticket is not None:  # noqa: SIM102 (known to the compiler)
         if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:  # every program has read the lengths
-            tl.store(length + r, lengths, mask=r < rows)
+            tl.store(rows.length + plan.r, plan.lengths, mask=plan.r < rows.number)
             tl.store(ticket, 0)
 
     top, total, acc = -float("inf"), 0.0, tl.zeros([COLUMNS], tl.float32)
-    if SINK_LOGITS:  # as many as there are query heads
-        top, total = sink_of(sink_logits + tl.program_id(0) % SINK_LOGITS, True), 1.0
+    if rule.sink_logits is not None:  # as many as there are query heads
+        top, total = sink_of(rule.sink_logits + tl.program_id(0) % (rows.heads * G), True), 1.0
     for program in range(first, last, BLOCK):
         here = program + n < last
         segment = (program + n + row) * G + g

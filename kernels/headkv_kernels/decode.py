@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headkv_kernels.arguments import New, Rule, Strided
 from headkv_kernels.combine import combine_segments
 from headkv_kernels.rows import (
     FUSED,
@@ -20,7 +21,6 @@ from headkv_kernels.rows import (
 )
 from headkv_kernels.shares import UNIT, decode_shares
 
-NO_WINDOW = 2**31 - 1
 RING_BYTES = 164 * 1024  # of shared memory for a ring of 4 blocks of 32 KiB, and what merging its parts takes
 
 
@@ -30,11 +30,10 @@ class DecodeConfig:
 
     Attributes:
         programs: equal shares of the entries.
-        block: entries read at a time, a power of two of at least 16 a warp where `split`.
+        block: entries read at a time, a power of two.
         stages: blocks that are in flight, plus one.
         warps: of 32 threads, a program.
         early: start each kernel while the one before it ends (programmatic dependent launch; Hopper on).
-        split: each warp takes whole entries where these are of 16 bits and its registers suffice (up to 8 warps).
         ring: blocks of the ring of `ring.py`, at least 2, where that kernel serves (`ring_serves`); 0 or
             elsewhere: the portable kernel.
         gap: entries that could be read in the time that one more segment takes a program.
@@ -45,7 +44,6 @@ class DecodeConfig:
     stages: int = 3
     warps: int = 4
     early: bool = False
-    split: bool = True
     ring: int = 0
     gap: int = 128
 
@@ -65,15 +63,17 @@ class DecodeConfig:
         programs, early, shared = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
         stages = 3 if block * entry <= 32768 else 2
-        return cls(
-            programs, block, stages, early=early, split=False, ring=4 if early and shared >= RING_BYTES else 0
-        )
+        ring = 4 if early and shared >= RING_BYTES else 0
+        return cls(programs, block, stages, early=early, ring=ring)
 
 
-def ring_serves(config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, window: int | None) -> bool:
+def ring_serves(
+    config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, sliding_window: int | None
+) -> bool:
     """Whether `ring.py` can do it: 16 bits, D 64 or 128, up to 16 queries a row, nothing special."""
-    plain = narrow and rows.count is None and window is None and rows.dim in (64, 128) and group_pad == 16
-    return config.ring > 1 and plain and config.block >= 16 * config.warps and not INTERPRETED
+    plain = narrow and rows.count is None and sliding_window is None
+    fits = rows.dim in (64, 128) and group_pad == 16
+    return config.ring > 1 and plain and fits and config.block >= 16 * config.warps and not INTERPRETED
 
 
 def new_ticket(rows: Rows) -> Tensor:
@@ -115,9 +115,8 @@ def ragged_decode(
             raise ValueError("query_positions must be given with a sliding window, got None")
         check_positions(query_positions, (q.shape[0],), rows)
         query_positions = query_positions.contiguous()
-    new = (None, 0, 0, None, 0, 0, None)
-    options = (scale, sliding_window, softcap, sink_logits)
-    return _launch(q, rows, group, None, query_positions, None, new, options, ahead, config)
+    rule = Rule(scale, softcap, sliding_window, sink_logits)
+    return _launch(q, rows, group, rule, ahead, config, query_positions=query_positions)
 
 
 def ragged_step(
@@ -151,13 +150,13 @@ def ragged_step(
     """
     group = check_queries(q, rows, 3, scale, sliding_window, softcap, sink_logits)
     device, shape = rows.keys.device, (q.shape[0], rows.number // q.shape[0], rows.dim)
-    for name, new in (("new_keys", new_keys), ("new_values", new_values)):
-        if new.dtype != rows.keys.dtype or new.device != device:
+    for name, tensor in (("new_keys", new_keys), ("new_values", new_values)):
+        if tensor.dtype != rows.keys.dtype or tensor.device != device:
             raise TypeError(
-                f"{name} must be {rows.keys.dtype} on {device} like the pools, got {new.dtype} on {new.device}"
+                f"{name} must be {rows.keys.dtype} on {device} like the pools, got {tensor.dtype} on {tensor.device}"
             )
-        if new.shape != shape or new.stride(2) != 1:
-            got = f"{list(new.shape)} with strides {list(new.stride())}"
+        if tensor.shape != shape or tensor.stride(2) != 1:
+            got = f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             raise ValueError(f"{name} must have shape {list(shape)} and stride 1 along D, got {got}")
     whole = (("capacity", capacity, torch.int64, rows.number), ("seen", seen, torch.int64, 1))
     for name, tensor, dtype, number in (*whole, ("ticket", ticket, torch.int32, 1)):
@@ -166,68 +165,56 @@ def ragged_step(
             raise ValueError(f"{name} must be {str(dtype)[6:]} [{number}] on {device}, got {got}")
     if not capacity.is_contiguous():
         raise ValueError(f"capacity must be contiguous, got strides {list(capacity.stride())}")
-    tokens: tuple[Tensor | int, ...]
-    tokens = (new_keys, *new_keys.stride()[:2], new_values, *new_values.stride()[:2], seen)
-    options = (scale, sliding_window, softcap, sink_logits)
-    return _launch(q, rows, group, capacity, None, ticket, tokens, options, ahead, config)
+    new = New(Strided.of(new_keys), Strided.of(new_values), seen)
+    rule = Rule(scale, softcap, sliding_window, sink_logits)
+    return _launch(q, rows, group, rule, ahead, config, new=new, capacity=capacity, ticket=ticket)
 
 
 def _launch(
     q: Tensor,
     rows: Rows,
     group: int,
-    capacity: Tensor | None,
-    query_positions: Tensor | None,
-    ticket: Tensor | None,
-    new: tuple[Tensor | int | None, ...],
-    options: tuple[float, int | None, float | None, Tensor | None],
+    rule: Rule,
     ahead: bool,
     config: DecodeConfig | None,
+    *,
+    query_positions: Tensor | None = None,
+    new: New | None = None,
+    capacity: Tensor | None = None,
+    ticket: Tensor | None = None,
 ) -> Tensor:
     config = config or DecodeConfig.default(rows)
-    scale, window, softcap, sink_logits = options
     dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
     narrow = rows.keys.element_size() == 2 and q.dtype == rows.keys.dtype
-    parts = (
-        config.warps if config.split and config.warps > 1 and narrow and group_pad * dim_pad <= 2048 else 0
-    )
     kernel, stages = decode_shares, config.stages
-    if ring_serves(config, rows, narrow, group_pad, window):
+    if ring_serves(config, rows, narrow, group_pad, rule.sliding_window):
         from headkv_kernels.ring import ring_shares  # Gluon is there on GPUs only
 
-        kernel, stages, parts = ring_shares, config.ring, config.warps
+        kernel, stages = ring_shares, config.ring
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.
     partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
-    own = (rows.length, rows.sinks, rows.recent, rows.count, capacity, rows.number)
-    line = (*own, window or NO_WINDOW, config.gap // UNIT.value)
+    table, gap = rows.table(rows.number // q.shape[0], capacity), config.gap // UNIT.value
     shape = {"PAD": padded(rows.number), "G": group, "D": dim, "EARLY": config.early}
-    shape |= {"COMPENSATE": rows.count is not None, "APPEND": capacity is not None}
     # Not all targets know launch_pdl.
     launch = FUSED | ({"launch_pdl": True} if config.early else {})
     columns = min(dim_pad, 64)
     with guard(q):
         kernel[(config.programs,)](
-            *(*line, q, q.stride(0), q.stride(1), query_positions, rows.number // q.shape[0]),
-            *(rows.keys, rows.values, rows.positions, rows.start, rows.key_sum, rows.value_sum),
-            *(*new, partial, scale, softcap or 1.0),
+            *(Strided.of(q), query_positions, table, rows.pools, new, rule, gap, partial),
             **shape,
             G_PAD=group_pad,
             D_PAD=dim_pad,
-            PARTS=parts,
             BLOCK=config.block,
             STAGES=stages,
             OPERAND=rows.operand(q),
-            SLIDING=window is not None,
-            SOFTCAP=softcap is not None,
             AHEAD=config.early and ahead,
             num_warps=config.warps,
             **launch,
         )
         combine_segments[(rows.number * group, dim_pad // columns)](
-            *(*line, config.programs, ticket, partial, sink_logits, out),
+            *(table, rule, gap, config.programs, ticket, partial, out),
             **shape,
-            SINK_LOGITS=0 if sink_logits is None else q.shape[1],
             BLOCK=64,
             COLUMNS=columns,
             num_warps=4,

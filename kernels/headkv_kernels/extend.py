@@ -9,12 +9,14 @@ GPU, rows are cut into parts, long ones into more of them, and a second launch p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headkv_kernels.arguments import Rule, Strided
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
 from headkv_kernels.softmax import (
     LOG2E,
@@ -29,7 +31,7 @@ from headkv_kernels.softmax import (
 
 MOST_CUTS = 65_535
 TRIED = tl.constexpr(8)  # sizes of parts
-VARYING = ["tokens", "blocks", "cuts", "number"]  # Triton would compile anew for 1 and for multiples of 16
+VARYING = ["tokens", "blocks", "cuts", "queries"]  # Triton would compile anew for 1 and for multiples of 16
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,11 @@ def ragged_extend(
         result = torch.empty(parts, group, tokens, dim, device=q.device)
         lse = torch.empty(result.shape[:-1], device=q.device)
     blocks = triton.cdiv(tokens, config.queries // heads_pad)
+    table = rows.table(rows.number // batch)
     with guard(q):
         extend_rows[(blocks * parts,)](
-            *(q, *q.stride()[:3], query_positions, *query_positions.stride(), rows.number // batch, tokens),
-            *(rows.keys, rows.values, rows.positions, rows.start, rows.length, rows.sinks, rows.recent),
-            *(rows.count, rows.key_sum, rows.value_sum, result, lse, blocks, rows.number, config.cuts),
-            *(scale, sliding_window or 0, softcap or 1.0, sink_logits),
+            *(Strided.of(q), query_positions, *query_positions.stride(), tokens, blocks, config.cuts),
+            *(table, rows.pools, Rule(scale, softcap, sliding_window, sink_logits), result, lse),
             G=group,
             HEADS=heads_pad,
             M=config.queries,
@@ -142,21 +143,18 @@ def ragged_extend(
             BLOCK=config.block,
             STAGES=config.stages,
             OPERAND=rows.operand(q),
-            SLIDING=sliding_window is not None,
-            SOFTCAP=softcap is not None,
-            COMPENSATE=rows.count is not None,
-            SINK_LOGITS=sink_logits is not None,
-            num_warps=config.warps,
-            CUT=config.cuts > 0,
             PAD=padded(rows.number),
+            num_warps=config.warps,
             **FUSED,
         )
         if lse is not None:
-            number, queries = group * tokens, max(1, 512 // dim_pad)
-            merge_rows[(rows.number * triton.cdiv(number, queries),)](
-                *(result, lse, out, rows.length, rows.number, config.cuts, number, dim, dim_pad),
-                QUERIES=queries,
-                PARTS=min(16, padded(parts // rows.number, 2)),
+            queries, some = group * tokens, max(1, 512 // dim_pad)
+            merge_rows[(rows.number * triton.cdiv(queries, some),)](
+                *(result, lse, out, table, config.cuts, queries),
+                D=dim,
+                D_PAD=dim_pad,
+                QUERIES=some,
+                AT_ONCE=min(16, padded(parts // rows.number, 2)),
                 PAD=padded(rows.number),
                 num_warps=4,
                 **FUSED,
@@ -180,162 +178,171 @@ def entries_until(positions, entries, position):
     return found
 
 
+class Parts(NamedTuple):
+    """`[PAD]` each: the row `r`, into how many parts it is cut, and the running sum of that."""
+
+    r: tl.tensor
+    number: tl.tensor
+    ends: tl.tensor
+
+
 @triton.jit
-def plan_parts(length, rows, cuts, PAD: tl.constexpr):
-    """`[PAD]` twice: into how many parts each row is cut, and the running sum of that, at most `rows + cuts`. They have
-    as few entries as that allows, by some sizes that are tried."""
-    r, most = tl.arange(0, PAD), rows + cuts
-    entries = tl.load(length + r, mask=r < rows, other=0)
+def plan_parts(rows, cuts, PAD: tl.constexpr):
+    """How the rows are cut: into at most as many parts as there are rows, and `cuts` more. These have as few entries
+    as that allows, by some sizes that are tried."""
+    r, most = tl.arange(0, PAD), rows.number + cuts
+    entries = tl.load(rows.length + r, mask=r < rows.number, other=0)
     low, high = tl.cdiv(tl.sum(entries), most), tl.cdiv(tl.sum(entries), cuts)
     # With `low` there are enough parts if all are full; with `high` even if each row ends with an almost empty one.
     tried = tl.maximum(low + (high - low) * tl.arange(0, TRIED) // (TRIED - 1), 1)
-    number = parts_of(entries[None, :], tried[:, None])
-    fits = tl.sum(tl.where((r < rows)[None, :], number, 0), 1) <= most
+    number = parts_needed(entries[None, :], tried[:, None])
+    fits = tl.sum(tl.where((r < rows.number)[None, :], number, 0), 1) <= most
     size = tl.min(tl.where(fits, tried, tl.maximum(high, 1)))
-    number = tl.where(r < rows, parts_of(entries, size), 0)
-    return number, tl.cumsum(number, 0)
+    number = tl.where(r < rows.number, parts_needed(entries, size), 0)
+    return Parts(r, number, tl.cumsum(number, 0))
 
 
 @triton.jit
-def parts_of(entries, size):
+def parts_needed(entries, size):
     """Parts of a row: one even without entries, so that someone writes its output."""
     return tl.maximum(tl.cdiv(entries.to(tl.int32), size.to(tl.int32)), 1)
 
 
+@triton.jit
+def parts_of(plan, row):
+    """A row's first part, and the one after its last."""
+    own = plan.r == row
+    last = tl.sum(tl.where(own, plan.ends, 0))
+    return last - tl.sum(tl.where(own, plan.number, 0)), last
+
+
 @triton.jit(do_not_specialize=VARYING)
 def extend_rows(
-    q, q_batch, q_head, q_token, query_positions, p_batch, p_token, heads, tokens, keys, values, positions,
-    start, length, sinks, recent, count, key_sum, value_sum, out, lse, blocks, rows, cuts, scale, window, softcap,
-    sink_logits,
+    q, query_positions, p_batch, p_token, tokens, blocks, cuts, rows, pools, rule, out, lse,
     G: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, SLIDING: tl.constexpr,
-    SOFTCAP: tl.constexpr, COMPENSATE: tl.constexpr, SINK_LOGITS: tl.constexpr, CUT: tl.constexpr, PAD: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """A block of `M // HEADS` queries, for all heads of the row's group, over a part of the row's entries."""
     part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     # 0 and 1, but not as constants: with those the compiler keeps blocks of both loops at once in shared memory.
     row, place, parts = part, cuts, cuts + 1
-    if CUT:
-        number, ends = plan_parts(length, rows, cuts, PAD)
-        r = tl.arange(0, PAD)
-        row = tl.minimum(tl.sum((ends <= part).to(tl.int32)), rows - 1)
-        parts = tl.sum(tl.where(r == row, number, 0))
-        place = part - tl.sum(tl.where(r == row, ends, 0)) + parts
-    batch, head = row // heads, row % heads
+    if lse is not None:
+        plan = plan_parts(rows, cuts, PAD)
+        row = tl.minimum(tl.sum((plan.ends <= part).to(tl.int32)), rows.number - 1)
+        first_part, last_part = parts_of(plan, row)
+        place, parts = part - first_part, last_part - first_part
+    batch, head = row // rows.heads, row % rows.heads
     m, d, n = tl.arange(0, M), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
     # The last queries see most, so they come first.
     token, g = (blocks - 1 - block) * (M // HEADS) + m // HEADS, m % HEADS
     real = (token < tokens) & (g < G)
-    query = batch.to(tl.int64) * q_batch + (head * G + g) * q_head + token.to(tl.int64) * q_token  # [M]
-    query = tl.load(q + query[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0).to(
-        OPERAND
-    )
+    query = batch.to(tl.int64) * q.batch + (head * G + g) * q.head + token.to(tl.int64) * q.token  # [M]
+    query = tl.load(q.data + query[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    query = query.to(OPERAND)
 
-    base, entries = tl.load(start + row), tl.load(length + row)
+    base, entries = tl.load(rows.start + row), tl.load(rows.length + row)
     where = query_positions + batch * p_batch + token * p_token
     position = tl.load(where, mask=token < tokens, other=-1).to(tl.int64)
-    end = entries_until(positions + base, entries, position)  # [M]: entries that are eligible
+    end = entries_until(pools.position + base, entries, position)  # [M]: entries that are eligible
     first = tl.zeros_like(end)
-    if SLIDING:
-        first = entries_until(positions + base, entries, position - window)
-    row_sinks, row_recent = tl.load(sinks + row), tl.load(recent + row)
-    early, late = spans(first, end, row_sinks, row_recent)
+    if rule.sliding_window is not None:
+        first = entries_until(pools.position + base, entries, position - rule.sliding_window)
+    row_sinks, row_recent = tl.load(rows.sinks + row), tl.load(rows.recent + row)
+    front, back = spans(first, end, row_sinks, row_recent)
 
     # What any query of the block sees, again as two spans; with compensation all is read, hidden or not.
     block_end = tl.max(end)
     block_first = tl.min(tl.where(token < tokens, first, entries))
-    block_late = tl.min(tl.where(token < tokens, late, entries))
-    block_early = tl.max(tl.where(row_recent > 0, tl.minimum(row_sinks, end), 0)) - block_first
-    if COMPENSATE:
-        block_early, block_late = tl.zeros_like(block_end), tl.zeros_like(block_end)
+    block_back = tl.min(tl.where(token < tokens, back, entries))
+    block_front = tl.max(tl.where(row_recent > 0, tl.minimum(row_sinks, end), 0)) - block_first
+    if rows.dropped is not None:
+        block_front, block_back = tl.zeros_like(block_end), tl.zeros_like(block_end)
         hidden_logit, hidden_value = tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
-    block_early = tl.maximum(block_early, 0)
-    block_late = tl.maximum(block_late, block_first + block_early)  # an entry comes once
-    jump = (block_late - block_early).to(tl.int32)
+    block_front = tl.maximum(block_front, 0)
+    block_back = tl.maximum(block_back, block_first + block_front)  # an entry comes once
+    jump = (block_back - block_front).to(tl.int32)
 
     # Both spans together are cut into blocks. Every query sees all of those from `inside` to `outside`.
-    number = (block_end - jump).to(tl.int32)
-    inside = tl.cdiv(tl.max(tl.where(token < tokens, late, 0)).to(tl.int32) - jump, BLOCK)
+    shown = (block_end - jump).to(tl.int32)
+    inside = tl.cdiv(tl.max(tl.where(token < tokens, back, 0)).to(tl.int32) - jump, BLOCK)
     outside = tl.min(tl.where(token < tokens, end, entries)).to(tl.int32) - jump
     outside = tl.maximum(outside // BLOCK, inside)
-    edges = inside + tl.cdiv(number, BLOCK) - outside
+    edges = inside + tl.cdiv(shown, BLOCK) - outside
     share = tl.cdiv(edges + outside - inside, parts)
     begin, stop = place * share, tl.minimum((place + 1) * share, edges + outside - inside)
 
     # A logit in units of ln 2 is a product times `factor`, which is one operation together with what follows it.
-    factor = 1.0 if SOFTCAP else scale * LOG2E
-    top, total, acc = start_softmax(0, M, D_PAD)
-    if SINK_LOGITS:  # once a row: in its first part
-        top, total = sink_of(sink_logits + head * G + g, g < tl.where(place == 0, G, 0)), total + 1.0
+    factor = 1.0 if rule.softcap is not None else rule.scale * LOG2E
+    top, total, acc = start_softmax(M, D_PAD)
+    if rule.sink_logits is not None:  # once a row: in its first part
+        top, total = sink_of(rule.sink_logits + head * G + g, g < tl.where(place == 0, G, 0)), total + 1.0
     for i in tl.range(begin, tl.minimum(stop, edges), num_stages=STAGES):
         at = tl.where(i < inside, i, i - inside + outside) * BLOCK + n
-        entry = tl.where(at < block_early, block_first + at, jump + at)
+        entry = tl.where(at < block_front, block_first + at, jump + at)
         here = entry < block_end
-        k = load_entries(keys, base + entry, here, D, D_PAD, OPERAND)
-        v = load_entries(values, base + entry, here, D, D_PAD, OPERAND)
+        k = load_entries(pools.key, base + entry, here, D, D_PAD, OPERAND)
+        v = load_entries(pools.value, base + entry, here, D, D_PAD, OPERAND)
         j = entry[None, :]
         eligible = (j >= first[:, None]) & (j < end[:, None])
-        shown = (j < (first + early)[:, None]) | (j >= late[:, None])
+        hidden = (j >= (first + front)[:, None]) & (j < back[:, None])
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
-        if COMPENSATE:
-            hidden = shown == 0  # and eligible: nothing from `late` on is hidden
-            hidden_logit += tl.sum(tl.where(hidden, logits * scale, 0.0), 1)
+        if rows.dropped is not None:
+            hidden_logit += tl.sum(tl.where(hidden, logits * rule.scale, 0.0), 1)
             hidden_value = tl.dot(hidden.to(OPERAND), v, hidden_value, input_precision="ieee")
-        if SOFTCAP:
-            logits = base_two(logits * scale, softcap, SOFTCAP)
-        logits = tl.where(eligible & shown, logits, -float("inf"))
+        if rule.softcap is not None:
+            logits = base_two(logits * rule.scale, rule)
+        logits = tl.where(eligible & (hidden == 0), logits, -float("inf"))
         top, total, acc = add_block(logits, v, top, total, acc, factor)
     for i in tl.range(tl.maximum(begin, edges), stop, num_stages=STAGES):
         entry = base + jump + (i - edges + inside) * BLOCK + n
-        k = load_entries(keys, entry, n >= 0, D, D_PAD, OPERAND)
-        v = load_entries(values, entry, n >= 0, D, D_PAD, OPERAND)
+        k = load_entries(pools.key, entry, n >= 0, D, D_PAD, OPERAND)
+        v = load_entries(pools.value, entry, n >= 0, D, D_PAD, OPERAND)
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:
-            logits = base_two(logits * scale, softcap, SOFTCAP)
+        if rule.softcap is not None:
+            logits = base_two(logits * rule.scale, rule)
         top, total, acc = add_block(logits, v, top, total, acc, factor)
-    if COMPENSATE:
-        dropped = tl.load(count + row)
+    if rows.dropped is not None:
+        dropped = tl.load(rows.dropped + row)
         if dropped >= 0:
-            unseen = (dropped + late - early).to(tl.float32)  # [M]
+            unseen = (dropped + back - front).to(tl.float32)  # [M]
             some = tl.maximum(unseen, 1.0)
-            key = tl.load(key_sum + row * D + d, mask=d < D, other=0.0)
-            value = tl.load(value_sum + row * D + d, mask=d < D, other=0.0)
-            logit = (hidden_logit + tl.sum(query.to(tl.float32) * key[None, :], 1) * scale) / some
-            logit = tl.where(unseen > 0, base_two(logit, softcap, SOFTCAP) + tl.log2(some), -float("inf"))
+            key = tl.load(rows.key_sum + row * D + d, mask=d < D, other=0.0)
+            value = tl.load(rows.value_sum + row * D + d, mask=d < D, other=0.0)
+            logit = (hidden_logit + tl.sum(query.to(tl.float32) * key[None, :], 1) * rule.scale) / some
+            logit = tl.where(unseen > 0, base_two(logit, rule) + tl.log2(some), -float("inf"))
             top, total, acc = add_entry(
                 logit, (hidden_value + value[None, :]) / some[:, None], top, total, acc
             )
 
     total = tl.where(total > 0, total, 1.0)
     result = (acc / total[:, None]).to(out.dtype.element_ty)
-    target = ((part if CUT else row) * G + g).to(tl.int64) * tokens + token
+    target = ((part if lse is not None else row) * G + g).to(tl.int64) * tokens + token
     tl.store(out + target[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
-    if CUT:
+    if lse is not None:
         tl.store(lse + target, top + tl.log2(total), mask=real)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_rows(
-    parts, lse, out, length, rows, cuts, number, D: tl.constexpr, D_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr,
+    parts, lse, out, rows, cuts, queries, D: tl.constexpr, D_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, AT_ONCE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """Some queries' outputs from all parts of their row, each weighted by 2**lse; 0 without any entry."""
-    blocks = tl.cdiv(number, QUERIES)
+    """Some of a row's `queries`: their outputs from all of its parts, each weighted by 2**lse; 0 without any entry."""
+    blocks = tl.cdiv(queries, QUERIES)
     row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
     query = query.to(tl.int64)
-    r, d = tl.arange(0, PAD), tl.arange(0, D_PAD)
-    parts_each, ends = plan_parts(length, rows, cuts, PAD)
-    last = tl.sum(tl.where(r == row, ends, 0))
-    real = (query < number)[:, None] & (d < D)[None, :]
-    top, total, acc = start_softmax(0, QUERIES, D_PAD)
-    for first in range(last - tl.sum(tl.where(r == row, parts_each, 0)), last, PARTS):
-        for i in tl.static_range(PARTS):
-            at = query + (first + i) * number
-            here = (query < number) & (at < last * number)
+    d = tl.arange(0, D_PAD)
+    first, last = parts_of(plan_parts(rows, cuts, PAD), row)
+    real = (query < queries)[:, None] & (d < D)[None, :]
+    top, total, acc = start_softmax(QUERIES, D_PAD)
+    for begin in range(first, last, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # the loads of all are on their way together
+            at = query + (begin + i) * queries
+            here = (query < queries) & (at < last * queries)
             logit = tl.load(lse + at, mask=here, other=-float("inf"))
             value = tl.load(
                 parts + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
             )
             top, total, acc = add_entry(logit, value, top, total, acc)
     result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row * number + query)[:, None] * D + d[None, :], result, mask=real)
+    tl.store(out + (row * queries + query)[:, None] * D + d[None, :], result, mask=real)

@@ -20,139 +20,130 @@ WIDE = gl.constexpr(8)  # numbers of 2 bytes in an access of 16
 
 
 @gluon.jit
-def block_at(at, end, early):
-    """Entries of the block at entry `at` of a row: up to the end of its span."""
-    return gl.where(at < early, gl.minimum(early.to(gl.int32), end), end) - at
+def block_at(at, segment):
+    """Entries of the block at entry `at` of a segment: up to the end of its span."""
+    return gl.where(at < segment.front, gl.minimum(segment.front.to(gl.int32), segment.end), segment.end) - at
 
 
 @gluon.jit
 def fetch(
-    k_slot, v_slot, keys, values, unit, stop, at, end, base, early, first, late, row_end, n, offsets,
-    r, lengths, grown, units, ends, start, sinks, recent, rows, window, D: gl.constexpr, BLOCK: gl.constexpr,
+    k_slot, v_slot, segment, at, stop, n, offsets, plan, rows, pools, rule, D: gl.constexpr, BLOCK: gl.constexpr
 ):  # fmt: skip
-    """Begin to copy the cursor's next block, zeros behind its end; returns the cursor behind it."""
-    while (at >= end) & (unit < stop):
-        unit = gl.minimum(row_end, stop)
-        unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
-            unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-        )
-    number = gl.where(unit < stop, block_at(at, end, early), 0)
-    begin = (base + gl.where(at < early, first + at, late + at - early)) * D
+    """Begin to copy the block at the cursor, which is a segment and an entry `at` in it, zeros behind its end;
+    returns the cursor behind it. Its segment's `unit` is not below `stop` once nothing is left."""
+    while (at >= segment.end) & (segment.unit < stop):
+        segment = segment_at(segment.unit_end, stop, plan, rows, rule)
+        at = segment.begin
+    number = gl.where(segment.unit < stop, block_at(at, segment), 0)
+    entry = gl.where(at < segment.front, segment.first + at, segment.back + at - segment.front)
+    begin = (segment.base + entry) * D
     real = (n < number)[:, :, None]
-    copy(k_slot, keys + begin + offsets, mask=real)
-    copy(v_slot, values + begin + offsets, mask=real)
+    copy(k_slot, pools.key + begin + offsets, mask=real)
+    copy(v_slot, pools.value + begin + offsets, mask=real)
     async_copy.commit_group()
-    return unit, at + gl.minimum(number, BLOCK), end, base, early, first, late, row_end
+    return segment, at + gl.minimum(number, BLOCK)
 
 
 @gluon.jit
 def first_half(x, HALF: gl.constexpr):
-    """The first `HALF` of dimension 1 of `[PARTS, 2 * HALF, N]`: stays in registers."""
+    """The first `HALF` of dimension 1 of `[WARPS, 2 * HALF, N]`: stays in registers."""
     low, high = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, HALF, x.shape[2]]), (0, 2, 3, 1)))
     return low
 
 
 @gluon.jit
 def ring_shares(
-    length, sinks, recent, count, capacity, rows, window, gap, q, q_batch, q_head, query_positions, heads,
-    keys, values, positions, start, key_sum, value_sum,
-    new_keys, k_batch, k_head, new_values, v_batch, v_head, seen, partial, scale, softcap,
+    q, query_positions, rows, pools, new, rule, gap, partial,
     PAD: gl.constexpr, G: gl.constexpr, G_PAD: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr,
-    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, OPERAND: gl.constexpr,
-    COMPENSATE: gl.constexpr, SLIDING: gl.constexpr, SOFTCAP: gl.constexpr, APPEND: gl.constexpr,
-    EARLY: gl.constexpr, AHEAD: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, OPERAND: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """`shares.decode_shares`, whose arguments these are, with a ring of `STAGES` blocks."""
-    N: gl.constexpr = BLOCK // PARTS
+    WARPS: gl.constexpr = gl.num_warps()
+    N: gl.constexpr = BLOCK // WARPS
     M: gl.constexpr = G_PAD // 2 if G <= G_PAD // 2 else G_PAD
     lanes: gl.constexpr = D // WIDE  # that copy one entry
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [PARTS], [0])
-    copied: gl.constexpr = gl.BlockedLayout([1, 1, WIDE], [1, 32 // lanes, lanes], [PARTS, 1, 1], [2, 1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    copied: gl.constexpr = gl.BlockedLayout([1, 1, WIDE], [1, 32 // lanes, lanes], [WARPS, 1, 1], [2, 1, 0])
     ring: gl.constexpr = gl.SwizzledSharedLayout(WIDE, 1, 8, [2, 1, 0])
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [PARTS, 1, 1], [1, 16, 8])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    by_query: gl.constexpr = gl.SliceLayout(1, mma)  # [PARTS, M] of [PARTS, D, M]
+    by_query: gl.constexpr = gl.SliceLayout(1, mma)  # [WARPS, M] of [WARPS, D, M]
     # A thread holds all parts of a number: sums over parts stay inside of it.
-    merged: gl.constexpr = gl.BlockedLayout([PARTS, 4, 1], [1, D // 4, 128 // D], [1, 1, PARTS], [1, 2, 0])
+    merged: gl.constexpr = gl.BlockedLayout([WARPS, 4, 1], [1, D // 4, 128 // D], [1, 1, WARPS], [1, 2, 0])
     rest: gl.constexpr = gl.SliceLayout(0, merged)  # [D, M]
     if D > 128:
         gl.static_assert(False, "D must be 64 or 128")
 
     program, programs = gl.program_id(0), gl.num_programs(0)
-    lse = partial + (programs + rows) * G * D
-    k_ring = gl.allocate_shared_memory(OPERAND, [STAGES, PARTS, N, D], ring)
-    v_ring = gl.allocate_shared_memory(OPERAND, [STAGES, PARTS, N, D], ring)
-    r = gl.arange(0, PAD, layout=flat)
+    lse = partial + (programs + rows.number) * G * D
+    k_ring = gl.allocate_shared_memory(OPERAND, [STAGES, WARPS, N, D], ring)
+    v_ring = gl.allocate_shared_memory(OPERAND, [STAGES, WARPS, N, D], ring)
     if EARLY and not AHEAD:
         tl.extra.cuda.gdc_wait()
-    lengths, grown, units, ends = plan_rows(
-        r, length, sinks, recent, count, capacity, rows, window, gap, COMPENSATE, APPEND
-    )
-    unit, stop, share = share_of(program, programs, ends)
-    unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
-        unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-    )
+    plan = plan_rows(gl.arange(0, PAD, layout=flat), rows, rule, gap)
+    unit, stop, share = share_of(program, programs, plan.ends)
+    segment = segment_at(unit, stop, plan, rows, rule)
+    unit = segment.unit
 
     pairs: gl.constexpr = gl.SliceLayout(2, copied)
-    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, pairs))[:, None]
-    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]  # [PARTS, N]
+    part = gl.arange(0, WARPS, layout=gl.SliceLayout(1, pairs))[:, None]
+    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]  # [WARPS, N]
     d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, copied)))
     offsets = n[:, :, None] * D + d[None, None, :]
-    f_unit, f_at, f_end, f_row_end = unit, at, end, row_end
-    f_base, f_early, f_first, f_late = base, early, first, late
+    cursor, cursor_at = segment, segment.begin
     for ahead in gl.static_range(STAGES - 1):
-        f_unit, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end = fetch(
-            k_ring.index(ahead), v_ring.index(ahead), keys, values,
-            f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, offsets,
-            r, lengths, grown, units, ends, start, sinks, recent, rows, window, D, BLOCK,
+        cursor, cursor_at = fetch(
+            k_ring.index(ahead), v_ring.index(ahead), cursor, cursor_at, stop, n, offsets,
+            plan, rows, pools, rule, D, BLOCK,
         )  # fmt: skip
 
-    part_q = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * 0
+    part_q = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * 0
     g_q = gl.arange(0, G_PAD, layout=gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :][:, :, None]
     d_q = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :]
-    part_l = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(1, mma)))[:, None]
+    part_l = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(1, mma)))[:, None]
     n_logit = part_l * N + gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, :]
     g = gl.arange(0, M, layout=gl.SliceLayout(0, rest))
     d_rest = gl.arange(0, D, layout=gl.SliceLayout(1, rest))
     real = (g < G)[None, :]
     slot = 0
-    batch, head = (row // heads).to(gl.int64), row % heads
     if AHEAD:
         tl.extra.cuda.gdc_wait()
     while unit < stop:
-        segment_end = gl.minimum(row_end, stop)
-        query = q + batch * q_batch + head * G * q_head
+        batch, head = (segment.row // rows.heads).to(gl.int64), segment.row % rows.heads
+        query = q.data + batch * q.batch + head * G * q.head
         operand = gl.load(
-            query + (part_q + g_q * q_head + d_q), mask=(part_q + g_q < G) & (d_q < D), other=0.0
+            query + (part_q + g_q * q.head + d_q), mask=(part_q + g_q < G) & (d_q < D), other=0.0
         )
-        if APPEND:  # asked for before the loop, so that nothing waits for them behind it
-            new = (segment_end == row_end) & (grows > 0)
-            asked = gl.load(query + g[None, :] * q_head + d_rest[:, None], mask=real & new, other=0.0)
-            new_key = gl.load(new_keys + batch * k_batch + head * k_head + d_rest, mask=new, other=0.0)
-            new_value = gl.load(new_values + batch * v_batch + head * v_head + d_rest, mask=new, other=0.0)
-        acc = gl.zeros([PARTS, D, M], gl.float32, layout=mma)
-        logits = gl.zeros([PARTS, G_PAD, N], gl.float32, layout=mma)
+        if new is not None:  # asked for before the loop, so that nothing waits for them behind it
+            grows = (segment.unit_end == segment.row_end) & (segment.grows > 0)
+            asked = gl.load(query + g[None, :] * q.head + d_rest[:, None], mask=real & grows, other=0.0)
+            new_key = new.key.data + batch * new.key.batch + head * new.key.head + d_rest
+            new_key = gl.load(new_key, mask=grows, other=0.0)
+            new_value = new.value.data + batch * new.value.batch + head * new.value.head + d_rest
+            new_value = gl.load(new_value, mask=grows, other=0.0)
+        acc = gl.zeros([WARPS, D, M], gl.float32, layout=mma)
+        logits = gl.zeros([WARPS, G_PAD, N], gl.float32, layout=mma)
         if M < G_PAD:
             logits = first_half(logits, M)
         top = gl.max(logits, 2) - float("inf")
         total = gl.zeros_like(top)
-        while at < end:
+        at = segment.begin
+        while at < segment.end:
             async_copy.wait_group(STAGES - 2)  # this block has come
             barrier()  # to all warps, and all have done with the block before it, whose place is next
             free = gl.where(slot == 0, STAGES - 1, slot - 1)
-            f_unit, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end = fetch(
-                k_ring.index(free), v_ring.index(free), keys, values,
-                f_unit, stop, f_at, f_end, f_base, f_early, f_first, f_late, f_row_end, n, offsets,
-                r, lengths, grown, units, ends, start, sinks, recent, rows, window, D, BLOCK,
+            cursor, cursor_at = fetch(
+                k_ring.index(free), v_ring.index(free), cursor, cursor_at, stop, n, offsets,
+                plan, rows, pools, rule, D, BLOCK,
             )  # fmt: skip
             if EARLY:  # noqa: SIM102
-                if f_unit >= stop:  # all is asked for: the next launches may begin
+                if cursor.unit >= stop:  # all is asked for: the next launches may begin
                     tl.extra.cuda.gdc_launch_dependents()
-            number = gl.minimum(block_at(at, end, early), BLOCK)
+            number = gl.minimum(block_at(at, segment), BLOCK)
             k = k_ring.index(slot).permute((0, 2, 1)).load(right)
-            logits = mma_v2(operand, k, gl.zeros([PARTS, G_PAD, N], gl.float32, layout=mma)) * scale
-            logits = base_two(logits, softcap, SOFTCAP)
+            logits = mma_v2(operand, k, gl.zeros([WARPS, G_PAD, N], gl.float32, layout=mma)) * rule.scale
+            logits = base_two(logits, rule)
             logits = gl.where((n_logit < number)[:, None, :], logits, -float("inf"))
             if M < G_PAD:  # the other queries are padding
                 logits = first_half(logits, M)
@@ -161,8 +152,8 @@ def ring_shares(
             shrink = gl.exp2(top - lost)
             weights = gl.exp2(logits - lost[:, :, None])
             total, top = total * shrink + gl.sum(weights, 2), top_now
-            weights = gl.convert_layout(gl.permute(weights.to(OPERAND), (0, 2, 1)), right)  # [PARTS, N, M]
-            v = v_ring.index(slot).permute((0, 2, 1)).load(left)  # [PARTS, D, N]
+            weights = gl.convert_layout(gl.permute(weights.to(OPERAND), (0, 2, 1)), right)  # [WARPS, N, M]
+            v = v_ring.index(slot).permute((0, 2, 1)).load(left)  # [WARPS, D, N]
             acc = mma_v2(v, weights, acc * gl.convert_layout(shrink, by_query)[:, None, :])
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             at += number
@@ -172,38 +163,36 @@ def ring_shares(
         top = gl.convert_layout(top, gl.SliceLayout(1, merged))
         total = gl.convert_layout(total, gl.SliceLayout(1, merged))
         top_all = gl.max(top, 0)
-        if APPEND:
-            logit = gl.sum(asked.to(gl.float32) * new_key.to(gl.float32)[:, None], 0) * scale
-            logit = gl.where(new, base_two(logit, softcap, SOFTCAP), -float("inf"))
+        if new is not None:
+            logit = gl.sum(asked.to(gl.float32) * new_key.to(gl.float32)[:, None], 0) * rule.scale
+            logit = gl.where(grows, base_two(logit, rule), -float("inf"))
             logit = gl.convert_layout(logit, gl.SliceLayout(0, gl.SliceLayout(1, merged)))
             top_all = gl.maximum(top_all, logit)
         lost = gl.where(top_all == -float("inf"), 0.0, top_all)
         shrink = gl.exp2(top - lost[None, :])
         total = gl.sum(total * shrink, 0)
         acc = gl.sum(acc * shrink[:, None, :], 0)  # [D, M]
-        if APPEND:
+        if new is not None:
             weight = gl.exp2(logit - lost)
             total += weight
             weight = gl.convert_layout(weight, gl.SliceLayout(0, rest))
             acc += new_value.to(gl.float32)[:, None] * weight[None, :]
-            if new:  # and into the pools
-                target = base + entries - 1
-                gl.store(keys + target * D + d_rest, new_key)
-                gl.store(values + target * D + d_rest, new_value)
-                gl.store(positions + target, gl.load(seen).to(gl.int32))
+            if grows:  # and into the pools
+                target = segment.base + segment.entries - 1
+                gl.store(pools.key + target * D + d_rest, new_key)
+                gl.store(pools.value + target * D + d_rest, new_value)
+                gl.store(pools.position + target, gl.load(new.seen).to(gl.int32))
 
-        segment = (program + row) * G + g
+        place = (program + segment.row) * G + g
         total = gl.convert_layout(total, gl.SliceLayout(0, rest))
         top_all = gl.convert_layout(top_all, gl.SliceLayout(0, rest))
         weight = gl.where(total > 0, total, 1.0)
-        gl.store(lse + segment, gl.where(total > 0, top_all + gl.log2(weight), -float("inf")), mask=g < G)
-        gl.store(partial + segment[None, :] * D + d_rest[:, None], acc / weight[None, :], mask=real)
-        unit = segment_end
+        gl.store(lse + place, gl.where(total > 0, top_all + gl.log2(weight), -float("inf")), mask=g < G)
+        gl.store(partial + place[None, :] * D + d_rest[:, None], acc / weight[None, :], mask=real)
+        unit = segment.unit_end
         if unit < stop:
-            unit, row, row_begin, row_end, base, entries, grows, first, early, late, at, end = segment_at(
-                unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-            )
-            batch, head = (row // heads).to(gl.int64), row % heads
+            segment = segment_at(unit, stop, plan, rows, rule)
+            unit = segment.unit
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     async_copy.wait_group(0)

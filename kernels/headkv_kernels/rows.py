@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headkv_kernels.arguments import Pools, Table
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_DIM = 512
-FUSED = {
-    "enable_fp_fusion": True
-}  # of a launch: a * b + c rounds once; Triton's own default is about to change
+# Of a launch: a * b + c rounds once. Triton's own default is about to change.
+FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,17 @@ class Rows:
         """D, the size of one key."""
         return self.keys.shape[1]
 
+    @property
+    def pools(self) -> Pools:
+        """The flat storage, as kernels are given it."""
+        return Pools(self.keys, self.values, self.positions)
+
+    def table(self, heads: int, capacity: Tensor | None = None) -> Table:
+        """The rows, `heads` of them a sequence, as kernels are given them."""
+        sums = (self.count, self.key_sum, self.value_sum)
+        windows = (self.sinks, self.recent)
+        return Table(self.number, heads, self.start, self.length, capacity, *windows, *sums)
+
     def operand(self, q: Tensor) -> tl.dtype:
         """The dtype in which queries meet keys: their own, or float32 if it differs."""
         # The interpreter multiplies bfloat16 as the integers of its bits.
@@ -101,7 +113,7 @@ def check_queries(
     rows: Rows,
     ndim: int,
     scale: float,
-    window: int | None,
+    sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> int:
@@ -123,8 +135,9 @@ def check_queries(
         )
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    if window is not None and (window < 1 or rows.count is not None):
-        raise ValueError(f"sliding_window must be None (with count: always) or at least 1, got {window}")
+    if sliding_window is not None and (sliding_window < 1 or rows.count is not None):
+        allowed = "None (with count: always) or at least 1"
+        raise ValueError(f"sliding_window must be {allowed}, got {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or positive, got {softcap}")
     if sinks is not None and sinks.dtype not in DTYPES:
@@ -166,8 +179,8 @@ def guard(tensor: Tensor) -> AbstractContextManager[object]:
 
 @cache
 def device_traits(device: torch.device) -> tuple[int, bool, int]:
-    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have; a few, no
-    and none for Triton's interpreter."""
+    """Multiprocessors, whether kernels can start early, and bytes of shared memory that a program can have. Of Triton's
+    interpreter: 4, no and 0."""
     if device.type != "cuda":
         return 4, False, 0
     traits = torch.cuda.get_device_properties(device)

@@ -8,47 +8,78 @@ reads itself. What it computes for one row is a segment: a normalised output and
 beginning and ending a segment takes; a program whose share holds one has fewer entries to read.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from headkv_kernels.softmax import (
-    add_block,
-    add_entry,
-    base_two,
-    load_entries,
-    merge_parts,
-    spans,
-    start_softmax,
-)
+from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(4)  # shares are whole units of entries
 
 
-@triton.jit
-def plan_rows(
-    r, length, sinks, recent, count, capacity, rows, window, gap,
-    COMPENSATE: tl.constexpr, APPEND: tl.constexpr,
-):  # fmt: skip
-    """`[PAD]` four times: the entries of each row with the new one, whether it has room for that, the row's
-    units, and where on the line these end; `gap` units lie between two rows.
+class Plan(NamedTuple):
+    """`[PAD]` each: the row `r`, its entries with the new one, whether it has room for that, its units, and where
+    on the line these end."""
 
-    Positions grow by one or more an entry, so only a row's last `window` entries can be in a sliding window.
-    A compensation entry is one more, the row's last. Every row has a unit, so that someone writes its output.
+    r: tl.tensor
+    lengths: tl.tensor
+    grown: tl.tensor
+    units: tl.tensor
+    ends: tl.tensor
+
+
+class Segment(NamedTuple):
+    """A program's part of one row, scalars: its first unit and the one after its last; its row; where on the line
+    the row ends; the row's first slot, entries, and whether it grows; what the row shows of the entries from `first`
+    on (`spans`); and the visible entries `begin .. end` of the row that are stored and of this segment."""
+
+    unit: tl.tensor
+    unit_end: tl.tensor
+    row: tl.tensor
+    row_end: tl.tensor
+    base: tl.tensor
+    entries: tl.tensor
+    grows: tl.tensor
+    first: tl.tensor
+    front: tl.tensor
+    back: tl.tensor
+    begin: tl.tensor
+    end: tl.tensor
+
+
+@triton.jit
+def plan_rows(r, rows, rule, gap):
+    """The rows `r` on the line, `gap` units between two of them.
+
+    Positions grow by one or more an entry, so only a row's last entries, as many as a sliding window has positions,
+    can be in it. A compensation entry is one more, the row's last. Every row has a unit, so that someone writes its
+    output.
     """
-    n = tl.load(length + r, mask=r < rows, other=0)
-    s = tl.load(sinks + r, mask=r < rows, other=0)
-    w = tl.load(recent + r, mask=r < rows, other=0)
+    real = r < rows.number
+    n = tl.load(rows.length + r, mask=real, other=0)
+    s = tl.load(rows.sinks + r, mask=real, other=0)
+    w = tl.load(rows.recent + r, mask=real, other=0)
     grown = r * 0
-    if APPEND:
-        grown = (n < tl.load(capacity + r, mask=r < rows, other=0)).to(tl.int32)
+    if rows.capacity is not None:
+        grown = (n < tl.load(rows.capacity + r, mask=real, other=0)).to(tl.int32)
         n += grown
-    early, late = spans(tl.maximum(n - window, 0), n, s, w)
-    visible = early + n - late
-    if COMPENSATE:
-        visible += (tl.load(count + r, mask=r < rows, other=-1) >= 0).to(tl.int64)
-    units = tl.where(r < rows, tl.maximum(tl.cdiv(visible, UNIT), 1), 0).to(tl.int32)
-    ends = tl.cumsum(tl.where(r < rows, units + gap, 0), 0) - gap
-    return n, grown, units, ends
+    front, back = spans(first_in_window(n, rule), n, s, w)
+    visible = front + n - back
+    if rows.dropped is not None:
+        visible += (tl.load(rows.dropped + r, mask=real, other=-1) >= 0).to(tl.int64)
+    units = tl.where(real, tl.maximum(tl.cdiv(visible, UNIT), 1), 0).to(tl.int32)
+    ends = tl.cumsum(tl.where(real, units + gap, 0), 0) - gap
+    return Plan(r, n, grown, units, ends)
+
+
+@triton.jit
+def first_in_window(entries, rule):
+    """The first of a row's entries that a sliding window can show."""
+    first = entries * 0
+    if rule.sliding_window is not None:
+        first = tl.maximum(entries - rule.sliding_window, 0)
+    return first
 
 
 @triton.jit
@@ -60,131 +91,109 @@ def share_of(program, programs, ends):
 
 
 @triton.jit
-def segment_at(
-    unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-):  # fmt: skip
-    """The segment at `unit` of the line, or behind the gap there, as scalars: its first unit, not below `stop`
-    if there is none; its row; the row's first unit and the one after its last, its first slot, entries, and
-    whether it grows; what the row shows (`spans`); and the visible entries `begin .. end` of the row that are
-    stored and of this segment."""
-    row = tl.minimum(tl.sum(((ends <= unit) & (r < rows)).to(tl.int32)), rows - 1)
-    here = r == row
-    row_end = tl.sum(tl.where(here, ends, 0))
-    row_begin = row_end - tl.sum(tl.where(here, units, 0))
+def segment_at(unit, stop, plan, rows, rule):
+    """The segment at `unit` of the line, or behind the gap there; its `unit` is not below `stop` if there is none."""
+    row = tl.minimum(tl.sum(((plan.ends <= unit) & (plan.r < rows.number)).to(tl.int32)), rows.number - 1)
+    here = plan.r == row
+    row_end = tl.sum(tl.where(here, plan.ends, 0))
+    row_begin = row_end - tl.sum(tl.where(here, plan.units, 0))
     unit = tl.maximum(unit, row_begin)
-    entries, grows = tl.sum(tl.where(here, lengths, 0)), tl.sum(tl.where(here, grown, 0))
-    base, first = tl.load(start + row), tl.maximum(entries - window, 0)
-    early, late = spans(first, entries, tl.load(sinks + row), tl.load(recent + row))
-    begin = (unit - row_begin) * UNIT
-    end = (tl.minimum(row_end, stop) - row_begin) * UNIT
-    end = tl.minimum(
-        end, (early + entries - late).to(tl.int32) - grows
-    )  # the new entry is the last one visible
-    return unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end
+    unit_end = tl.minimum(row_end, stop)
+    entries, grows = tl.sum(tl.where(here, plan.lengths, 0)), tl.sum(tl.where(here, plan.grown, 0))
+    base, first = tl.load(rows.start + row), first_in_window(entries, rule)
+    front, back = spans(first, entries, tl.load(rows.sinks + row), tl.load(rows.recent + row))
+    # The new entry is the last one visible, and not yet stored.
+    stored = (front + entries - back).to(tl.int32) - grows
+    begin, end = (unit - row_begin) * UNIT, tl.minimum((unit_end - row_begin) * UNIT, stored)
+    return Segment(unit, unit_end, row, row_end, base, entries, grows, first, front, back, begin, end)
 
 
 @triton.jit
 def sums_outside(
-    key_sum, value_sum, row, keys, values, begin, end,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    rows, row, pools, begin, end, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """`[D_PAD]` twice: the sums over what a row dropped and over what it hides, the slots `begin .. end`."""
     d, n = tl.arange(0, D_PAD), tl.arange(0, BLOCK)
-    key = tl.load(key_sum + row * D + d, mask=d < D, other=0.0)
-    value = tl.load(value_sum + row * D + d, mask=d < D, other=0.0)
+    key = tl.load(rows.key_sum + row * D + d, mask=d < D, other=0.0)
+    value = tl.load(rows.value_sum + row * D + d, mask=d < D, other=0.0)
     for i in range(begin, end, BLOCK):
-        key += tl.sum(load_entries(keys, i + n, i + n < end, D, D_PAD, tl.float32), 0)
-        value += tl.sum(load_entries(values, i + n, i + n < end, D, D_PAD, tl.float32), 0)
+        key += tl.sum(load_entries(pools.key, i + n, i + n < end, D, D_PAD, tl.float32), 0)
+        value += tl.sum(load_entries(pools.value, i + n, i + n < end, D, D_PAD, tl.float32), 0)
     return key, value
 
 
 @triton.jit
 def decode_shares(
-    length, sinks, recent, count, capacity, rows, window, gap, q, q_batch, q_head, query_positions, heads,
-    keys, values, positions, start, key_sum, value_sum,
-    new_keys, k_batch, k_head, new_values, v_batch, v_head, seen, partial, scale, softcap,
+    q, query_positions, rows, pools, new, rule, gap, partial,
     PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
-    COMPENSATE: tl.constexpr, SLIDING: tl.constexpr, SOFTCAP: tl.constexpr, APPEND: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One share. With `PARTS`, so many warps take entries of their own and meet only at a segment's end."""
+    """One share."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r, g, d = tl.arange(0, PAD), tl.arange(0, G_PAD), tl.arange(0, D_PAD)
-    n = tl.arange(0, BLOCK)
-    if PARTS:
-        n = tl.reshape(n, (PARTS, BLOCK // PARTS))
+    g, d, n = tl.arange(0, G_PAD), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
     real = (g < G)[:, None] & (d < D)[None, :]
-    lse = partial + (programs + rows) * G * D
-    if EARLY:  # `combine_segments` reads the lengths as soon as it may start: not before this launch may
-        if not AHEAD:
-            tl.extra.cuda.gdc_wait()
+    lse = partial + (programs + rows.number) * G * D
+    # The next launches may start once all before this one have ended: `combine_segments` and, `ahead`, other layers'
+    # steps then read lengths at once.
+    if EARLY and not AHEAD:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    lengths, grown, units, ends = plan_rows(
-        r, length, sinks, recent, count, capacity, rows, window, gap, COMPENSATE, APPEND
-    )
-    unit, stop, share = share_of(program, programs, ends)
-    unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
-        unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-    )
+    plan = plan_rows(tl.arange(0, PAD), rows, rule, gap)
+    unit, stop, share = share_of(program, programs, plan.ends)
+    segment = segment_at(unit, stop, plan, rows, rule)
+    unit = segment.unit
     if AHEAD:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     while unit < stop:
-        segment_end = tl.minimum(row_end, stop)
-        batch, head = (row // heads).to(tl.int64), row % heads
-        query = q + batch * q_batch + (head * G + g)[:, None] * q_head + d[None, :]
+        row, base, front, back = segment.row, segment.base, segment.front, segment.back
+        ends_row = segment.unit_end == segment.row_end
+        batch, head = (row // rows.heads).to(tl.int64), row % rows.heads
+        query = q.data + batch * q.batch + (head * G + g)[:, None] * q.head + d[None, :]
         query = tl.load(query, mask=real, other=0.0).to(OPERAND)  # [G_PAD, D_PAD]
-        queries = query
-        if PARTS:
-            queries = tl.broadcast_to(query[None, :, :], (PARTS, G_PAD, D_PAD))
-        top, total, acc = start_softmax(PARTS, G_PAD, D_PAD)
-        for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
-            at = i + n  # [BLOCK], or [PARTS, BLOCK // PARTS]
-            visible = at < end
-            slots = base + tl.where(at < early, first + at, late + at - early)
-            k = load_entries(keys, slots, visible, D, D_PAD, OPERAND)
-            v = load_entries(values, slots, visible, D, D_PAD, OPERAND)
-            if SLIDING:
-                query_position = tl.load(seen) if APPEND else tl.load(query_positions + batch)
-                position = tl.load(positions + slots, mask=visible, other=0)
-                visible = visible & (query_position - position < window)
-            k = tl.permute(k, (0, 2, 1)) if PARTS else tl.trans(k)
-            logits = tl.dot(queries, k, input_precision="ieee") * scale
-            logits = tl.where(tl.expand_dims(visible, -2), base_two(logits, softcap, SOFTCAP), -float("inf"))
+        top, total, acc = start_softmax(G_PAD, D_PAD)
+        for i in tl.range(segment.begin, segment.end, BLOCK, num_stages=STAGES):
+            at = i + n  # [BLOCK]
+            visible = at < segment.end
+            slots = base + tl.where(at < front, segment.first + at, back + at - front)
+            k = load_entries(pools.key, slots, visible, D, D_PAD, OPERAND)
+            v = load_entries(pools.value, slots, visible, D, D_PAD, OPERAND)
+            if rule.sliding_window is not None:
+                query_position = tl.load(new.seen if new is not None else query_positions + batch)
+                position = tl.load(pools.position + slots, mask=visible, other=0)
+                visible = visible & (query_position - position < rule.sliding_window)
+            logits = tl.dot(query, tl.trans(k), input_precision="ieee") * rule.scale
+            logits = tl.where(visible[None, :], base_two(logits, rule), -float("inf"))
             top, total, acc = add_block(logits, v, top, total, acc)
-        if PARTS:
-            top, total, acc = merge_parts(top, total, acc)
-        if APPEND:  # noqa: SIM102 (APPEND is known to the compiler)
-            if (segment_end == row_end) & (grows > 0):  # from where it was made, then into the pools
-                new_key = tl.load(new_keys + batch * k_batch + head * k_head + d, mask=d < D, other=0.0)
-                new_value = tl.load(new_values + batch * v_batch + head * v_head + d, mask=d < D, other=0.0)
-                slot = base + entries - 1
-                tl.store(keys + slot * D + d, new_key, mask=d < D)
-                tl.store(values + slot * D + d, new_value, mask=d < D)
-                tl.store(positions + slot, tl.load(seen).to(tl.int32))
-                logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-                logit = base_two(logit, softcap, SOFTCAP)
+        if new is not None:  # noqa: SIM102 (known to the compiler)
+            if ends_row & (segment.grows > 0):  # from where it was made, then into the pools
+                new_key = new.key.data + batch * new.key.batch + head * new.key.head + d
+                new_key = tl.load(new_key, mask=d < D, other=0.0)
+                new_value = new.value.data + batch * new.value.batch + head * new.value.head + d
+                new_value = tl.load(new_value, mask=d < D, other=0.0)
+                slot = base + segment.entries - 1
+                tl.store(pools.key + slot * D + d, new_key, mask=d < D)
+                tl.store(pools.value + slot * D + d, new_value, mask=d < D)
+                tl.store(pools.position + slot, tl.load(new.seen).to(tl.int32))
+                logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * rule.scale
+                logit = base_two(logit, rule)
                 top, total, acc = add_entry(logit, new_value.to(tl.float32)[None, :], top, total, acc)
-        if COMPENSATE:
-            dropped = tl.load(count + row)
-            if (segment_end == row_end) & (dropped >= 0):
-                number = (dropped + late - early).to(tl.float32)
+        if rows.dropped is not None:
+            dropped = tl.load(rows.dropped + row)
+            if ends_row & (dropped >= 0):
+                number = (dropped + back - front).to(tl.float32)
                 if number > 0:
-                    hide, show = base + early, base + late
-                    key, value = sums_outside(
-                        key_sum, value_sum, row, keys, values, hide, show, D, D_PAD, BLOCK
-                    )
-                    logit = tl.sum(query.to(tl.float32) * (key / number)[None, :], 1) * scale
-                    logit = base_two(logit, softcap, SOFTCAP) + tl.log2(number)
+                    key, value = sums_outside(rows, row, pools, base + front, base + back, D, D_PAD, BLOCK)
+                    logit = tl.sum(query.to(tl.float32) * (key / number)[None, :], 1) * rule.scale
+                    logit = base_two(logit, rule) + tl.log2(number)
                     top, total, acc = add_entry(logit, (value / number)[None, :], top, total, acc)
 
         at = (program + row) * G + g  # segments are numbered by program + row: none share a number
         weight = tl.where(total > 0, total, 1.0)
         tl.store(lse + at, tl.where(total > 0, top + tl.log2(weight), -float("inf")), mask=g < G)
         tl.store(partial + at[:, None] * D + d[None, :], acc / weight[:, None], mask=real)
-        unit = segment_end
+        unit = segment.unit_end
         if unit < stop:
-            unit, row, row_begin, row_end, base, entries, grows, first, early, late, begin, end = segment_at(
-                unit, stop, r, lengths, grown, units, ends, start, sinks, recent, rows, window
-            )
+            segment = segment_at(unit, stop, plan, rows, rule)
+            unit = segment.unit

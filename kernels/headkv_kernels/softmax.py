@@ -13,22 +13,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def base_two(logit, softcap, SOFTCAP: tl.constexpr):
+def base_two(logit, rule):
     """A scaled logit, capped, in units of ln 2."""
-    if SOFTCAP:  # tanh(x) = 1 - 2 / (1 + e^2x), right at both ends of float32
-        logit = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 * LOG2E / softcap))))
+    if rule.softcap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x), right at both ends of float32
+        logit = rule.softcap * (1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 * LOG2E / rule.softcap))))
     return logit * LOG2E
 
 
 @triton.jit
-def start_softmax(PARTS: tl.constexpr, M: tl.constexpr, D_PAD: tl.constexpr):
-    """`PARTS` running softmaxes over no entry at all; without that dimension for 0."""
-    if PARTS == 0:
-        top = tl.full([M], -float("inf"), tl.float32)
-        return top, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
-    else:
-        top = tl.full([PARTS, M], -float("inf"), tl.float32)
-        return top, tl.zeros([PARTS, M], tl.float32), tl.zeros([PARTS, M, D_PAD], tl.float32)
+def start_softmax(M: tl.constexpr, D_PAD: tl.constexpr):
+    """A running softmax over no entry at all."""
+    top = tl.full([M], -float("inf"), tl.float32)
+    return top, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
 
 
 @triton.jit
@@ -67,49 +63,17 @@ def add_entry(logit, value, top, total, acc):
 
 
 @triton.jit
-def merge_parts(top, total, acc):
-    """One running softmax out of several, `[PARTS, M]`, `[PARTS, M]` and `[PARTS, M, D]`."""
-    merged = tl.max(top, 0)
-    base = tl.where(merged == -float("inf"), 0.0, merged)
-    shrink = tl.exp2(top - base[None, :])
-    return merged, tl.sum(total * shrink, 0), sum_parts(acc * shrink[:, :, None])
-
-
-@triton.jit
-def sum_parts(acc):
-    """`[PARTS, M, D]` summed to `[M, D]`, by halves: a reduction across warps would shuffle every number."""
-    acc = tl.permute(acc, (1, 2, 0))
-    M: tl.constexpr = acc.shape[0]
-    D: tl.constexpr = acc.shape[1]
-    if acc.shape[2] == 2:
-        a, b = tl.split(acc)
-        return a + b
-    elif acc.shape[2] == 4:
-        a, b = tl.split(tl.reshape(acc, (M, D, 2, 2)))
-        c, e = tl.split(a + b)
-        return c + e
-    else:
-        tl.static_assert(acc.shape[2] == 8)
-        a, b = tl.split(tl.reshape(acc, (M, D, 2, 2, 2)))
-        a, b = tl.split(a + b)
-        c, e = tl.split(a + b)
-        return c + e
-
-
-@triton.jit
 def load_entries(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND: tl.constexpr):
-    """`[..., D_PAD]`: the pool's slots `[...]` int64, 0 where not `here` and beyond D."""
-    d = tl.arange(0, D_PAD)
-    d = d[None, :] if len(slots.shape) == 1 else d[None, None, :]
-    pointers = pool + tl.expand_dims(slots, -1) * D + d
-    return tl.load(pointers, mask=tl.expand_dims(here, -1) & (d < D), other=0.0).to(OPERAND)
+    """`[N, D_PAD]`: the pool's slots `[N]` int64, 0 where not `here` and beyond D."""
+    d = tl.arange(0, D_PAD)[None, :]
+    return tl.load(pool + slots[:, None] * D + d, mask=here[:, None] & (d < D), other=0.0).to(OPERAND)
 
 
 @triton.jit
 def spans(first, length, sinks, recent):
-    """Which of the entries `first .. length` a windowed row (`recent > 0`) shows: `early` from `first` on
-    (what is left of the sinks), then `late .. length`. An ordinary row: all of them, as `late`."""
+    """Which of the entries `first .. length` a windowed row (`recent > 0`) shows: `front` from `first` on
+    (what is left of the sinks), then `back .. length`. An ordinary row: all of them, from `back` on."""
     sinks = tl.minimum(sinks, length)
-    late = tl.where(recent > 0, tl.maximum(first, tl.maximum(sinks, length - recent)), first)
-    early = tl.where(recent > 0, tl.maximum(sinks - first, 0), 0)
-    return early, late
+    back = tl.where(recent > 0, tl.maximum(first, tl.maximum(sinks, length - recent)), first)
+    front = tl.where(recent > 0, tl.maximum(sinks - first, 0), 0)
+    return front, back

@@ -16,7 +16,7 @@ import {
   tooltip,
   widgetRoot,
 } from "./toolkit.js";
-import { capacityOf, keptMask, makePlan, packKept, Scores } from "./plan.js";
+import { entriesOf, keptMask, makePlan, packKept, Scores } from "./plan.js";
 import { againstKey, headGrid, paintAgainst, paintLevel } from "./grid.js";
 import { overview, textStrip } from "./strip.js";
 import { billBar } from "./bill.js";
@@ -64,7 +64,7 @@ function render({ model, el }) {
     step: n < 100 ? 1 / n : 0.01, // no step that changes nothing
     value: now.budget,
     format: (x) =>
-      `${percent(x, Number.isInteger(Math.round(x * 1e6) / 1e4) ? 0 : 1)} · ${count(capacityOf(x, n))} a head`,
+      `${percent(x, Number.isInteger(Math.round(x * 1e6) / 1e4) ? 0 : 1)} · ${count(entriesOf(x, n))} a head`,
     oninput: (x) => put("budget", n < 100 ? Math.round(x * n) / n : x),
   });
   const allocator = choice({

@@ -86,7 +86,7 @@ function roundHalfEven(x) {
  * @param {number} share
  * @param {number} n
  */
-export function capacityOf(share, n) {
+export function entriesOf(share, n) {
   return Math.min(n, Math.max(1, roundHalfEven(share * n)));
 }
 
@@ -243,13 +243,13 @@ export class Scores {
 export function makePlan(scores, { budget, safeguard, pooling, kernel, allocator, window }) {
   const { layers, heads, m } = scores;
   const n = m + window;
-  const capacity = capacityOf(budget, n);
-  const recent = Math.min(window, capacity);
-  const slots = capacity - recent;
+  const entries = entriesOf(budget, n);
+  const recent = Math.min(window, entries);
+  const slots = entries - recent;
   const [budgetsOf, lengths, held] = /** @type {number[][][]} */ ([[], [], []]);
   const plan = {
     n,
-    capacity,
+    entries,
     recent,
     slots,
     budgets: budgetsOf,
