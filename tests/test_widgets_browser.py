@@ -31,7 +31,7 @@ from headkv.widgets.budget_explorer import HEADROOM  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 from hosted import Shown, shown  # noqa: E402 isort:skip
-from measured import head_map, quality_map, sparsity_dial  # noqa: E402 isort:skip
+from measured import head_map, quality_map, roofline, sparsity_dial  # noqa: E402 isort:skip
 
 
 def skewed(layers: int, heads: int, m: int, *, seed: int = 0, ties: bool = False) -> np.ndarray:
@@ -656,6 +656,8 @@ MAKERS = {
     "HeadMap": head_map,
     "QualityMap": quality_map,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
+    "Roofline": roofline,
+    "Roofline, as speed": lambda: roofline(view="speed"),
     "SideBySide": two_ways,
     "SparsityDial": sparsity_dial,
     "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),
