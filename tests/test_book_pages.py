@@ -19,10 +19,14 @@ import pytest
 BOOK = Path(__file__).resolve().parents[1] / "book"
 BUILT = BOOK / "_build" / "html"
 PAGES = sorted(page.name for page in BUILT.glob("*.html")) if (BUILT / ".built").exists() else []
-SCREENS = {"desktop light": (1280, "light"), "desktop dark": (1280, "dark"), "phone": (390, "light")}
+SCREENS = {"desktop light": (1280, "light"), "desktop dark": (1280, "dark"), "phone": (360, "light")}
 
 CUT = """() => [...document.querySelectorAll(".cell pre")]
   .filter((pre) => pre.checkVisibility() && pre.scrollWidth > pre.clientWidth).map((pre) => pre.textContent)"""
+
+WIDE = """() => [...document.querySelectorAll(".bd-article :is(table.shown, table.table, table.bars)")]
+  .filter((table) => table.checkVisibility() && table.scrollWidth > table.parentElement.clientWidth + 2)
+  .map((table) => `${table.scrollWidth} of ${table.parentElement.clientWidth}: ${table.textContent.slice(0, 40)}`)"""
 
 PROBE = '''---
 file_format: mystnb
@@ -71,6 +75,8 @@ probe
 ```{code-cell} python
 probe
 ```
+
+## Questions
 
 :::{admonition} Predict
 :class: tip
@@ -180,6 +186,19 @@ def test_widget_is_alive_without_a_kernel(small_address: str, page_checker: Call
         assert shown.first.evaluate("node => getComputedStyle(node).color") == "rgb(1, 2, 3)"
 
 
+@pytest.mark.parametrize("width", [360, 1000, 1190, 1210, 1280, 1600])
+def test_a_picture_leaves_the_column_where_there_is_room(
+    width: int, small_address: str, page_checker: Callable[..., Any]
+) -> None:
+    with page_checker(small_address, "probe.html", width=width) as page:
+        text = page.locator(".bd-article p").first.bounding_box()
+        picture = page.locator(".widget-host").first.bounding_box()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert picture["x"] >= text["x"] - 1 and picture["x"] + picture["width"] <= width
+        wider = picture["width"] / text["width"]
+        assert wider > 1.25 if width >= 1200 else wider < 1.01
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_picture_has_its_place_before_it_is_drawn(
     width: int, small_address: str, page_checker: Callable[..., Any]
@@ -274,5 +293,7 @@ def test_page(name: str, width: int, theme: str, book_address: str, page_checker
         assert page.locator('.widget-host:not([data-state="ready"])').count() == 0, "a widget was not drawn"
         assert page.locator("mjx-merror").count() == 0, "a formula could not be read"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
-        if width > 1000:
+        if width < 1000:
+            assert page.evaluate(WIDE) == [], "a table that does not fit a phone"
+        else:
             assert page.evaluate(CUT) == [], "code or output that does not fit the column"

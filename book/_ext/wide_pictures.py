@@ -9,7 +9,12 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def widen(app: Sphinx, doctree: nodes.document) -> None:
-    """The theme's class for it; the page's contents, which stand there, step aside while such a cell is in view."""
+    """The theme's class for it: the page's contents fold while such a cell is in view.
+
+    A page of one section has no contents, and the theme's script would look for them.
+    """
+    if len(list(doctree.findall(nodes.section))) < 2:
+        return
     for cell in doctree.findall(nodes.container):
         if "cell" in cell["classes"] and any(VIEW in raw.astext() for raw in cell.findall(nodes.raw)):
             cell["classes"].append("full-width")
