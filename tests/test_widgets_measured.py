@@ -413,15 +413,15 @@ def test_the_roofline_by_hand() -> None:
     widget = roofline(case="16")
     assert widget.limits == pytest.approx([10.01e-6, 10.04e-6, 10.16e-6, 32e-6, 128e-6])
     assert repr(widget) == (
-        "Roofline: ours, 16 tokens: 20.0 us, 2.0 times the limit of 10.2 us, which the bytes set."
+        "Roofline: ours (tokens: 16): 20.0 us, 2.0 times the limit of 10.2 us, which the bytes set."
     )
     widget = roofline(way="theirs")
     assert repr(widget) == (
-        "Roofline: theirs, 256 tokens: 1.10 ms, 8.6 times the limit of 128 us, which the arithmetic sets."
+        "Roofline: theirs (tokens: 256): 1.10 ms, 8.6 times the limit of 128 us, which the arithmetic sets."
     )
     widget.case = 1
     assert repr(widget) == (
-        "Roofline: theirs, 4 tokens: not measured; the limit is 10.0 us, which the bytes set."
+        "Roofline: theirs (tokens: 4): not measured; the limit is 10.0 us, which the bytes set."
     )
     with pytest.raises(ValueError, match="way must be an int in"):
         widget.way = 2
@@ -474,7 +474,7 @@ def test_the_roofline_goes_by_keys_and_by_pointer(chromium: Any) -> None:
         assert (page.get("way"), page.get("case")) == (0, 1)
         page.set(way=1)
         assert page.page.locator(".hk-map-says").inner_text() == (
-            "theirs, 1 tokens: 40.0 us, 4.0 times the limit."
+            "theirs (tokens: 1): 40.0 us, 4.0 times the limit."
         ), "where it was not measured, the nearest"
         page.page.get_by_role("radio", name="speed").check()
         assert (
@@ -490,7 +490,7 @@ def test_the_roofline_goes_by_keys_and_by_pointer(chromium: Any) -> None:
         rows = page.page.locator("details tbody tr")
         assert rows.nth(1).locator("th, td").all_inner_texts() == ["4", "10.0 us", "16.0 us (1.6 x)", ""]
         page.page.wait_for_function(
-            "document.querySelector('[role=status]').textContent.startsWith('theirs, 64')"
+            "document.querySelector('[role=status]').textContent.startsWith('theirs (tokens: 64)')"
         )
 
 

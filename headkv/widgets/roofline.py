@@ -26,7 +26,7 @@ class Roofline(Picture):
         seconds: for each way the time of each case, None where it was not measured.
         bandwidth: bytes a second that the memory gives.
         arithmetic: operations a second that the machine does at most.
-        across: what the names of the cases count, as in "16 new tokens".
+        across: what the names of the cases count, as "new tokens".
         machine: what was measured, and where the two limits are from.
         way, case: what is chosen first, by name; default: the first way at the last case that it was measured at.
         view: "time" (seconds over the size) or "speed" (operations a second over operations a byte).
@@ -41,7 +41,7 @@ class Roofline(Picture):
     Example:
         >>> cases = [{"name": f"{mb} MB", "bytes": 1e6 * mb, "operations": 4e6 * mb} for mb in (1, 4)]
         >>> Roofline(cases, {"ours": [3e-6, 6e-6]}, bandwidth=1e12, arithmetic=1e14)
-        Roofline: ours, 4 MB: 6.00 us, 1.5 times the limit of 4.00 us, which the bytes set.
+        Roofline: ours (4 MB): 6.00 us, 1.5 times the limit of 4.00 us, which the bytes set.
     """
 
     _esm = bundle("roofline.js")
@@ -115,7 +115,8 @@ class Roofline(Picture):
         reading, counting = self._parts(case)
         limit = max(reading, counting)
         setting = "the bytes set" if reading >= counting else "the arithmetic sets"
-        where = f"Roofline: {self.ways[self.way]}, {case['name']} {self.across}".rstrip()
+        size = f"{self.across}: {case['name']}" if self.across else case["name"]
+        where = f"Roofline: {self.ways[self.way]} ({size})"
         if took is None:
             return f"{where}: not measured; the limit is {_time(limit)}, which {setting}."
         return (

@@ -37,8 +37,8 @@ function render({ model, el }) {
     cells: cases.map((one, at) => ({ ...one, at, took: seconds[way][at] })).filter(({ took }) => took !== null),
   }));
   const past = (one) => `${(one.took / one.limit).toFixed(1)} times the limit`;
-  const sized = (one) => (get("across") ? `${one.name} ${get("across")}` : one.name);
-  const words = (line, one) => `${line.name}, ${sized(one)}: ${timeText(one.took)}, ${past(one)}`;
+  const sized = (one) => (get("across") ? `${get("across")}: ${one.name}` : one.name);
+  const words = (line, one) => `${line.name} (${sized(one)}): ${timeText(one.took)}, ${past(one)}`;
 
   const views = choice({
     label: "Seen as",
