@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -285,6 +287,37 @@ def test_the_checker_complains(
         page.wait_for_timeout(300)
 
 
+class Links(HTMLParser):
+    """Where a page points to, and what it can be pointed at."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.names = {""}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name == "id":
+                self.names.add(value or "")
+            elif name in ("href", "src") and not urlsplit(value or "").scheme:
+                self.targets.append(value or "")
+
+
+@pytest.mark.skipif(not PAGES, reason="the book is not built: make book SERVE=0")
+def test_no_link_is_broken() -> None:
+    pages = {name: Links(BUILT / name) for name in PAGES}
+    broken = []
+    for name, page in pages.items():
+        for target in page.targets:
+            address = urlsplit(target)
+            path = unquote(address.path) or name
+            known = path in pages and unquote(address.fragment) in pages[path].names
+            if not known and not (path not in pages and (BUILT / path).is_file()):
+                broken.append(f"{name}: {target}")
+    assert broken == [] and sum(len(page.targets) for page in pages.values()) > 500
+
+
 @pytest.mark.skipif(not PAGES, reason="the book is not built: make book SERVE=0")
 @pytest.mark.parametrize(("width", "theme"), SCREENS.values(), ids=SCREENS.keys())
 @pytest.mark.parametrize("name", PAGES)
@@ -292,6 +325,7 @@ def test_page(name: str, width: int, theme: str, book_address: str, page_checker
     with page_checker(book_address, name, width=width, theme=theme) as page:
         assert page.locator('.widget-host:not([data-state="ready"])').count() == 0, "a widget was not drawn"
         assert page.locator("mjx-merror").count() == 0, "a formula could not be read"
+        assert page.evaluate(SHIFT) < 0.05, "the text jumps"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
         if width < 1000:
             assert page.evaluate(WIDE) == [], "a table that does not fit a phone"
