@@ -14,7 +14,7 @@ import numpy as np
 HOST = """
 const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 const state = JSON.parse(document.getElementById("state").textContent,
-  (_, value) => value?.bytes === undefined ? value : bytes(value.bytes));
+  (_, value) => typeof value?.bytes === "string" ? bytes(value.bytes) : value);
 const handlers = {};
 const same = (a, b) => a === b || (!(a instanceof DataView) && JSON.stringify(a) === JSON.stringify(b));
 window.model = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from headkv.widgets import HeadMap, QualityMap, SparsityDial
+from headkv.widgets import HeadMap, QualityMap, Roofline, SparsityDial
 
 LISTS = ("gates", "ablation", "by lot")
 COUNTS, LENGTHS = (0, 1, 4, 9, 15), (1000, 2000)
@@ -87,3 +87,17 @@ def head_map(**options: Any) -> HeadMap:
         [f" w{i}" for i in range(25)],
         **{"kept": kept, "facts": [(7, 10, "a city")], "title": "Where a head looks", **options},
     )
+
+
+ROOF = {"bandwidth": 1e12, "arithmetic": 4e13}  # they meet at 40 operations a byte
+ROOF_CASES = [{"name": str(n), "bytes": 1e7 + 1e4 * n, "operations": 2e7 * n} for n in (1, 4, 16, 64, 256)]
+ROOF_SECONDS = {
+    "ours": [1.5e-5, 1.6e-5, 2e-5, 5e-5, 2.5e-4],
+    "theirs": [4e-5, None, 9e-5, 3e-4, 1.1e-3],
+}
+
+
+def roofline(**options: Any) -> Roofline:
+    """Five sizes: the bytes set the limit of the first three, arithmetic that of the others; one is not measured."""
+    options = {"across": "tokens", "title": "Against the limit", "machine": "made up", **options}
+    return Roofline(ROOF_CASES, ROOF_SECONDS, **ROOF, **options)

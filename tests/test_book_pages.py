@@ -10,19 +10,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 BUILT = BOOK / "_build" / "html"
 PAGES = sorted(page.name for page in BUILT.glob("*.html")) if (BUILT / ".built").exists() else []
-SCREENS = {"desktop light": (1280, "light"), "desktop dark": (1280, "dark"), "phone": (390, "light")}
+SCREENS = {"desktop light": (1280, "light"), "desktop dark": (1280, "dark"), "phone": (360, "light")}
 
 CUT = """() => [...document.querySelectorAll(".cell pre")]
   .filter((pre) => pre.checkVisibility() && pre.scrollWidth > pre.clientWidth).map((pre) => pre.textContent)"""
+
+WIDE = """() => [...document.querySelectorAll(".bd-article :is(table.shown, table.table, table.bars)")]
+  .filter((table) => table.checkVisibility() && table.scrollWidth > table.parentElement.clientWidth + 2)
+  .map((table) => `${table.scrollWidth} of ${table.parentElement.clientWidth}: ${table.textContent.slice(0, 40)}`)"""
 
 PROBE = '''---
 file_format: mystnb
@@ -71,6 +77,8 @@ probe
 ```{code-cell} python
 probe
 ```
+
+## Questions
 
 :::{admonition} Predict
 :class: tip
@@ -180,6 +188,19 @@ def test_widget_is_alive_without_a_kernel(small_address: str, page_checker: Call
         assert shown.first.evaluate("node => getComputedStyle(node).color") == "rgb(1, 2, 3)"
 
 
+@pytest.mark.parametrize("width", [360, 1000, 1190, 1210, 1280, 1600])
+def test_a_picture_leaves_the_column_where_there_is_room(
+    width: int, small_address: str, page_checker: Callable[..., Any]
+) -> None:
+    with page_checker(small_address, "probe.html", width=width) as page:
+        text = page.locator(".bd-article p").first.bounding_box()
+        picture = page.locator(".widget-host").first.bounding_box()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert picture["x"] >= text["x"] - 1 and picture["x"] + picture["width"] <= width
+        wider = picture["width"] / text["width"]
+        assert wider > 1.25 if width >= 1200 else wider < 1.01
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_picture_has_its_place_before_it_is_drawn(
     width: int, small_address: str, page_checker: Callable[..., Any]
@@ -266,6 +287,37 @@ def test_the_checker_complains(
         page.wait_for_timeout(300)
 
 
+class Links(HTMLParser):
+    """Where a page points to, and what it can be pointed at."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.names = {""}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name == "id":
+                self.names.add(value or "")
+            elif name in ("href", "src") and not urlsplit(value or "").scheme:
+                self.targets.append(value or "")
+
+
+@pytest.mark.skipif(not PAGES, reason="the book is not built: make book SERVE=0")
+def test_no_link_is_broken() -> None:
+    pages = {name: Links(BUILT / name) for name in PAGES}
+    broken = []
+    for name, page in pages.items():
+        for target in page.targets:
+            address = urlsplit(target)
+            path = unquote(address.path) or name
+            known = path in pages and unquote(address.fragment) in pages[path].names
+            if not known and not (path not in pages and (BUILT / path).is_file()):
+                broken.append(f"{name}: {target}")
+    assert broken == [] and sum(len(page.targets) for page in pages.values()) > 500
+
+
 @pytest.mark.skipif(not PAGES, reason="the book is not built: make book SERVE=0")
 @pytest.mark.parametrize(("width", "theme"), SCREENS.values(), ids=SCREENS.keys())
 @pytest.mark.parametrize("name", PAGES)
@@ -273,6 +325,9 @@ def test_page(name: str, width: int, theme: str, book_address: str, page_checker
     with page_checker(book_address, name, width=width, theme=theme) as page:
         assert page.locator('.widget-host:not([data-state="ready"])').count() == 0, "a widget was not drawn"
         assert page.locator("mjx-merror").count() == 0, "a formula could not be read"
+        assert page.evaluate(SHIFT) < 0.05, "the text jumps"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
-        if width > 1000:
+        if width < 1000:
+            assert page.evaluate(WIDE) == [], "a table that does not fit a phone"
+        else:
             assert page.evaluate(CUT) == [], "code or output that does not fit the column"

@@ -26,7 +26,7 @@ from headkv.widgets import (  # noqa: E402
 )
 from headkv.widgets.work_shares import UNIT, equal_shares  # noqa: E402
 
-from measured import head_map, quality_map, sparsity_dial  # noqa: E402 isort:skip
+from measured import head_map, quality_map, roofline, sparsity_dial  # noqa: E402 isort:skip
 
 STATIC = files("headkv.widgets") / "static"
 SCORES = [[0.6, 0.2, 0.1, 0.05, 0.03, 0.02], [0.25, 0.2, 0.2, 0.15, 0.1, 0.1]]
@@ -97,6 +97,7 @@ ALL = [
     head_map(),
     quality_map(),
     RaggedPool(),
+    roofline(),
     side_by_side(),
     sparsity_dial(),
     WorkShares([9, 2]),

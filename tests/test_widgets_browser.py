@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +28,12 @@ from headkv.widgets import (  # noqa: E402
     SideBySide,
     WorkShares,
 )
+from headkv.widgets.base import read  # noqa: E402
 from headkv.widgets.budget_explorer import HEADROOM  # noqa: E402
 from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 from hosted import Shown, shown  # noqa: E402 isort:skip
-from measured import head_map, quality_map, sparsity_dial  # noqa: E402 isort:skip
+from measured import head_map, quality_map, roofline, sparsity_dial  # noqa: E402 isort:skip
 
 
 def skewed(layers: int, heads: int, m: int, *, seed: int = 0, ties: bool = False) -> np.ndarray:
@@ -114,6 +116,48 @@ def test_the_page_keeps_what_the_package_keeps(chromium, shape, window, ties):
             np.testing.assert_array_equal(page.get("budgets"), expected.sum(-1), err_msg=str(setting))
             np.testing.assert_array_equal(kept, expected, err_msg=str(setting))
             assert page.state()["kept"] == np.flatnonzero(expected[0, 0]).tolist()
+
+
+PLAN = """async ({ source, cases }) => {
+  const address = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+  const { Scores, makePlan, packKept } = await import(address);
+  const view = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+  return cases.map(({ scores, shape, exponent, ...setting }) => {
+    const all = new Scores(view(scores), shape, exponent);
+    const plan = makePlan(all, setting);
+    return [plan.budgets[0], [...new Uint8Array(packKept(all, plan, setting).buffer)]];
+  });
+}"""
+
+
+def test_thousands_of_random_plans_are_the_packages(chromium):
+    """One layer each: few heads and entries, many ties, windows wider than the budget, every setting."""
+    rng = np.random.default_rng(11)
+    cases, expected = [], []
+    for _ in range(2500):
+        shape = (1, int(rng.integers(1, 6)), int(rng.integers(1, 41)))
+        scores = rng.exponential(size=shape) ** rng.choice([0.5, 1, 4])
+        if rng.random() < 0.5:
+            scores = np.round(scores, 1)
+        explorer = BudgetExplorer(scores, window=int(rng.integers(0, 9)))
+        setting = {
+            "budget": round(float(rng.uniform(0.01, 1)), 2),
+            "safeguard": round(float(rng.choice([0, 1, rng.random()])), 2),
+            "pooling": str(rng.choice(["max", "avg", "none"])),
+            "kernel_size": int(rng.integers(0, 16)) * 2 + 1,
+            "allocator": str(rng.choice(["adaptive", "uniform"])),
+        }
+        mask = kept_by_package(explorer, **setting)[0]
+        expected.append([(mask.sum(-1) - min(explorer.window, mask.sum() // shape[1])).tolist(),
+                         np.packbits(mask, axis=-1).ravel().tolist()])  # fmt: skip
+        kernel = setting.pop("kernel_size")
+        cases.append({"scores": base64.b64encode(explorer._scores).decode(), "shape": shape,
+                      "exponent": explorer._exponent, "window": explorer.window, "kernel": kernel, **setting})  # fmt: skip
+    page = chromium.new_page()
+    found = page.evaluate(PLAN, {"source": read("plan.js"), "cases": cases})
+    page.close()
+    wrong = [i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
+    assert not wrong, (len(wrong), cases[wrong[0]], found[wrong[0]], expected[wrong[0]])
 
 
 def test_by_hand_two_heads_three_slots_each(chromium):
@@ -655,6 +699,8 @@ MAKERS = {
     "HeadMap": head_map,
     "QualityMap": quality_map,
     "RaggedPool": lambda: RaggedPool(windows=[(0, 0), (0, 0), (1, 2)]),
+    "Roofline": roofline,
+    "Roofline, as speed": lambda: roofline(view="speed"),
     "SideBySide": two_ways,
     "SparsityDial": sparsity_dial,
     "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),

@@ -12,7 +12,7 @@ pytest.importorskip("anywidget", reason="pip install 'headkv[widgets]'")
 pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from headkv.evaluation.profile_compare import first_heads  # noqa: E402
-from headkv.widgets import HeadMap, QualityMap, SparsityDial  # noqa: E402
+from headkv.widgets import HeadMap, QualityMap, Roofline, SparsityDial  # noqa: E402
 
 from hosted import shown  # noqa: E402 isort:skip
 from measured import (  # noqa: E402 isort:skip
@@ -22,12 +22,14 @@ from measured import (  # noqa: E402 isort:skip
     LENGTHS,
     LISTS,
     METHODS,
+    ROOF,
     TASKS,
     dial_cells,
     dial_scores,
     found_cells,
     head_map,
     quality_map,
+    roofline,
     sparsity_dial,
 )
 
@@ -371,3 +373,128 @@ def test_the_head_map_says_where_a_head_looks() -> None:
     assert f"layer 2, head 1 looks most at 'w{best}'" in repr(widget)
     share = widget.attention[2, 1][widget.kept_mask("SnapKV")[2, 1]].sum() / widget.attention[2, 1].sum()
     assert f"SnapKV keeps {widget.kept_mask('SnapKV')[2, 1].sum()}, {share:.0%} of it." in repr(widget)
+
+
+SIZE = {"name": "1", "bytes": 10, "operations": 10}
+SIZES = [SIZE, {**SIZE, "name": "2", "operations": 20}]
+
+
+@pytest.mark.parametrize(
+    ("cases", "seconds", "options", "error", "says"),
+    [
+        pytest.param([SIZE], {"a": [1]}, {}, ValueError, "there must be two cases or more", id="one case"),
+        pytest.param(SIZES, {}, {}, ValueError, "and one way, got 2 and 0", id="no way"),
+        pytest.param(
+            [{"name": "1"}, SIZE], {"a": [1, 1]}, {}, ValueError, "cases[0] must have name, by", id="fields"
+        ),
+        pytest.param(SIZES[::-1], {"a": [1, 1]}, {}, ValueError, "cases must have more and", id="order"),
+        pytest.param(
+            [{**SIZE, "bytes": 0}, SIZE], {"a": [1, 1]}, {}, ValueError, "cases[0] bytes must be", id="bytes"
+        ),
+        pytest.param(SIZES, {"a": [1]}, {}, ValueError, "seconds of 'a' must be 2, one a case", id="times"),
+        pytest.param(SIZES, {"a": [1, -1]}, {}, ValueError, "seconds of 'a' must be a number", id="less"),
+        pytest.param(SIZES, {"a": [1, "x"]}, {}, TypeError, "a number above 0, got 'x'", id="word"),
+        pytest.param(SIZES, {"a": [None] * 2}, {}, ValueError, "'a' must hold a time, got none", id="none"),
+        pytest.param(SIZES, {"a": [1, 1]}, {"bandwidth": np.inf}, ValueError, "bandwidth must", id="limit"),
+        pytest.param(SIZES, {"a": [1, 1]}, {"arithmetic": True}, TypeError, "arithmetic must", id="bool"),
+        pytest.param(SIZES, {"a": [1, 1]}, {"way": "b"}, ValueError, "way must be one of 'a'", id="way"),
+        pytest.param(SIZES, {"a": [1, None]}, {"case": "2"}, ValueError, "case must be one of", id="case"),
+        pytest.param(SIZES, {"a": [1, 1]}, {"view": "log"}, ValueError, "view must be one of", id="view"),
+    ],
+)
+def test_the_roofline_refuses(cases: Any, seconds: Any, options: Any, error: type, says: str) -> None:
+    with pytest.raises(error) as raised:
+        Roofline(cases, seconds, **{**ROOF, **options})
+    assert says in str(raised.value)
+
+
+def test_the_roofline_by_hand() -> None:
+    """1 TB/s and 40 TFLOP/s: 10.16 MB take 10.16 us, 5.12 G operations 128 us."""
+    widget = roofline(case="16")
+    assert widget.limits == pytest.approx([10.01e-6, 10.04e-6, 10.16e-6, 32e-6, 128e-6])
+    assert repr(widget) == (
+        "Roofline: ours (tokens: 16): 20.0 us, 2.0 times the limit of 10.2 us, which the bytes set."
+    )
+    widget = roofline(way="theirs")
+    assert repr(widget) == (
+        "Roofline: theirs (tokens: 256): 1.10 ms, 8.6 times the limit of 128 us, which the arithmetic sets."
+    )
+    widget.case = 1
+    assert repr(widget) == (
+        "Roofline: theirs (tokens: 4): not measured; the limit is 10.0 us, which the bytes set."
+    )
+    with pytest.raises(ValueError, match="way must be an int in"):
+        widget.way = 2
+
+
+def test_the_page_draws_the_limit_as_the_package_does(chromium: Any) -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(6):
+        work = np.sort(10 ** rng.uniform(3, 14, 5))
+        cases = [
+            {"name": str(i), "bytes": 10 ** rng.uniform(2, 10), "operations": x} for i, x in enumerate(work)
+        ]
+        options = {"bandwidth": 10 ** rng.uniform(6, 13), "arithmetic": 10 ** rng.uniform(6, 15)}
+        limits = Roofline(cases, {"a": [1.0] * 5}, **options).limits
+        past = rng.uniform(1, 30, 5)
+        widget = Roofline(cases, {"a": list(past * limits)}, **options)
+        with shown(chromium, widget) as page:
+            for at in range(5):
+                page.set(case=at)
+                state = page.page.evaluate("JSON.parse(document.querySelector('.hk-roofline').dataset.state)")
+                assert state["limits"] == pytest.approx(limits) and state["chosen"] == [0, at]
+                assert state["past"] == pytest.approx(past[at])
+                assert f"{past[at]:.1f} times the limit" in page.page.locator(".hk-map-says").inner_text()
+            heights = page.page.evaluate(LIMIT)
+            dots = page.page.locator(".hk-dot").evaluate_all("all => all.map((e) => parseFloat(e.style.top))")
+            assert all(dot <= height + 1e-6 for dot, (_, height) in zip(dots, heights, strict=True)), (
+                "above it"
+            )
+            page.set(view="speed")
+            dots = page.page.locator(".hk-dot").evaluate_all("all => all.map((e) => parseFloat(e.style.top))")
+            (_, first), (bend, top), (_, last) = page.page.evaluate(LIMIT)
+            assert top == pytest.approx(last) and first >= top - 1e-6 and 0 <= bend <= 100
+            assert all(dot >= top - 1e-6 for dot in dots), "none is faster than the flat roof"
+
+
+LIMIT = """document.querySelector('polyline.hk-line-level').getAttribute('points').split(' ')
+  .map((point) => point.split(',').map(Number))"""
+
+
+def test_the_roofline_goes_by_keys_and_by_pointer(chromium: Any) -> None:
+    with shown(chromium, roofline(case="16")) as page:
+        point = page.page.locator(".hk-dot[aria-pressed=true]")
+        point.press("ArrowRight")
+        assert (page.get("way"), page.get("case")) == (0, 3)
+        point.press("ArrowUp")
+        assert (page.get("way"), page.get("case")) == (1, 4), "the fourth of those that were measured"
+        page.page.get_by_role("button", name="ours", exact=True).click()
+        page.page.locator('.hk-dot[data-at="0,1"]').focus()
+        page.page.keyboard.press("Enter")
+        assert (page.get("way"), page.get("case")) == (0, 1)
+        page.set(way=1)
+        assert page.page.locator(".hk-map-says").inner_text() == (
+            "theirs (tokens: 1): 40.0 us, 4.0 times the limit."
+        ), "where it was not measured, the nearest"
+        page.page.get_by_role("radio", name="speed").check()
+        assert (
+            page.get("view") == "speed" and "operations a byte" in page.page.locator(".hk-lines").inner_text()
+        )
+        page.set(case=3)
+        says = page.page.locator(".hk-map-figures").inner_text()
+        assert says.startswith(
+            "10.6 MB, 120 operations a byte. That is more than the 40.0 at which both limits"
+        )
+        assert says.endswith("4.27 TFLOP/s, 10.7% of what the machine can do.")
+        page.page.locator("summary").click()
+        rows = page.page.locator("details tbody tr")
+        assert rows.nth(1).locator("th, td").all_inner_texts() == ["4", "10.0 us", "16.0 us (1.6 x)", ""]
+        page.page.wait_for_function(
+            "document.querySelector('[role=status]').textContent.startsWith('theirs (tokens: 64)')"
+        )
+
+
+def test_one_place_on_the_roof_needs_no_second_view(chromium: Any) -> None:
+    cases = [{"name": str(n), "bytes": 1e6 * n, "operations": 4e6 * n} for n in (1, 4)]
+    with shown(chromium, Roofline(cases, {"a": [1e-5, 2e-5]}, **ROOF)) as page:
+        assert page.page.get_by_role("radio").count() == 0 and page.page.locator(".hk-dot").count() == 2

@@ -83,8 +83,8 @@
   function reveal(box) {
     const cell = box.nextElementSibling;
     if (!cell?.classList.contains("cell")) return null;
-    const folds = [...cell.querySelectorAll("details")];
     const outputs = [...cell.querySelectorAll(":scope > .cell_output")];
+    const folds = outputs.length ? [] : [...cell.querySelectorAll("details")]; // else the fold hides code alone
     const isPicture = cell.querySelector('script[type="application/vnd.jupyter.widget-view+json"]');
     if (isPicture || !(folds.length || outputs.length)) return null;
     const more = el("button", { type: "button", class: "ask-show" }, "Show it without a guess");

@@ -159,6 +159,8 @@
       el.textContent = `This picture could not be shown: ${error instanceof Error ? error.message : error}.`;
       console.error(error);
     }
+    // What follows has its place once this is laid out, and is seen from the next frame on.
+    requestAnimationFrame(() => requestAnimationFrame(() => (el.dataset.placed = "")));
   }
 
   /** Until the page has nothing better to do: pictures further down wait for it. */

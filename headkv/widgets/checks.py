@@ -10,7 +10,7 @@ import numpy as np
 
 from headkv._checks import one_of, whole
 
-__all__ = ["array", "budget_share", "lengths", "one_of", "pair", "share", "strings", "whole"]
+__all__ = ["array", "budget_share", "lengths", "one_of", "pair", "positive", "share", "strings", "whole"]
 
 
 def array(name: str, values: Any, *, ndim: tuple[int, ...]) -> np.ndarray:
@@ -51,6 +51,15 @@ def share(name: str, value: Any, *, zero: bool = True) -> float:
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
     if not (0 <= float(value) <= 1) or (value == 0 and not zero):
         raise ValueError(f"{name} must be {allowed}, got {value}")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite float above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number above 0, got {value!r}")
+    if not 0 < float(value) < float("inf"):
+        raise ValueError(f"{name} must be a number above 0, got {value}")
     return float(value)
 
 

@@ -29,7 +29,8 @@ export function linePlot({ label, onpick }) {
   const across = h("p.caption");
   const up = h("p.caption.lines-up");
   const names = h("div.lines-names", { role: "group", "aria-label": "Lines" });
-  /** @type {{ lines: Line[], x: Axis, y: Axis, chosen: [number, number], level?: number, levelText?: string }} */
+  /** @type {{ lines: Line[], x: Axis, y: Axis, chosen: [number, number], level?: number, levelText?: string,
+   *   limit?: [number, number][] }} */
   let now;
   let drawn = null;
   /** @type {HTMLButtonElement[][]} */
@@ -53,7 +54,9 @@ export function linePlot({ label, onpick }) {
       )
     );
     const level = now.level === undefined ? [] : [flat(now.level, "line-level")];
-    drawing.replaceChildren(...now.y.ticks.map(([y]) => flat(y, "line-tick")), ...level, ...paths);
+    const limit = (now.limit ?? []).map(([x, y]) => `${left(x)},${top(y)}`).join(" ");
+    const bent = limit ? [s("polyline.line-level", { points: limit })] : [];
+    drawing.replaceChildren(...now.y.ticks.map(([y]) => flat(y, "line-tick")), ...level, ...bent, ...paths);
     buttons = now.lines.map((line, i) =>
       line.points.map((p, j) => {
         const dot = h("button.dot", { type: "button", tabindex: -1, "aria-label": p.words, "data-at": `${i},${j}` });
@@ -107,8 +110,8 @@ export function linePlot({ label, onpick }) {
   return {
     el: h("div.lines", {}, up, h("div.lines-frame", {}, drawing, ticks, dots), across, names),
     /**
-     * @param {{ lines: Line[], x: Axis, y: Axis, chosen: [number, number], level?: number, levelText?: string }} given
-     *   `level` is a line across, with its words.
+     * @param {{ lines: Line[], x: Axis, y: Axis, chosen: [number, number], level?: number, levelText?: string,
+     *   limit?: [number, number][] }} given `level` is a line across, with its words; `limit` a dotted one through points
      * @param {string} key of what is drawn: where it is the same, only the choice is new
      */
     update(given, key) {
