@@ -42,10 +42,9 @@ def extension() -> ModuleType:
 def gather(pools: Pools, source: Tensor) -> Pools:
     """New pools whose slot `i` is slot `source[i]` of `pools`, `source` `[new slots]`; `layout.gather`."""
     if pools.keys.shape[0] == 0:
-        return Pools(*(pool.new_zeros((source.numel(), *pool.shape[1:])) for pool in pools))
-    target = Pools(*(pool.new_empty((source.numel(), *pool.shape[1:])) for pool in pools))
-    pools = Pools(*(pool.contiguous() for pool in pools))
-    old, new = (arrays(side._asdict().items()) for side in (pools, target))
+        return pools.each(lambda pool: pool.new_zeros((source.numel(), *pool.shape[1:])))
+    target = pools.each(lambda pool: pool.new_empty((source.numel(), *pool.shape[1:])))
+    old, new = (arrays(_moved(side.each(Tensor.contiguous))) for side in (pools, target))
     extension().gather(old, array("source", source), new, torch.get_num_threads())
     return target
 
@@ -58,7 +57,7 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     """
     keys, values = (_apart(new, rows) for new in (keys, values))
     extension().append(
-        arrays(rows.pools._asdict().items()),
+        arrays(_moved(rows.pools)),
         *(array(name, getattr(rows, name)) for name in ("start", "length", "capacity")),
         array("keys", keys),
         array("values", values),
@@ -70,6 +69,10 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
         rows.length = rows.length + keys.shape[2]
     else:
         rows.length = rows.length + valid.sum(1).repeat_interleave(rows.num_kv_heads)
+
+
+def _moved(pools: Pools) -> list[tuple[str, Tensor]]:
+    return [("keys", pools.keys), ("values", pools.values), ("positions", pools.positions)]
 
 
 def arrays(tensors: Iterable[tuple[str, Tensor]], **missing: None) -> SimpleNamespace:
