@@ -12,8 +12,9 @@ from attention_cases import CASES, truth
 from generation_cases import METHODS, prompts
 
 import headkv
-from headkv.cache import RaggedLayer, files
-from headkv.cache.quantised import quantised, restored, rotated, rotation_width
+from headkv.cache import RaggedLayer, files, layout, moves, rust
+from headkv.cache.quantised import quantised, quantised_pools, restored, rotated, rotation_width
+from headkv.cache.rows import Pools
 from headkv.integrations.decoding import DecodeBudget
 from headkv.models.tiny import tiny_model
 
@@ -83,6 +84,35 @@ def test_what_is_no_number_stays_with_its_vector():
     got = rounded(x)
     assert got.isfinite().all(1).tolist() == [True, False, False, True]
     assert torch.equal(got[[0, 3]], rounded(x[[0, 3]]))
+
+
+@pytest.mark.parametrize("make", VECTORS.values(), ids=VECTORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_rust_rounds_to_the_same_bits(dim, dtype, make):
+    keys, values = make(torch.randn(2, 40, dim, generator=torch.Generator().manual_seed(dim)).to(dtype))
+    values[3, 0], values[4, -1] = torch.nan, torch.inf
+    pools = Pools(keys, values, torch.arange(40, dtype=torch.int32))
+    for got, want in zip(rust.quantise(pools), quantised_pools(pools), strict=True):
+        assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
+
+
+def test_rust_moves_the_same_bits():
+    layer, _ = pair()
+    source = torch.randint(0, layer.keys.shape[0] + 5, (333,))
+    for got, want in zip(rust.gather(layer.pools, source), layout.gather(layer.pools, source), strict=True):
+        assert torch.equal(got, want)
+    keys, values = torch.randn(2, 2, 3, 3, 24)
+    slow = RaggedLayer.from_snapshot(layer.snapshot())
+    for valid in (None, torch.tensor([[True, False, True], [False, True, True]])):
+        for one in (layer, slow):
+            one.reserve(3)
+        rust.append(layer, keys, values, valid)
+        moves.append_reference(slow, keys, values, valid)
+        for got, want in zip(layer.pools, slow.pools, strict=True):
+            assert torch.equal(got, want)
+        for one in (layer, slow):
+            one.advance(3)
 
 
 # -- the store --------------------------------------------------------------------------------------------------------
@@ -208,7 +238,7 @@ def test_a_file_holds_codes_and_scales(tmp_path, window):
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "rust"]
 
 
 def in_8_bits(case):
@@ -249,7 +279,7 @@ def test_attention_is_close_to_that_of_full_precision():
 
 def test_other_backends_refuse():
     layer, _ = pair(dim=32)
-    with pytest.raises(ValueError, match="over a layer stored in int8, got 'triton'"):
+    with pytest.raises(ValueError, match="'rust' or 'reference' over a layer stored in int8, got 'triton'"):
         headkv.ragged_decode(torch.randn(2, 6, 32), layer, backend="triton")
 
 

@@ -121,7 +121,9 @@ def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
     pools = moves.gather(layer.pools, layout.source_of_rows(layer.start, layer.length, layer.length))
     sums = [name for name in SUMS if getattr(layer, name) is not None]
     rest = {name: getattr(layer, name) for name in (*_NUMBERS, *sums)}
-    return {name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items() if x is not None}
+    return {
+        name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items() if x is not None
+    }
 
 
 def _tensors(file: Any, index: int | str) -> dict[str, Tensor]:
@@ -142,7 +144,7 @@ def _unpacked(
     _check(tensors, facts, name)
     moved = {key: x.to(device, copy=True) for key, x in tensors.items()}
     start, length, capacity = layout.starts(moved["length"]), moved["length"], moved["capacity"]
-    pools = Pools(*(moved.get(key) for key in Pools._fields))
+    pools = Pools(moved["keys"], moved["values"], moved["positions"], moved.get("scales"))
     moved |= moves.gather(pools, layout.source_of_rows(start, length, capacity))._asdict()
     numbers = {key: int(facts[key]) for key in _FACTS}
     contents: dict[str, Any] = {**moved, **numbers, "start": layout.starts(capacity)}

@@ -1,4 +1,4 @@
-"""The two moves of a layer's entries, by the fastest equal of the torch specification that is at hand."""
+"""The moves of a layer's entries, and their rounding, by the fastest equal of the torch specification at hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from headkv.cache.rows import Pools, Rows
 
 def gather(pools: Pools, source: Tensor) -> Pools:
     """New pools whose slot `i` is slot `source[i]` of `pools`; see `layout.gather`."""
-    if pools.scales is None and pools.keys.device.type == "cpu" and rust.available():
+    if pools.keys.device.type == "cpu" and rust.available():
         return rust.gather(pools, source)
     return layout.gather(pools, source)
+
+
+def quantise(pools: Pools) -> Pools:
+    """Pools of float entries in 8 bits; see `quantised.quantised_pools`."""
+    if pools.keys.device.type == "cpu" and rust.available():
+        return rust.quantise(pools)
+    return quantised.quantised_pools(pools)
 
 
 def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
@@ -24,11 +31,9 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
         keys, values: `[B, H, T, D]`.
         valid: `[B, T]` bool or None; only True tokens are stored.
     """
-    if rows.scales is not None:
-        append_reference(rows, keys, values, valid)
-    elif rows.device.type == "cpu" and rust.available():
+    if rows.device.type == "cpu" and rust.available():
         rust.append(rows, keys, values, valid)
-    elif rows.device.type == "cuda" and triton.available():
+    elif rows.device.type == "cuda" and rows.scales is None and triton.available():
         triton.append(rows, keys, values, valid)
     else:
         append_reference(rows, keys, values, valid)

@@ -75,7 +75,8 @@ def quantised_pools(pools: Pools) -> Pools:
         for begin in range(0, slots, PART):
             part = slice(begin, begin + PART)
             target[part], scales[part, side] = quantised(vectors[part])
-    return Pools(*codes, pools.positions, scales)
+    keys, values = codes
+    return Pools(keys, values, pools.positions, scales)
 
 
 def entries(pools: Pools, slots: Tensor | slice) -> tuple[Tensor, Tensor]:

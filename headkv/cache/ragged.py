@@ -278,12 +278,12 @@ class RaggedLayer(Rows):
     def quantise(self) -> None:
         """Store entries in 8 bits from now on, those that are there and those that come: half the bytes of 16 bits.
 
-        Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to 255 steps of
-        a scale that each vector has for itself, in the layer's dtype (`headkv.cache.quantised`). What is returned, as by
-        `row`, and what attention sees, is what the codes stand for. Nothing happens to a layer in 8 bits already.
+        Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to 255 steps
+        of a scale that each vector has for itself, in the layer's dtype (`headkv.cache.quantised`). What is returned,
+        as by `row`, and what attention sees, is what the codes stand for. A layer in 8 bits stays as it is.
         """
         if self.scales is None:
-            self._become(**quantised.quantised_pools(self.pools)._asdict())
+            self._become(**moves.quantise(self.pools.each(Tensor.detach))._asdict())
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 

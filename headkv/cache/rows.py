@@ -48,8 +48,8 @@ class Rows:
         key_sum, value_sum, count: `[rows, D]` float32 twice, `[rows]` int64, or None when no row compensates:
             what compensating rows have dropped so far (RazorAttention, arXiv 2407.15891); `count` is -1 for
             the rows that do not compensate.
-        scales: `[slots, 2]` float32, bfloat16 or float16, of each entry the scale of its key's codes and of its value's;
-            None where entries are stored as they come. See `headkv.cache.quantised`.
+        scales: `[slots, 2]` float32, bfloat16 or float16, of each entry the scales of its key's and of its value's
+            codes; None where entries are stored as they come. See `headkv.cache.quantised`.
     """
 
     keys: Tensor

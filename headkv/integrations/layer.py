@@ -44,8 +44,8 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         method: what each head keeps of a prompt.
         layer_idx, num_layers: this layer, among those that attend.
         options: backend of attention after the prefill, head room, rollback and storage of the rows. With
-            `chunked_prefill`, as for a method that decides for all layers at once, the prompt is not compressed when its
-            first call has been read, but by `finalize_prefill`.
+            `chunked_prefill`, as for a method that decides for all layers at once, the prompt is not compressed when
+            its first call has been read, but by `finalize_prefill`.
         parts: of the layer's attention, for methods that look at weights.
         state: what the layer has beside keys and values, in models that have both.
         is_croppable: whether tokens can be taken back; not beside states, of whatever layer.

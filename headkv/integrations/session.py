@@ -79,9 +79,9 @@ def compress(
             later turns, go on: rows that outgrow their part of it are planned again by the last queries, head by head
             (`DecodeBudget`). None: what follows the prompt is kept. Not together with `cuda_graph`.
         every: so many tokens lie between two such plans; 128 if a `decode_budget` is given.
-        storage: of what stays of a prompt and of what follows it: "model", in the model's dtype, or "int8", in 8 bits with
-            a scale a vector, half the bytes of 16 bits; see `RaggedLayer.quantise`. Prompts are read, and methods
-            choose, in the model's dtype.
+        storage: of what stays of a prompt and of what follows it: "model", in the model's dtype, or "int8", in 8 bits
+            with a scale a vector, half the bytes of 16 bits; see `RaggedLayer.quantise`. Prompts are read, and methods
+            choose, in the model's dtype. Not with `cuda_graph`, nor yet by Triton: slow on a GPU.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
