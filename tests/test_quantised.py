@@ -12,10 +12,12 @@ from attention_cases import CASES, truth
 from generation_cases import METHODS, prompts
 
 import headkv
+from headkv.attention import rust as rust_attention
 from headkv.cache import RaggedLayer, files, layout, moves, rust
 from headkv.cache.quantised import quantised, quantised_pools, restored, rotated, rotation_width
 from headkv.cache.rows import Pools
 from headkv.integrations.decoding import DecodeBudget
+from headkv.logits import Rule
 from headkv.models.tiny import tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -238,6 +240,7 @@ def test_a_file_holds_codes_and_scales(tmp_path, window):
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
+RULE = ("scale", "sliding_window", "softcap", "sink_logits")
 BACKENDS = ["reference", "rust"]
 
 
@@ -265,6 +268,17 @@ def test_attention_is_that_of_the_restored_entries(case, backend):
     assert got.dtype == q.dtype and bool(got.isfinite().all())
     rounding = torch.finfo(case.dtype).eps * want.abs() + 4e-6 * max(1.0, float(want.abs().max()))
     assert bool(((got.double() - want).abs() <= rounding).all()), float((got.double() - want).abs().max())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.tokens == 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("isa", rust.extension().instruction_sets()[1:])
+def test_every_instruction_set(case, isa):
+    q, layer = in_8_bits(case)
+    options, last = case.options(q), torch.full((q.shape[0], 1), layer.seen - 1)
+    rule = Rule.of(layer.head_dim, *(options.get(name) for name in RULE))
+    got = rust_attention.extend(q, layer, rule, query_positions=last, isa=isa)
+    want = headkv.ragged_decode(q[:, :, 0], layer, backend="reference", **options)[:, :, None]
+    torch.testing.assert_close(got, want, rtol=4 * torch.finfo(case.dtype).eps + 1e-5, atol=1e-5)
 
 
 def test_attention_is_close_to_that_of_full_precision():
