@@ -443,6 +443,7 @@ def model():
 
 REFUSED = {
     "another storage": ({"storage": "int4"}, "storage must be one of 'model', 'int8', got 'int4'"),
+    "Triton": ({"storage": "int8", "backend": "triton"}, "storage must be 'model' with the backend 'triton'"),
     "a CUDA graph": ({"storage": "int8", "cuda_graph": True}, "storage must be 'model' with cuda_graph=True"),
 }
 

@@ -115,7 +115,7 @@ class RaggedCache(StatefulCache):
                 by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
                 wait: they never hold more than a chunk and their window.
             decode_budget, every: bound what a long generation, and later turns, store; see `headkv.compress`.
-            storage: "model" or "int8", as there.
+            storage: "model" or "int8", as there. A cache that is loaded has the storage that was saved.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
