@@ -10,6 +10,7 @@ ratios, and the medians only beside each other. The read bandwidth is that of `t
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -24,6 +25,7 @@ from headkv.cache import RaggedLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READ, RUST, GROUPED = "read (torch.sum)", "ragged_decode, rust", "torch SDPA, grouped"
+IN_8_BITS = "ragged_decode, rust, int8"
 FASTER = {"float32": 5, "bfloat16": 10}  # than torch's grouped attention, as a goal
 
 
@@ -39,7 +41,9 @@ def skewed_layer(entries: int, kv_heads: int, dim: int, dtype: torch.dtype) -> R
 def attention(
     dtypes: Sequence[str], *, entries: int, heads: int, kv_heads: int, dim: int, rounds: int
 ) -> tuple[list[Row], list[Goal]]:
-    """Ragged decode (Rust) against torch's scaled_dot_product_attention, called both ways, and the read bandwidth."""
+    """Ragged decode (Rust) against torch's scaled_dot_product_attention, called both ways, and the read bandwidth.
+
+    Of 16-bit layers also over the same rows in 8 bits, whose bytes are codes and scales."""
     rows: list[Row] = []
     goals: list[Goal] = []
     memory = torch.randn(1 << 27)
@@ -62,11 +66,17 @@ def attention(
                 q, k, v
             ),
         }
-        seconds = in_turns(calls, rounds)
         size = 2 * keys.numel() * keys.element_size()
+        sizes = dict.fromkeys(calls, size)
+        if dtype.itemsize == 2:
+            small = copy.copy(layer)
+            small.quantise()
+            calls[IN_8_BITS] = lambda q=q, small=small: headkv.ragged_decode(q, small, backend="rust")
+            sizes[IN_8_BITS] = sum(x.nbytes for x in (small.keys, small.values, small.scales))
+        seconds = in_turns(calls, rounds)
         read = memory.numel() * memory.element_size() / seconds[READ]
         for call, took in seconds.items():
-            bandwidth = read if call == READ else size / took
+            bandwidth = read if call == READ else sizes[call] / took
             rows.append(
                 {
                     "dtype": name,
@@ -78,6 +88,17 @@ def attention(
                 }
             )
         goals += decode_goals(name, *(size / seconds[call] / read for call in (RUST, GROUPED)))
+        if IN_8_BITS in seconds:
+            faster = seconds[RUST] / seconds[IN_8_BITS]
+            goals.append(
+                Goal(
+                    f"ragged decode, int8 against {name}",
+                    "1.6 x",
+                    f"{faster:.2f} x",
+                    faster >= 1.6,
+                    f"arithmetic: it reads {size / sizes[IN_8_BITS]:.2f} x fewer bytes",
+                )
+            )
     return rows, goals
 
 

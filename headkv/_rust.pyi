@@ -1,15 +1,19 @@
-"""The compiled extension. Arrays are C-contiguous; those of bfloat16 and float16 hold the bits, as uint16."""
+"""The compiled extension. Arrays are C-contiguous; those of bfloat16 and float16 hold the bits, as uint16.
+
+Keys and values in 8 bits are int8 arrays; what the codes stand for, `scales` say.
+"""
 
 from typing import Literal, Protocol, TypeAlias
 
-from numpy import bool_, float32, int32, int64, uint16
+from numpy import bool_, float32, int8, int32, int64, uint8, uint16
 from numpy.typing import NDArray
 
-__all__ = ["append", "attend", "gather", "instruction_sets"]
+__all__ = ["append", "attend", "gather", "instruction_sets", "quantise"]
 
-_Stored: TypeAlias = NDArray[float32] | NDArray[uint16]
+_Float: TypeAlias = NDArray[float32] | NDArray[uint16]
+_Stored: TypeAlias = _Float | NDArray[int8]
 
-class _PoolArrays(Protocol):
+class _EntryArrays(Protocol):
     @property
     def keys(self) -> _Stored: ...  # [slots, D]
     @property
@@ -17,7 +21,13 @@ class _PoolArrays(Protocol):
     @property
     def positions(self) -> NDArray[int32]: ...  # [slots]
 
-class _LayerArrays(_PoolArrays, Protocol):
+class _PoolArrays(_EntryArrays, Protocol):
+    @property
+    def scales(self) -> NDArray[uint8] | None: ...  # [slots, bytes of two scales]
+
+class _LayerArrays(_EntryArrays, Protocol):
+    @property
+    def scales(self) -> _Float | None: ...  # [slots, 2]
     @property
     def start(self) -> NDArray[int64]: ...  # [rows]
     @property
@@ -39,7 +49,7 @@ def attend(
     q: NDArray[float32],  # [B, HQ, T, D]
     query_positions: NDArray[int64],  # [B, T]
     layer: _LayerArrays,
-    dtype: Literal["float32", "bfloat16", "float16"],  # what keys and values hold
+    dtype: Literal["float32", "bfloat16", "float16"],  # what keys and values hold, or their scales
     out: NDArray[float32],  # [B, HQ, T, D], written
     *,
     scale: float,
@@ -56,6 +66,7 @@ def append(
     capacity: NDArray[int64],  # [rows]
     keys: _Stored,  # [B, H, T, D]
     values: _Stored,  # [B, H, T, D]
+    scales: NDArray[uint8] | None,  # [B, H, T, bytes of two scales]
     valid: NDArray[bool_] | None,  # [B, T]
     first_position: int,
     threads: int,
@@ -65,5 +76,11 @@ def gather(
     source: NDArray[int64],  # [entries], slots of `pools`
     target: _PoolArrays,  # written
     threads: int,
+) -> None: ...
+def quantise(
+    vectors: _Float,  # [m, D]
+    dtype: Literal["float32", "bfloat16", "float16"],  # what they hold
+    codes: NDArray[int8],  # [m, D], written
+    scales: _Float,  # [m], written
 ) -> None: ...
 def instruction_sets() -> list[str]: ...

@@ -41,11 +41,14 @@ class OracleLayer(DynamicLayer):
         self.rule = {}  # scale, sliding_window, softcap, sink_logits
         self.decode = None  # (entries, every, window, kernel_size) of a decode budget
         self.budgets, self.began, self.planned = None, 0, 0
+        self.rounding = None  # of keys and values once the prompt is planned
         self.parts = Parts()
         # Of the cache: for methods that see the whole prompt.
         self.siblings, self.ids, self.model = [], [], None
 
     def update(self, keys, values, *args, **kwargs):
+        if self.plan is not None and self.rounding is not None:
+            keys, values = self.rounding(keys), self.rounding(values)
         super().update(keys, values)
         return Handle(self), Handle(self)
 
@@ -71,6 +74,8 @@ class OracleLayer(DynamicLayer):
         # Windowed rows evict nothing for good: they see less.
         keep |= (recent > 0)[..., None] & valid[:, None]
         self.plan = [keep, sinks, recent, compensate]
+        if self.rounding is not None:
+            self.keys, self.values = self.rounding(self.keys), self.rounding(self.values)
 
     def prefill(self, b, real):
         """One sequence of the prompt, without its padding."""
@@ -229,6 +234,7 @@ def attention(
         # With a whole prompt all layers, when the first is called.
         for one in layer.siblings if whole or layer.decode else [layer]:
             one.make_plan(valid[:, : total - 1], **(one.rule or layer.rule))
+        keys, values = layer.keys, layer.values  # which may be rounded now
     if layer.plan is None and getattr(layer.method, "streaming_prefill", False):
         layer.make_windows(valid, sliding_window)
     first = layer.plan is None
@@ -286,8 +292,11 @@ def mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     return attention_mask
 
 
-def oracle_cache(model, method, chunked_prefill=False, decode=None):
-    """A full cache for `model` that hides what `method`, and a decode budget, evict; sets the oracle's attention."""
+def oracle_cache(model, method, chunked_prefill=False, decode=None, rounding=None):
+    """A full cache for `model` that hides what `method`, and a decode budget, evict; sets the oracle's attention.
+
+    With `rounding`, keys and values `[B, H, n, D]` are what it makes of them from the plan on.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
@@ -305,6 +314,7 @@ def oracle_cache(model, method, chunked_prefill=False, decode=None):
     cache, ids = Cache(layers=every), []
     for layer, layer.parts in zip(layers, parts_of(model), strict=True):
         layer.siblings, layer.ids, layer.model, layer.decode = layers, ids, model, decode
+        layer.rounding = rounding
 
     def remember(module, args, kwargs):
         if cache in (kwargs.get("past_key_values"), kwargs.get("cache")):

@@ -55,4 +55,4 @@ def extend(
 
 def layer_arrays(layer: RaggedLayer) -> SimpleNamespace:
     """The layer's memory, not copied."""
-    return arrays(layer.tensors(), key_sum=None, value_sum=None, count=None)
+    return arrays(layer.tensors(), key_sum=None, value_sum=None, count=None, scales=None)

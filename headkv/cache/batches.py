@@ -33,7 +33,7 @@ def selected(rows: Rows, index: Tensor) -> dict[str, Tensor]:
 def nbytes_alone(rows: Rows) -> list[int]:
     """For each sequence the bytes that it would hold as a layer of its own: slots, bookkeeping, any sums."""
     by_sequence = (rows.batch_size, rows.num_kv_heads)
-    held = rows.capacity.view(by_sequence).sum(1) * sum(tensor[:1].nbytes for tensor in rows.pools)
+    held = rows.capacity.view(by_sequence).sum(1) * sum(x[:1].nbytes for x in rows.pools if x is not None)
     per_row = {name: x.nbytes // rows.batch_size for name, x in rows.tensors() if name not in _MOVED}
     if rows.count is not None:
         sums = sum(per_row.pop(name) for name in SUMS)
@@ -48,10 +48,10 @@ def joined(layers: Sequence[Rows]) -> dict[str, Tensor]:
     Raises:
         ValueError: layers that do not fit together.
     """
-    alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, x.device) for x in layers}
+    alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, x.keys.dtype, x.device) for x in layers}
     if len(alike) != 1:
         raise ValueError(
-            f"layers must be alike in heads, tokens seen, D, dtype and device, got {list(alike)}"
+            f"layers must be alike in heads, tokens seen, D, dtype, storage and device, got {list(alike)}"
         )
     names = {name for name, _ in layers[0].tensors()} - {"start", "ticket", *SUMS}
     tensors = {name: torch.cat([getattr(x, name) for x in layers]) for name in names}

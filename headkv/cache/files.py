@@ -121,7 +121,9 @@ def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
     pools = moves.gather(layer.pools, layout.source_of_rows(layer.start, layer.length, layer.length))
     sums = [name for name in SUMS if getattr(layer, name) is not None]
     rest = {name: getattr(layer, name) for name in (*_NUMBERS, *sums)}
-    return {name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items()}
+    return {
+        name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items() if x is not None
+    }
 
 
 def _tensors(file: Any, index: int | str) -> dict[str, Tensor]:
@@ -142,7 +144,7 @@ def _unpacked(
     _check(tensors, facts, name)
     moved = {key: x.to(device, copy=True) for key, x in tensors.items()}
     start, length, capacity = layout.starts(moved["length"]), moved["length"], moved["capacity"]
-    pools = Pools(*(moved[key] for key in Pools._fields))
+    pools = Pools(moved["keys"], moved["values"], moved["positions"], moved.get("scales"))
     moved |= moves.gather(pools, layout.source_of_rows(start, length, capacity))._asdict()
     numbers = {key: int(facts[key]) for key in _FACTS}
     contents: dict[str, Any] = {**moved, **numbers, "start": layout.starts(capacity)}
@@ -155,7 +157,9 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
         if not isinstance(facts.get(key), int) or facts[key] < 0:
             raise ValueError(f"{key} of {name} must be an int of at least 0, got {facts.get(key)!r}")
     keys, length = tensors.get("keys"), tensors.get("length")
-    if keys is None or keys.ndim != 2 or keys.dtype not in DTYPES or length is None:
+    scales = tensors.get("scales")
+    stored = DTYPES if scales is None else (torch.int8,)
+    if keys is None or keys.ndim != 2 or keys.dtype not in stored or length is None:
         raise ValueError(f"{name} must have keys [slots, D] and lengths [rows]")
     slots, rows = list(keys.shape), [length.numel()]
     shapes: dict[str, tuple[list[int], torch.dtype]] = {
@@ -163,6 +167,9 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
         "positions": (slots[:1], torch.int32),
         **{key: (rows, torch.int64) for key in _NUMBERS},
     }
+    if scales is not None:
+        dtype = scales.dtype if scales.dtype in DTYPES else torch.float32
+        shapes["scales"] = [slots[0], 2], dtype
     if set(SUMS) & tensors.keys():
         sums = [*rows, slots[1]], torch.float32
         shapes |= {"key_sum": sums, "value_sum": sums, "count": (rows, torch.int64)}

@@ -137,14 +137,14 @@ def source_of_text(
 def gather(pools: Pools, source: Tensor) -> Pools:
     """New pools whose slot `i` holds a copy of slot `source[i]`. `source` `[new slots]` int64."""
     if pools.keys.shape[0] == 0:
-        return Pools(*(pool.new_zeros((source.numel(), *pool.shape[1:])) for pool in pools))
+        return pools.each(lambda pool: pool.new_zeros((source.numel(), *pool.shape[1:])))
     source = source.clamp(max=pools.keys.shape[0] - 1)
-    return Pools(*(pool.index_select(0, source) for pool in pools))
+    return pools.each(lambda pool: pool.index_select(0, source))
 
 
-def scatter(pools: Pools, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-    """Write entries in place: `keys`, `values` `[m, D]` and `positions` `[m]` go to `slots` `[m]` int64, distinct."""
+def scatter(pools: Pools, slots: Tensor, new: Pools) -> None:
+    """Write entries in place: the m slots of `new` go to `slots` `[m]` int64, distinct."""
     with torch.inference_mode():  # pools made in that mode can only be written to in it, all others as well
-        pools.keys.index_copy_(0, slots, keys)
-        pools.values.index_copy_(0, slots, values)
-        pools.positions.index_copy_(0, slots, positions)
+        for pool, entries in zip(pools, new, strict=True):
+            if pool is not None and entries is not None:
+                pool.index_copy_(0, slots, entries)

@@ -1,11 +1,11 @@
-"""The two moves of a layer's entries, by the fastest equal of the torch specification that is at hand."""
+"""The moves of a layer's entries, and their rounding, by the fastest equal of the torch specification at hand."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from headkv.cache import layout, rust, triton
+from headkv.cache import layout, quantised, rust, triton
 from headkv.cache.rows import Pools, Rows
 
 
@@ -14,6 +14,13 @@ def gather(pools: Pools, source: Tensor) -> Pools:
     if pools.keys.device.type == "cpu" and rust.available():
         return rust.gather(pools, source)
     return layout.gather(pools, source)
+
+
+def quantise(pools: Pools) -> Pools:
+    """Pools of float entries in 8 bits; see `quantised.quantised_pools`."""
+    if pools.keys.device.type == "cpu" and rust.available():
+        return rust.quantise(pools)
+    return quantised.quantised_pools(pools)
 
 
 def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
@@ -26,7 +33,7 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     """
     if rows.device.type == "cpu" and rust.available():
         rust.append(rows, keys, values, valid)
-    elif rows.device.type == "cuda" and triton.available():
+    elif rows.device.type == "cuda" and rows.scales is None and triton.available():
         triton.append(rows, keys, values, valid)
     else:
         append_reference(rows, keys, values, valid)
@@ -37,15 +44,16 @@ def append_reference(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | N
     tokens, head_dim = keys.shape[2:]
     positions = torch.arange(rows.seen, rows.seen + tokens, dtype=torch.int32, device=rows.device)
     end = rows.start + rows.length
-    flat_keys, flat_values = keys.reshape(-1, head_dim), values.reshape(-1, head_dim)
+    new = Pools(keys.reshape(-1, head_dim), values.reshape(-1, head_dim), positions.repeat(rows.rows))
+    if rows.scales is not None:
+        new = quantised.quantised_pools(new)
     if valid is None:
         slots = (end[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
-        layout.scatter(rows.pools, slots, flat_keys, flat_values, positions.repeat(rows.rows))
+        layout.scatter(rows.pools, slots, new)
         rows.length = rows.length + tokens
         return
     stored = valid.repeat_interleave(rows.num_kv_heads, dim=0)  # [rows, T]
     slots = end[:, None] + stored.cumsum(1) - 1
     picked = stored.reshape(-1)
-    where = positions.repeat(rows.rows)[picked]
-    layout.scatter(rows.pools, slots[stored], flat_keys[picked], flat_values[picked], where)
+    layout.scatter(rows.pools, slots[stored], new.each(lambda pool: pool[picked]))
     rows.length = rows.length + stored.sum(1)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.cache import batches, checks, layout, moves, windows
+from headkv.cache import batches, checks, layout, moves, quantised, windows
 from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
 from headkv.cache.windows import Gone, Sums
 
+Storage = Literal["model", "int8"]
+STORAGES = ("model", "int8")
 MIN_HEADROOM = 64  # free slots a row gets at least when its pool is rewritten
 HEADROOM_SHARE = 1 / 16  # and this share of the mean row, so that rewriting costs O(1) a token, amortised
 
@@ -89,6 +91,7 @@ class RaggedLayer(Rows):
         compensate: Tensor | None = None,
         headroom: int = MIN_HEADROOM,
         rollback: int = 0,
+        storage: Storage = "model",
     ) -> RaggedLayer:
         """Store the kept entries of a dense prefill; padding is left out.
 
@@ -100,6 +103,7 @@ class RaggedLayer(Rows):
             compensate: `[B, H]` bool, rows that remember the mean of what they drop.
             headroom: free slots behind each row.
             rollback: see the class.
+            storage: "model": entries are stored as they come; "int8": in 8 bits, see `quantise`.
 
         Raises:
             ValueError, TypeError: on tensors that do not fit together, or on a row that would be left empty.
@@ -110,6 +114,7 @@ class RaggedLayer(Rows):
         valid = checks.valid(valid, keys)
         keep = checks.keep(keep, (*grid, n), keys.device)
         headroom, rollback = _checks.whole("headroom", headroom), _checks.whole("rollback", rollback)
+        _checks.one_of("storage", storage, STORAGES)
         checks.window_tensors(sinks, recent, compensate, grid, keys.device)
         everything = keys.new_ones((), dtype=torch.bool) if valid is None else valid[:, None]
         everything = everything.expand(*grid, n).reshape(rows, n)
@@ -132,13 +137,16 @@ class RaggedLayer(Rows):
         # Which of what is gone a window hides, and which was evicted, nobody says: age decides.
         behind = (n - rollback - layer.recent + 1).clamp(min=0)
         layer.trimmed_end = torch.where(layer.recent > 0, torch.minimum(layer.evicted_end, behind), 0)
+        if storage == "int8":
+            layer.quantise()
         return layer
 
     @classmethod
     def _bare(cls, pools: Pools, start: Tensor, length: Tensor, num_kv_heads: int, seen: int) -> RaggedLayer:
         none = torch.zeros_like(start)
         windows = none, none.clone(), none.clone(), none.clone()
-        return cls(*pools, start, length, length.clone(), *windows, num_kv_heads, seen)
+        per_row = start, length, length.clone(), *windows
+        return cls(pools.keys, pools.values, pools.positions, *per_row, num_kv_heads, seen)
 
     def set_windows(
         self, sinks: int | Tensor, recent: int | Tensor, compensate: Tensor | None = None
@@ -173,6 +181,11 @@ class RaggedLayer(Rows):
     # -- looking ----------------------------------------------------------------------------------------------------
 
     @property
+    def storage(self) -> Storage:
+        """How entries are stored: "model", as they come, or "int8"."""
+        return "model" if self.scales is None else "int8"
+
+    @property
     def nbytes(self) -> int:
         """Bytes that this layer holds from the allocator: pools with their head room, and all bookkeeping."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._held()}
@@ -189,7 +202,7 @@ class RaggedLayer(Rows):
             raise IndexError(f"row(batch={batch}, head={head}) does not exist; allowed: {allowed}")
         r = batch * self.num_kv_heads + head
         here = slice(int(self.start[r]), int(self.start[r] + self.length[r]))
-        return Row(self.keys[here], self.values[here], self.positions[here])
+        return Row(*quantised.entries(self.pools, here), self.positions[here])
 
     def to_dense(self) -> Dense:
         """Every entry at its position in the text: the inverse of `from_dense` where nothing was evicted.
@@ -200,12 +213,13 @@ class RaggedLayer(Rows):
         source, stored = layout.source_of_text(self.start, self.length, self.positions, self.seen)
         shape = (self.batch_size, self.num_kv_heads, self.seen)
         valid = None if stored is None else stored.view(shape).any(1)
-        keys, values, _ = moves.gather(self.pools, source)
-        return Dense(keys.view(*shape, -1), values.view(*shape, -1), valid)
+        keys, values = quantised.entries(moves.gather(self.pools, source), slice(None))
+        keys, values = (x.to(self.dtype).view(*shape, -1) for x in (keys, values))
+        return Dense(keys, values, valid)
 
     def __repr__(self) -> str:
         shape = f"batch {self.batch_size} x {self.num_kv_heads} KV heads x D {self.head_dim}"
-        return f"RaggedLayer({shape}, {int(self.length.sum())} entries of {self.seen} tokens a row, {self.dtype})"
+        return f"RaggedLayer({shape}, {int(self.length.sum())} entries of {self.seen} tokens a row, {self.keys.dtype})"
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -260,6 +274,16 @@ class RaggedLayer(Rows):
         source = layout.source_of_rows(self.start, length, capacity, self.sinks, skip)
         pools = moves.gather(self.pools, source)
         self._become(**pools._asdict(), start=start, length=length, capacity=capacity, _free=free)
+
+    def quantise(self) -> None:
+        """Store entries in 8 bits from now on, those that are there and those that come: half the bytes of 16 bits.
+
+        Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to 255 steps
+        of a scale that each vector has for itself, in the layer's dtype (`headkv.cache.quantised`). What is returned,
+        as by `row`, and what attention sees, is what the codes stand for. A layer in 8 bits stays as it is.
+        """
+        if self.scales is None:
+            self._become(**moves.quantise(self.pools.each(Tensor.detach))._asdict())
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 

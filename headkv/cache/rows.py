@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -13,11 +13,20 @@ SUMS = ("key_sum", "value_sum", "count")  # of `Rows`, where rows compensate
 
 
 class Pools(NamedTuple):
-    """The flat storage of one layer: `keys` and `values` `[slots, D]`, `positions` `[slots]` int32."""
+    """The flat storage of one layer: `keys` and `values` `[slots, D]`, `positions` `[slots]` int32.
+
+    Where keys and values are 8-bit codes, `scales` `[slots, 2]` says what they stand for; see `cache.quantised`.
+    """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    scales: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Pools:
+        """The same with every tensor that is there changed."""
+        keys, values, positions = change(self.keys), change(self.values), change(self.positions)
+        return Pools(keys, values, positions, None if self.scales is None else change(self.scales))
 
 
 @dataclass(eq=False, repr=False)
@@ -27,7 +36,7 @@ class Rows:
     The kernels and the compiled extension read these tensors by these names.
 
     Attributes (all tensors on one device):
-        keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools.
+        keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools; int8 where entries are quantised.
         positions: `[slots]` int32, where in the text each entry came from (padding counts, but is never stored).
         start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]`, `length[r]` are used.
         sinks, recent: `[rows]` int64. `recent > 0` makes a windowed row: attention sees its first `sinks` and its last
@@ -39,6 +48,8 @@ class Rows:
         key_sum, value_sum, count: `[rows, D]` float32 twice, `[rows]` int64, or None when no row compensates:
             what compensating rows have dropped so far (RazorAttention, arXiv 2407.15891); `count` is -1 for
             the rows that do not compensate.
+        scales: `[slots, 2]` float32, bfloat16 or float16, of each entry the scales of its key's and of its value's
+            codes; None where entries are stored as they come. See `headkv.cache.quantised`.
     """
 
     keys: Tensor
@@ -56,6 +67,7 @@ class Rows:
     key_sum: Tensor | None = None
     value_sum: Tensor | None = None
     count: Tensor | None = None
+    scales: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -74,8 +86,8 @@ class Rows:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Storage dtype of keys and values."""
-        return self.keys.dtype
+        """Of the keys and values that come in: float32, bfloat16 or float16, also where they are stored in 8 bits."""
+        return self.keys.dtype if self.scales is None else self.scales.dtype
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +96,8 @@ class Rows:
 
     @property
     def pools(self) -> Pools:
-        """Keys, values and positions together."""
-        return Pools(self.keys, self.values, self.positions)
+        """Keys, values, positions, and any scales, together."""
+        return Pools(self.keys, self.values, self.positions, self.scales)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is there, by its name."""
@@ -96,7 +108,10 @@ class Rows:
 
 
 class Row(NamedTuple):
-    """The entries of one row: `keys`, `values` `[n, D]`, `positions` `[n]` int32 (views into the pools)."""
+    """The entries of one row: `keys`, `values` `[n, D]`, `positions` `[n]` int32.
+
+    Views into the pools, but for keys and values of a layer in 8 bits: those are made from their codes, in float32.
+    """
 
     keys: Tensor
     values: Tensor

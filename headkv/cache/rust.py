@@ -1,4 +1,4 @@
-"""The two moves of a layer's entries in Rust, bit for bit equal to torch's; and how tensors get there."""
+"""The moves of a layer's entries in Rust, and their rounding, bit for bit equal to torch's; how tensors get there."""
 
 from __future__ import annotations
 
@@ -42,12 +42,30 @@ def extension() -> ModuleType:
 def gather(pools: Pools, source: Tensor) -> Pools:
     """New pools whose slot `i` is slot `source[i]` of `pools`, `source` `[new slots]`; `layout.gather`."""
     if pools.keys.shape[0] == 0:
-        return Pools(*(pool.new_zeros((source.numel(), *pool.shape[1:])) for pool in pools))
-    target = Pools(*(pool.new_empty((source.numel(), *pool.shape[1:])) for pool in pools))
-    pools = Pools(*(pool.contiguous() for pool in pools))
-    old, new = (arrays(side._asdict().items()) for side in (pools, target))
+        return pools.each(lambda pool: pool.new_zeros((source.numel(), *pool.shape[1:])))
+    target = pools.each(lambda pool: pool.new_empty((source.numel(), *pool.shape[1:])))
+    old, new = (_arrays(side.each(Tensor.contiguous)) for side in (pools, target))
     extension().gather(old, array("source", source), new, torch.get_num_threads())
     return target
+
+
+def quantise(pools: Pools) -> Pools:
+    """Pools of float entries in 8 bits; `quantised.quantised_pools`."""
+    (keys, key_scale), (values, value_scale) = (_quantised(side) for side in (pools.keys, pools.values))
+    return Pools(keys, values, pools.positions, torch.stack([key_scale, value_scale], -1))
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantised.quantised`: codes `[..., D]` and scales `[...]` of vectors `[..., D]`."""
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1])
+    flat = (scale.numel(), x.shape[-1])
+    extension().quantise(
+        array("vectors", x.contiguous().view(flat)),
+        str(x.dtype).removeprefix("torch."),
+        array("codes", codes.view(flat)),
+        array("scales", scale.view(-1)),
+    )
+    return codes, scale
 
 
 def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
@@ -56,12 +74,18 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     Raises:
         ValueError: when a row has no room or lies outside the pools; nothing is written then.
     """
-    keys, values = (_apart(new, rows) for new in (keys, values))
+    new_scales = None
+    if rows.scales is None:
+        keys, values = (_apart(new, rows) for new in (keys, values))
+    else:
+        (keys, key_scale), (values, value_scale) = _quantised(keys), _quantised(values)
+        new_scales = array("scales", _bytes(torch.stack([key_scale, value_scale], -1)))
     extension().append(
-        arrays(rows.pools._asdict().items()),
+        _arrays(rows.pools),
         *(array(name, getattr(rows, name)) for name in ("start", "length", "capacity")),
         array("keys", keys),
         array("values", values),
+        new_scales,
         None if valid is None else array("valid", valid),
         rows.seen,
         torch.get_num_threads(),
@@ -70,6 +94,18 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
         rows.length = rows.length + keys.shape[2]
     else:
         rows.length = rows.length + valid.sum(1).repeat_interleave(rows.num_kv_heads)
+
+
+def _arrays(pools: Pools) -> SimpleNamespace:
+    """What the extension moves: of scales, the bytes."""
+    names = {"keys": pools.keys, "values": pools.values, "positions": pools.positions}
+    if pools.scales is not None:
+        names["scales"] = _bytes(pools.scales)
+    return arrays(names.items(), scales=None)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    return scales.view(torch.uint8)
 
 
 def arrays(tensors: Iterable[tuple[str, Tensor]], **missing: None) -> SimpleNamespace:

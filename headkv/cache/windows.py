@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headkv.cache import layout
+from headkv.cache import layout, quantised
 from headkv.cache.rows import Pools, Rows
 
 
@@ -38,8 +38,8 @@ class Sums(NamedTuple):
         new = Sums(*(old.clone() for old in self))
         # In parts, which bounds the float32 copies.
         for some_rows, some_slots in zip(rows.split(8192), slots.split(8192), strict=True):
-            new.keys.index_add_(0, some_rows, pools.keys[some_slots].float())
-            new.values.index_add_(0, some_rows, pools.values[some_slots].float())
+            for side, entries in zip(new[:2], quantised.entries(pools, some_slots), strict=True):
+                side.index_add_(0, some_rows, entries.float())
         new.number.index_add_(0, rows, torch.ones_like(rows))
         return new
 
@@ -94,7 +94,7 @@ def trim_in_place(rows: Rows, skip: Tensor) -> None:
     which, offsets = layout.rows_of_slots(moved)
     target = (rows.start + rows.sinks)[which] + offsets
     kept = layout.gather(rows.pools, target + skip[which])
-    layout.scatter(rows.pools, target, *kept)
+    layout.scatter(rows.pools, target, kept)
     with torch.inference_mode():  # in place, as a CUDA graph may hold the tensor, and whoever made it
         rows.length -= skip
 

@@ -17,7 +17,7 @@ from headkv._figure import grid_figure
 from headkv._grid import grid_html
 from headkv.attention.api import Backend
 from headkv.cache import LayerSnapshot, RaggedLayer, files
-from headkv.cache.ragged import MIN_HEADROOM
+from headkv.cache.ragged import MIN_HEADROOM, Storage
 from headkv.heads.ranks import RankLoads
 from headkv.integrations.calls import Hooks, Told, left_out
 from headkv.integrations.decoding import DecodeBudget, bound
@@ -96,6 +96,7 @@ class RaggedCache(StatefulCache):
         chunked_prefill: bool = False,
         decode_budget: int | None = None,
         every: int | None = None,
+        storage: Storage = "model",
     ) -> RaggedCache:
         """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
 
@@ -114,12 +115,13 @@ class RaggedCache(StatefulCache):
                 by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
                 wait: they never hold more than a chunk and their window.
             decode_budget, every: bound what a long generation, and later turns, store; see `headkv.compress`.
+            storage: "model" or "int8", as there. A cache that is loaded has the storage that was saved.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
         decode = DecodeBudget.of(decode_budget, every)
-        options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode)
+        options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode, storage)
         model = supported_model(model)
         check_attention(model)
         check_method(method, model, chunked_prefill)

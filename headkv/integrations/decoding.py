@@ -145,11 +145,12 @@ class Growth:
         keep = torch.ones(*lengths.shape, int(lengths.max()), dtype=torch.bool, device=layer.device)
         group = self.latest.queries.shape[1] // layer.num_kv_heads
         for b, h in over.nonzero().tolist():
-            row, queries = layer.row(b, h), self.latest.of_sequence(b)[h * group : (h + 1) * group]
+            queries = self.latest.of_sequence(b)[h * group : (h + 1) * group]
+            keys, values = (x[None].to(queries.dtype) for x in layer.row(b, h)[:2])
             # By itself, and of what is stored alone: its last entries are the last tokens all the same.
             own = rule.of_heads([h], layer.num_kv_heads)
             alone = Prefill(
-                *(queries, row.keys[None], row.values[None], layer_idx, num_layers, rule.scale),
+                *(queries, keys, values, layer_idx, num_layers, rule.scale),
                 softcap=rule.softcap,
                 sink_logits=own.sink_logits,
             )

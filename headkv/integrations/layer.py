@@ -43,9 +43,9 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
     Args:
         method: what each head keeps of a prompt.
         layer_idx, num_layers: this layer, among those that attend.
-        options: backend of attention after the prefill, head room and rollback of the rows. With `chunked_prefill`, as
-            for a method that decides for all layers at once, the prompt is not compressed when its first call has been
-            read, but by `finalize_prefill`.
+        options: backend of attention after the prefill, head room, rollback and storage of the rows. With
+            `chunked_prefill`, as for a method that decides for all layers at once, the prompt is not compressed when
+            its first call has been read, but by `finalize_prefill`.
         parts: of the layer's attention, for methods that look at weights.
         state: what the layer has beside keys and values, in models that have both.
         is_croppable: whether tokens can be taken back; not beside states, of whatever layer.
@@ -214,6 +214,8 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
             if bool((self.ragged.length == 0).any()):
                 raise all_padding(int((self.ragged.length == 0).nonzero()[0]) // self.ragged.num_kv_heads)
             self.ragged.trim(self.options.headroom)
+            if self.options.storage == "int8":
+                self.ragged.quantise()
         else:
             self.ragged = self.compressed(chosen)
         self._observed = None
@@ -246,8 +248,8 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         rollback: int | None = None,
     ) -> RaggedLayer:
         """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
-        headroom = self.options.headroom
-        rollback = self.options.rollback if rollback is None else rollback
+        options = self.options
+        rollback = options.rollback if rollback is None else rollback
         if chosen is None:
             where: dict[str, Any] = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
             where["parts"] = self.parts
@@ -256,9 +258,8 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         else:
             window, texts = observed.rule.sliding_window, texts_of(valid, keys.shape[0])
             stored = storage_of(chosen, texts, keys, valid, sliding_window=window, rollback=rollback)
-        return RaggedLayer.from_dense(
-            keys, values, valid=valid, headroom=headroom, rollback=rollback, **stored
-        )
+        how: dict[str, Any] = {"headroom": options.headroom, "storage": options.storage}
+        return RaggedLayer.from_dense(keys, values, valid=valid, rollback=rollback, **how, **stored)
 
     # -- what transformers asks of a cache layer ----------------------------------------------------------------------
 

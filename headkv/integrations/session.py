@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from headkv import _checks
 from headkv._config import layer_kinds
 from headkv.attention.api import Backend
-from headkv.cache.ragged import MIN_HEADROOM
+from headkv.cache.ragged import MIN_HEADROOM, Storage
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.calls import Arguments, Hooks, is_of_generate, left_out
 from headkv.integrations.compiled import decoder_layers
@@ -58,6 +58,7 @@ def compress(
     chunked_prefill: bool = False,
     decode_budget: int | None = None,
     every: int | None = None,
+    storage: Storage = "model",
     cuda_graph: bool = False,
     compile_layers: bool = False,
 ) -> Session:
@@ -78,6 +79,9 @@ def compress(
             later turns, go on: rows that outgrow their part of it are planned again by the last queries, head by head
             (`DecodeBudget`). None: what follows the prompt is kept. Not together with `cuda_graph`.
         every: so many tokens lie between two such plans; 128 if a `decode_budget` is given.
+        storage: of what stays of a prompt and of what follows it: "model", in the model's dtype, or "int8", in 8 bits
+            with a scale a vector, half the bytes of 16 bits; see `RaggedLayer.quantise`. Prompts are read, and methods
+            choose, in the model's dtype. Not with `cuda_graph`, nor yet by Triton: slow on a GPU.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
@@ -100,7 +104,9 @@ def compress(
     decode = DecodeBudget.of(decode_budget, every)
     if decode is not None and cuda_graph:
         raise ValueError(f"decode_budget must be None with cuda_graph=True, got {decode_budget!r}")
-    options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode)
+    if storage != "model" and cuda_graph:
+        raise ValueError(f"storage must be 'model' with cuda_graph=True, got {storage!r}")
+    options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode, storage)
     return Session(model, method, options, Decoding(cuda_graph, compile_layers))
 
 

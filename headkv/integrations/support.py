@@ -16,7 +16,7 @@ from headkv import _checks
 from headkv._config import WITHOUT_ATTENTION, CacheShape, attention_layers, kv_heads, layer_kinds
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
-from headkv.cache.ragged import MIN_HEADROOM
+from headkv.cache.ragged import MIN_HEADROOM, STORAGES, Storage
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
 from headkv.integrations.ranks import Ranks, shared
@@ -43,6 +43,7 @@ class CacheOptions:
     rollback: int = ROLLBACK
     chunked_prefill: bool = False
     decode: DecodeBudget | None = None
+    storage: Storage = "model"
     ranks: Ranks | None = None  # that have the model's heads
 
     def __post_init__(self) -> None:
@@ -50,6 +51,9 @@ class CacheOptions:
         _checks.whole("headroom", self.headroom)
         _checks.whole("rollback", self.rollback)
         _checks.flag("chunked_prefill", self.chunked_prefill)
+        _checks.one_of("storage", self.storage, STORAGES)
+        if self.storage != "model" and self.backend == "triton":
+            raise ValueError(f"storage must be 'model' with the backend 'triton', got {self.storage!r}")
 
 
 def supported_model(model: Any) -> PreTrainedModel:

@@ -6,6 +6,7 @@ use crate::error::{Error, Result, check_len};
 use crate::kernel::{self, LANE_QUERIES, State, Task, padded};
 use crate::layer::{Layer, Visible};
 use crate::math::softcap_scalar;
+use crate::quantised::rotate;
 use crate::schedule::{self, Item, Tile};
 use crate::simd::Isa;
 use crate::threads;
@@ -221,6 +222,10 @@ impl Plan {
         let data = &queries.data[first * dim..(first + tile.count) * dim];
         for (target, query) in scaled.chunks_exact_mut(width).zip(data.chunks_exact(dim)) {
             target.iter_mut().zip(query).for_each(|(target, x)| *target = x * options.scale);
+            // Codes are of rotated keys; a query that is rotated as well has the same products with them.
+            if layer.scales.is_some() {
+                rotate(&mut target[..dim]);
+            }
         }
         // The fourth query that is not there sees what the last one sees, so that no block is masked for its sake.
         let visible: Vec<Visible> =
@@ -229,6 +234,7 @@ impl Plan {
             head_dim: dim,
             keys,
             values,
+            scales: layer.scales_of(tile.row),
             spans: tile.spans(item.piece),
             queries: &scaled,
             visible: &visible,
@@ -278,20 +284,21 @@ impl Plan {
                 });
                 let groups = tile.count.div_ceil(LANE_QUERIES);
                 let parts = (owner.start + i / LANE_QUERIES..owner.end).step_by(groups);
-                merge(partial, parts, i % LANE_QUERIES, mean, sink, out);
+                merge(partial, parts, i % LANE_QUERIES, mean, sink, layer.scales.is_some(), out);
             }
         });
     }
 }
 
 /// One query: the parts `groups`, in which it is number `lane`, perhaps one more entry (logit, value), and a logit that has
-/// no value, or `-inf`.
+/// no value, or `-inf`. With `rotated` the parts are sums of rotated values; the output is not.
 fn merge(
     partial: &Partial,
     groups: impl Iterator<Item = usize> + Clone,
     lane: usize,
     mean: Option<(f32, &[f32])>,
     sink: f32,
+    rotated: bool,
     out: &mut [f32],
 ) {
     let width = padded(out.len());
@@ -307,6 +314,9 @@ fn merge(
         let sums = &partial.sums[(group * LANE_QUERIES + lane) * width..][..out.len()];
         total += weight * state.sum[lane];
         out.iter_mut().zip(sums).for_each(|(out, x)| *out += weight * x);
+    }
+    if rotated {
+        rotate(out);
     }
     if let Some((logit, value)) = mean {
         total += weight(logit);

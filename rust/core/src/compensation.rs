@@ -3,6 +3,7 @@
 
 use crate::element::Element;
 use crate::layer::{Layer, Span, Visible};
+use crate::quantised::{Scales, Side, rotate};
 
 /// Entries summed before their sum is added to the total, which keeps the rounding error small.
 const BLOCK: usize = 256;
@@ -23,6 +24,7 @@ pub(crate) fn means<T: Element>(layer: &Layer<T>, row: usize, visible: &[Visible
     let (keys, values, _) = layer.row(row);
     let mut key = sums.key[row * dim..][..dim].to_vec();
     let mut value = sums.value[row * dim..][..dim].to_vec();
+    let scales = layer.scales_of(row);
 
     // What a row hides grows with the step's position: each entry is added once, in that order.
     let hidden = |step: usize| match visible[step] {
@@ -36,8 +38,8 @@ pub(crate) fn means<T: Element>(layer: &Layer<T>, row: usize, visible: &[Visible
     for step in steps {
         let span = hidden(step);
         let fresh = Span::new(span.begin + added, span.end);
-        add_entries(keys, fresh, &mut key);
-        add_entries(values, fresh, &mut value);
+        add_entries(keys, scales.map(|scales| (scales, Side::Key)), fresh, &mut key);
+        add_entries(values, scales.map(|scales| (scales, Side::Value)), fresh, &mut value);
         added = span.len();
         let count = dropped as f64 + added as f64;
         if count > 0.0 {
@@ -48,13 +50,19 @@ pub(crate) fn means<T: Element>(layer: &Layer<T>, row: usize, visible: &[Visible
     means
 }
 
-fn add_entries<T: Element>(entries: &[T], span: Span, total: &mut [f32]) {
+fn add_entries<T: Element>(entries: &[T], scales: Option<(Scales, Side)>, span: Span, total: &mut [f32]) {
     let dim = total.len();
     let mut part = vec![0.0f32; dim];
+    let mut at = span.begin;
     for block in entries[span.begin * dim..span.end * dim].chunks(BLOCK * dim) {
         part.fill(0.0);
         for entry in block.chunks_exact(dim) {
-            part.iter_mut().zip(entry).for_each(|(sum, x)| *sum += x.to_f32());
+            let scale = scales.map_or(1.0, |(scales, side)| scales.get(at, side));
+            part.iter_mut().zip(entry).for_each(|(sum, x)| *sum += x.to_f32() * scale);
+            at += 1;
+        }
+        if scales.is_some() {
+            rotate(&mut part);
         }
         total.iter_mut().zip(&part).for_each(|(sum, x)| *sum += x);
     }

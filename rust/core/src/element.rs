@@ -1,4 +1,4 @@
-//! What pools may hold, float32, bfloat16 or float16, and how each becomes float32.
+//! What pools may hold, float32, bfloat16, float16 or 8-bit codes, and how each becomes float32.
 
 use half::{bf16, f16};
 
@@ -51,5 +51,19 @@ impl Element for f16 {
     unsafe fn load<S: Simd>(source: *const Self) -> S::Vector {
         // SAFETY: the caller's promise.
         unsafe { S::load_f16(source) }
+    }
+}
+
+/// A code, without its scale.
+impl Element for i8 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from(self)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(source: *const Self) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_i8(source) }
     }
 }

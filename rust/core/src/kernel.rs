@@ -4,6 +4,7 @@
 use crate::element::Element;
 use crate::layer::{Span, Visible};
 use crate::math;
+use crate::quantised::{Scales, Side};
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
 use crate::simd::{Isa, MAX_LANES, Simd, portable::Portable, prefetch};
@@ -43,6 +44,8 @@ pub(crate) struct Task<'a, T> {
     /// Entries of the row, `[length, D]` each.
     pub keys: &'a [T],
     pub values: &'a [T],
+    /// Of the row's entries, where keys and values are codes.
+    pub scales: Option<Scales<'a>>,
     pub spans: [Span; 2],
     /// Scaled queries, `[count rounded up to 4, padded(D)]`, zeros where there is none.
     pub queries: &'a [f32],
@@ -63,6 +66,7 @@ pub(crate) fn run<T: Element>(isa: Isa, task: &Task<T>, states: &mut [State], su
     assert_eq!(sums.len(), task.queries.len());
     for span in task.spans {
         assert!(span.begin <= span.end && span.end * task.head_dim <= task.keys.len().min(task.values.len()));
+        assert!(task.scales.is_none_or(|scales| 2 * span.end <= scales.len()));
     }
     // SAFETY: the CPU has the instruction set, and the slices have the lengths that `run_with` relies on.
     unsafe {
@@ -133,6 +137,9 @@ unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>
                     let fetch = group == 0;
                     let ahead = fetch.then_some(values);
                     scores::<S, T, KEYS>(queries, width, keys, ahead, dim, block.len(), &mut weights);
+                    if let Some(scales) = &task.scales {
+                        scale(&mut weights, scales, block, Side::Key);
+                    }
                     if let Some(cap) = task.softcap {
                         for at in (0..block.len() * LANE_QUERIES).step_by(S::LANES) {
                             let logits = weights.as_mut_ptr().add(at);
@@ -143,6 +150,9 @@ unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>
                         mask(&mut weights, block, visible);
                     }
                     softmax::<S>(&mut weights, block.len(), state, sums, width);
+                    if let Some(scales) = &task.scales {
+                        scale(&mut weights, scales, block, Side::Value);
+                    }
                     let ahead = fetch.then_some(keys.wrapping_add(block.len() * dim));
                     weighted_sum::<S, T, COLUMNS>(&weights, values, ahead, dim, block.len(), sums, width);
                 }
@@ -253,6 +263,15 @@ unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize) -> S::Vecto
     }
 }
 
+/// Multiplies what belongs to an entry of the block by one of its scales.
+#[inline(always)]
+fn scale(weights: &mut [f32; BLOCK * LANE_QUERIES], scales: &Scales, block: Span, side: Side) {
+    for (weights, entry) in weights.as_chunks_mut::<LANE_QUERIES>().0.iter_mut().zip(block.begin..block.end) {
+        let scale = scales.get(entry, side);
+        weights.iter_mut().for_each(|weight| *weight *= scale);
+    }
+}
+
 /// Hides the entries of the block that a query does not see.
 fn mask(weights: &mut [f32; BLOCK * LANE_QUERIES], block: Span, visible: &[Visible]) {
     for (query, seen) in visible.iter().enumerate() {
@@ -343,7 +362,7 @@ unsafe fn weighted_sum<S: Simd, T: Element, const COLUMNS: usize>(
             columns::<S, COLUMNS>(weights, n, sums.add(column), width, |entry, c| {
                 let at = entry * dim + column + c * S::LANES;
                 if let Some(ahead) = ahead
-                    && (c * S::LANES * size_of::<T>()).is_multiple_of(LINE)
+                    && ((column + c * S::LANES) * size_of::<T>()).is_multiple_of(LINE)
                 {
                     prefetch(ahead.wrapping_add(at));
                 }

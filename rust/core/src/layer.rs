@@ -1,6 +1,7 @@
 //! A layer as its caller has it: slices of two pools, and where each row lies in them.
 
 use crate::error::{Error, Result, check_len};
+use crate::quantised::Scales;
 
 /// Where each row lies in the pools; every slice has one number a row.
 #[derive(Clone, Copy)]
@@ -74,6 +75,8 @@ pub struct Layer<'a, T> {
     /// `[rows]`; more than 0 makes a windowed row
     pub recent: &'a [i64],
     pub sums: Option<Sums<'a>>,
+    /// `[slots, 2]`; None where keys and values are no codes but what they stand for
+    pub scales: Option<Scales<'a>>,
 }
 
 impl<'a, T> Layer<'a, T> {
@@ -87,6 +90,9 @@ impl<'a, T> Layer<'a, T> {
             .ok_or_else(|| Error::new("slots * head_dim must fit the address space"))?;
         check_len("keys", self.keys.len(), elements)?;
         check_len("values", self.values.len(), elements)?;
+        if let Some(scales) = self.scales {
+            check_len("scales", scales.len(), slots.saturating_mul(2))?;
+        }
         self.rows.check(slots)?;
         let rows = self.rows.count();
         check_len("sinks", self.sinks.len(), rows)?;
@@ -111,6 +117,12 @@ impl<'a, T> Layer<'a, T> {
         let end = start + self.rows.length[row] as usize;
         let elements = start * self.head_dim..end * self.head_dim;
         (&self.keys[elements.clone()], &self.values[elements], &self.positions[start..end])
+    }
+
+    /// The scales of a row's entries.
+    pub(crate) fn scales_of(&self, row: usize) -> Option<Scales<'a>> {
+        let start = self.rows.start[row] as usize;
+        self.scales.map(|scales| scales.of(start, start + self.rows.length[row] as usize))
     }
 
     /// Whether attention adds a compensation entry to this row, and how many entries its sums hold.

@@ -14,6 +14,7 @@ mod math;
 mod moves;
 mod openmp;
 mod pools;
+mod quantised;
 mod schedule;
 mod simd;
 mod threads;
@@ -23,6 +24,7 @@ pub use element::Element;
 pub use error::{Error, Result};
 pub use layer::{Layer, Rows, Sums};
 pub use moves::{Entries, Pools, append, gather};
+pub use quantised::{Float, Scales, quantise};
 pub use simd::Isa;
 
 pub use half::slice::HalfBitsSliceExt;

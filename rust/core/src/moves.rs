@@ -7,17 +7,23 @@ use crate::threads;
 /// Elements below which one thread copies everything.
 const SERIAL_ELEMENTS: usize = 1 << 18;
 
-/// Storage of one layer, to be written: `keys` and `values` `[slots, D]`, `positions` `[slots]`.
+/// Storage of one layer, to be written: `keys` and `values` `[slots, D]`, `positions` `[slots]`, and the bytes of any
+/// scales, `[slots, bytes of a slot's]`; empty where there are none.
 pub struct Pools<'a, T> {
     pub head_dim: usize,
     pub keys: &'a mut [T],
     pub values: &'a mut [T],
     pub positions: &'a mut [i32],
+    pub scales: &'a mut [u8],
 }
 
 impl<T> Pools<'_, T> {
-    fn check(&self) -> Result<()> {
-        check_pools(self.head_dim, self.keys.len(), self.values.len(), self.positions.len())
+    /// How many bytes a slot's scales have.
+    fn check(&self) -> Result<usize> {
+        check_pools(self.head_dim, self.keys.len(), self.values.len(), self.positions.len())?;
+        let bytes = self.scales.len().checked_div(self.positions.len()).unwrap_or(0);
+        check_len("scales", self.scales.len(), bytes * self.positions.len())?;
+        Ok(bytes)
     }
 }
 
@@ -42,6 +48,8 @@ pub struct Entries<'a, T> {
     /// `[B, H, T, D]`
     pub values: &'a [T],
     /// `[B, T]`, false where a token is not stored; all are when None
+    /// `[B, H, T, bytes of a slot's]`, or empty
+    pub scales: &'a [u8],
     pub valid: Option<&'a [bool]>,
     /// Position in the text of the first token.
     pub first_position: i64,
@@ -55,7 +63,7 @@ pub fn append<T: Copy + Send + Sync>(
     threads: usize,
 ) -> Result<()> {
     let dim = pools.head_dim;
-    pools.check()?;
+    let bytes = pools.check()?;
     rows.check(pools.positions.len())?;
     let order = rows.disjoint_order()?;
     let (count, steps) = (rows.count(), entries.steps);
@@ -70,6 +78,7 @@ pub fn append<T: Copy + Send + Sync>(
     let elements = elements.ok_or_else(|| Error::new("keys must fit the address space"))?;
     check_len("new keys", entries.keys.len(), elements)?;
     check_len("new values", entries.values.len(), elements)?;
+    check_len("new scales", entries.scales.len(), elements / dim * bytes)?;
     if let Some(valid) = entries.valid {
         check_len("valid", valid.len(), entries.batch * steps)?;
     }
@@ -95,21 +104,26 @@ pub fn append<T: Copy + Send + Sync>(
 
     let mut work = Vec::with_capacity(count);
     let (mut keys, mut values, mut positions) = (&mut *pools.keys, &mut *pools.values, &mut *pools.positions);
+    let mut scales = &mut *pools.scales;
     let mut cut = 0;
     for row in order {
         let (begin, end) = (rows.start[row] + rows.length[row], rows.start[row] + rows.capacity[row]);
         let (skip, take) = (begin as usize - cut, (end - begin) as usize);
         let mine = split(&mut keys, skip * dim, take * dim);
-        work.push((row, mine, split(&mut values, skip * dim, take * dim), split(&mut positions, skip, take)));
+        let my_values = split(&mut values, skip * dim, take * dim);
+        let my_scales = split(&mut scales, skip * bytes, take * bytes);
+        work.push((row, mine, my_values, split(&mut positions, skip, take), my_scales));
         cut = end as usize;
     }
     let threads = if elements < SERIAL_ELEMENTS { 1 } else { threads };
-    threads::for_each(threads, work, |(row, keys, values, positions)| {
+    threads::for_each(threads, work, |(row, keys, values, positions, scales)| {
         let source = row * steps;
         for (slot, step) in stored(row).enumerate() {
             let from = (source + step) * dim..(source + step + 1) * dim;
             keys[slot * dim..][..dim].copy_from_slice(&entries.keys[from.clone()]);
             values[slot * dim..][..dim].copy_from_slice(&entries.values[from]);
+            let from = (source + step) * bytes..(source + step + 1) * bytes;
+            scales[slot * bytes..][..bytes].copy_from_slice(&entries.scales[from]);
             positions[slot] = (entries.first_position + step as i64) as i32;
         }
     });
@@ -123,9 +137,10 @@ fn split<'a, T>(rest: &mut &'a mut [T], skip: usize, take: usize) -> &'a mut [T]
     mine
 }
 
-/// Copies slot `source[i]` of `keys`, `values`, `positions` to slot `i` of `target`; sources past the end mean the last slot.
+/// Copies slot `source[i]` of `keys`, `values`, `positions` and `scales` to slot `i` of `target`; sources past the end mean
+/// the last slot.
 pub fn gather<T: Copy + Send + Sync>(
-    (keys, values, positions): (&[T], &[T], &[i32]),
+    (keys, values, positions, scales): (&[T], &[T], &[i32], &[u8]),
     source: &[i64],
     target: &mut Pools<T>,
     threads: usize,
@@ -133,6 +148,9 @@ pub fn gather<T: Copy + Send + Sync>(
     let dim = target.head_dim;
     target.check()?;
     check_pools(dim, keys.len(), values.len(), positions.len())?;
+    let bytes = scales.len().checked_div(positions.len()).unwrap_or(0);
+    check_len("scales", scales.len(), bytes * positions.len())?;
+    check_len("new scales", target.scales.len(), bytes * source.len())?;
     check_len("new positions", target.positions.len(), source.len())?;
     if source.is_empty() {
         return Ok(());
@@ -146,18 +164,24 @@ pub fn gather<T: Copy + Send + Sync>(
     let last = positions.len() as i64 - 1;
     let threads = if source.len() * dim < SERIAL_ELEMENTS { 1 } else { threads.max(1) };
     let share = source.len().div_ceil(if threads > 1 { threads * 4 } else { 1 });
+    let mut new_scales = &mut *target.scales;
     let work = source
         .chunks(share)
         .zip(target.keys.chunks_mut(share * dim))
         .zip(target.values.chunks_mut(share * dim))
         .zip(target.positions.chunks_mut(share))
+        .map(|parts| {
+            let count = parts.1.len();
+            (parts, split(&mut new_scales, 0, count * bytes))
+        })
         .collect();
-    threads::for_each(threads, work, |(((source, new_keys), new_values), new_positions)| {
+    threads::for_each(threads, work, |((((source, new_keys), new_values), new_positions), new_scales)| {
         for (slot, &from) in source.iter().enumerate() {
             let from = from.min(last) as usize;
             new_keys[slot * dim..][..dim].copy_from_slice(&keys[from * dim..][..dim]);
             new_values[slot * dim..][..dim].copy_from_slice(&values[from * dim..][..dim]);
             new_positions[slot] = positions[from];
+            new_scales[slot * bytes..][..bytes].copy_from_slice(&scales[from * bytes..][..bytes]);
         }
     });
     Ok(())

@@ -1,6 +1,6 @@
 //! Attention against its definition in f64, for every instruction set of this CPU.
 
-use headkv_core::{Element, Isa, Layer, Options, Queries, Rows, Sums, attend, bf16, f16};
+use headkv_core::{Element, Isa, Layer, Options, Queries, Rows, Scales, Sums, attend, bf16, f16};
 use proptest::prelude::*;
 
 /// Everything that a call needs, owned. Slots that belong to no entry hold not-a-number.
@@ -183,6 +183,7 @@ impl Case {
                 value: &built.value_sum,
                 count,
             }),
+            scales: None,
         };
         let queries = Queries {
             batch: self.batch,
@@ -297,6 +298,7 @@ fn wrong_sizes_are_refused() {
         sinks: &[0],
         recent: &[0],
         sums: None,
+        scales: None,
     };
     let none = Some(&[f32::NEG_INFINITY][..]);
     let ask = Queries {
@@ -321,6 +323,7 @@ fn wrong_sizes_are_refused() {
     assert!(fails(Layer { rows: Rows { start: &[1], ..rows }, ..good }, ask, options, 4));
     assert!(fails(Layer { sinks: &[-1], ..good }, ask, options, 4));
     assert!(fails(Layer { recent: &[], ..good }, ask, options, 4));
+    assert!(fails(Layer { scales: Some(Scales::F32(&[1.0; 3])), ..good }, ask, options, 4));
     let sums = Sums { key: &[0.0; 3], value: &[0.0; 4], count: &[0] };
     assert!(fails(Layer { sums: Some(sums), ..good }, ask, options, 4));
     let sums = Sums { key: &[0.0; 4], ..sums };
@@ -356,6 +359,7 @@ fn what_is_not_a_number_stays_so() {
         sinks: &[0],
         recent: &[0],
         sums: None,
+        scales: None,
     };
     let sink_logits = Some(&[0.5][..]);
     let ask = Queries { batch: 1, heads: 1, steps: 1, data: &[1.0; 4], positions: &[199], sink_logits };

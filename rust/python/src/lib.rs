@@ -1,11 +1,12 @@
 //! `headkv._rust`: takes numpy views of torch's memory, checks them, and calls headkv-core without the interpreter lock.
 //!
-//! float32 pools come as float32 arrays, bfloat16 and float16 ones as uint16 arrays of their bits.
+//! float32 pools come as float32 arrays, bfloat16 and float16 ones as uint16 arrays of their bits, 8-bit codes as int8 ones.
 
 mod arrays;
 
 use headkv_core::{
-    Element, Entries, Error, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows, Sums, bf16, f16,
+    Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows, Scales,
+    Sums, bf16, f16,
 };
 use numpy::prelude::*;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -27,6 +28,7 @@ struct LayerArrays<'py> {
     key_sum: Option<Bound<'py, PyAny>>,
     value_sum: Option<Bound<'py, PyAny>>,
     count: Option<Bound<'py, PyAny>>,
+    scales: Option<Bound<'py, PyAny>>,
 }
 
 /// The storage of a layer, read or written: any object with these attributes.
@@ -35,6 +37,8 @@ struct PoolArrays<'py> {
     keys: Bound<'py, PyAny>,
     values: Bound<'py, PyAny>,
     positions: Bound<'py, PyAny>,
+    /// The bytes of them.
+    scales: Option<Bound<'py, PyAny>>,
 }
 
 /// Copies of the numbers of each row, so that what was checked is what is used, whatever other threads do meanwhile.
@@ -78,8 +82,9 @@ fn attend<'py>(
 ) -> PyResult<()> {
     let isa = named_isa(isa)?;
     let options = Options { scale, sliding_window, softcap, threads, isa };
-    let call = Attend { options, q, query_positions, sink_logits, out };
+    let call = Attend { options, q, query_positions, sink_logits, out, dtype };
     match dtype {
+        _ if is::<i8>(&layer.keys) => call.run::<i8, i8>(py, &layer, |pool| pool),
         "float32" => call.run::<f32, f32>(py, &layer, |pool| pool),
         "bfloat16" => call.run::<u16, bf16>(py, &layer, as_bf16),
         "float16" => call.run::<u16, f16>(py, &layer, as_f16),
@@ -93,6 +98,8 @@ struct Attend<'a, 'py> {
     query_positions: &'a Bound<'py, PyAny>,
     sink_logits: Option<&'a Bound<'py, PyAny>>,
     out: &'a Bound<'py, PyAny>,
+    /// Of the entries, or of their scales.
+    dtype: &'a str,
 }
 
 impl Attend<'_, '_> {
@@ -123,6 +130,20 @@ impl Attend<'_, '_> {
                     return Err(PyValueError::new_err("key_sum, value_sum and count must be given together"));
                 }
             };
+        if is::<i8>(&arrays.keys) != arrays.scales.is_some() {
+            return Err(PyValueError::new_err("scales must be given with int8 keys, and with no others"));
+        }
+        let given = arrays.scales.as_ref();
+        let (wide, bits) = if self.dtype == "float32" { (given, None) } else { (None, given) };
+        let wide: Option<Input<f32>> = wide.map(|scales| input("scales", scales, 2)).transpose()?;
+        let bits: Option<Input<u16>> = bits.map(|scales| input("scales", scales, 2)).transpose()?;
+        let scales = match (&wide, &bits, self.dtype) {
+            (Some(scales), _, _) => Some(Scales::F32(scales.as_slice()?)),
+            (_, Some(scales), "bfloat16") => Some(Scales::Bf16(as_bf16(scales.as_slice()?))),
+            (_, Some(scales), "float16") => Some(Scales::F16(as_f16(scales.as_slice()?))),
+            (_, Some(_), other) => return Err(wrong_dtype(other)),
+            (None, None, _) => None,
+        };
         let mut out: Output<f32> = output("out", self.out, 4)?;
         let shape = q.shape();
         if out.shape() != shape {
@@ -163,6 +184,7 @@ impl Attend<'_, '_> {
                 }
                 None => None,
             },
+            scales,
         };
         let (options, out) = (self.options, out.as_slice_mut()?);
         py.detach(|| headkv_core::attend(&layer, &queries, &options, out)).map_err(value_error)
@@ -171,7 +193,7 @@ impl Attend<'_, '_> {
 
 /// Writes new tokens behind the rows of a layer, in place.
 #[pyfunction]
-#[pyo3(signature = (pools, start, length, capacity, keys, values, valid, first_position, threads))]
+#[pyo3(signature = (pools, start, length, capacity, keys, values, scales, valid, first_position, threads))]
 #[allow(clippy::too_many_arguments)]
 fn append<'py>(
     py: Python<'py>,
@@ -181,20 +203,28 @@ fn append<'py>(
     capacity: &Bound<'py, PyAny>,
     keys: &Bound<'py, PyAny>,
     values: &Bound<'py, PyAny>,
+    scales: Option<&Bound<'py, PyAny>>,
     valid: Option<&Bound<'py, PyAny>>,
     first_position: i64,
     threads: usize,
 ) -> PyResult<()> {
     let rows = RowNumbers::new(start, length, capacity)?;
     let valid: Option<Vec<bool>> = valid.map(|valid| copied("valid", valid)).transpose()?;
-    let call = Append { rows, keys, values, valid, first_position, threads };
-    if is_float32(&pools.keys) { call.run::<f32>(py, &pools) } else { call.run::<u16>(py, &pools) }
+    let call = Append { rows, keys, values, scales, valid, first_position, threads };
+    if is::<f32>(&pools.keys) {
+        call.run::<f32>(py, &pools)
+    } else if is::<i8>(&pools.keys) {
+        call.run::<i8>(py, &pools)
+    } else {
+        call.run::<u16>(py, &pools)
+    }
 }
 
 struct Append<'a, 'py> {
     rows: RowNumbers,
     keys: &'a Bound<'py, PyAny>,
     values: &'a Bound<'py, PyAny>,
+    scales: Option<&'a Bound<'py, PyAny>>,
     valid: Option<Vec<bool>>,
     first_position: i64,
     threads: usize,
@@ -211,6 +241,9 @@ impl Append<'_, '_> {
         let mut keys: Output<T> = output("keys", &arrays.keys, 2)?;
         let mut values: Output<T> = output("values", &arrays.values, 2)?;
         let mut positions: Output<i32> = output("positions", &arrays.positions, 1)?;
+        let new_scales: Option<Input<u8>> = self.scales.map(|x| input("new scales", x, 4)).transpose()?;
+        let mut scales: Option<Output<u8>> =
+            arrays.scales.as_ref().map(|x| output("scales", x, 2)).transpose()?;
         let shape = new_keys.shape();
         if new_values.shape() != shape || values.shape() != keys.shape() || keys.shape()[1] != shape[3] {
             return Err(PyValueError::new_err(format!(
@@ -223,11 +256,18 @@ impl Append<'_, '_> {
         apart("keys", &keys, &[&new_keys, &new_values, &values, &positions])?;
         apart("values", &values, &[&new_keys, &new_values, &positions])?;
         apart("positions", &positions, &[&new_keys, &new_values])?;
+        if let Some(scales) = &scales {
+            apart("scales", scales, &[&new_keys, &new_values, &keys, &values, &positions])?;
+            if let Some(new) = &new_scales {
+                apart("scales", scales, &[new])?;
+            }
+        }
         let entries = Entries {
             batch: shape[0],
             steps: shape[2],
             keys: new_keys.as_slice()?,
             values: new_values.as_slice()?,
+            scales: new_scales.as_ref().map_or(Ok(&[][..]), |x| x.as_slice())?,
             valid: self.valid.as_deref(),
             first_position: self.first_position,
         };
@@ -236,6 +276,7 @@ impl Append<'_, '_> {
             keys: keys.as_slice_mut()?,
             values: values.as_slice_mut()?,
             positions: positions.as_slice_mut()?,
+            scales: scales.as_mut().map_or(Ok(&mut [][..]), |x| x.as_slice_mut())?,
         };
         let (rows, threads) = (self.rows.rows(), self.threads);
         py.detach(|| headkv_core::append(&mut pools, &rows, &entries, threads)).map_err(value_error)
@@ -251,8 +292,10 @@ fn gather<'py>(
     target: PoolArrays<'py>,
     threads: usize,
 ) -> PyResult<()> {
-    if is_float32(&pools.keys) {
+    if is::<f32>(&pools.keys) {
         run_gather::<f32>(py, &pools, source, &target, threads)
+    } else if is::<i8>(&pools.keys) {
+        run_gather::<i8>(py, &pools, source, &target, threads)
     } else {
         run_gather::<u16>(py, &pools, source, &target, threads)
     }
@@ -272,6 +315,9 @@ fn run_gather<T: numpy::Element + Copy + Send + Sync>(
     let mut new_keys: Output<T> = output("new keys", &target.keys, 2)?;
     let mut new_values: Output<T> = output("new values", &target.values, 2)?;
     let mut new_positions: Output<i32> = output("new positions", &target.positions, 1)?;
+    let scales: Option<Input<u8>> = pools.scales.as_ref().map(|x| input("scales", x, 2)).transpose()?;
+    let mut new_scales: Option<Output<u8>> =
+        target.scales.as_ref().map(|x| output("new scales", x, 2)).transpose()?;
     let widths = [keys.shape()[1], values.shape()[1], new_keys.shape()[1], new_values.shape()[1]];
     if widths.iter().any(|&width| width != widths[0]) {
         return Err(PyValueError::new_err(format!("keys and values must have one width, got {widths:?}")));
@@ -280,14 +326,59 @@ fn run_gather<T: numpy::Element + Copy + Send + Sync>(
     apart("new keys", &new_keys, &[inputs.as_slice(), &[&new_values, &new_positions]].concat())?;
     apart("new values", &new_values, &[inputs.as_slice(), &[&new_positions]].concat())?;
     apart("new positions", &new_positions, &inputs)?;
-    let from = (keys.as_slice()?, values.as_slice()?, positions.as_slice()?);
+    if let (Some(scales), Some(new)) = (&scales, &new_scales) {
+        let others: [&dyn arrays::Extent; 4] = [&new_keys, &new_values, &new_positions, scales];
+        apart("new scales", new, &[inputs.as_slice(), &others].concat())?;
+    }
+    let bytes = scales.as_ref().map_or(Ok(&[][..]), |x| x.as_slice())?;
+    let from = (keys.as_slice()?, values.as_slice()?, positions.as_slice()?, bytes);
     let mut to = Pools {
         head_dim: widths[0],
         keys: new_keys.as_slice_mut()?,
         values: new_values.as_slice_mut()?,
         positions: new_positions.as_slice_mut()?,
+        scales: new_scales.as_mut().map_or(Ok(&mut [][..]), |x| x.as_slice_mut())?,
     };
     py.detach(|| headkv_core::gather(from, &source, &mut to, threads)).map_err(value_error)
+}
+
+/// Vectors `[m, D]` as codes `[m, D]` and scales `[m]` of the same dtype, both written.
+#[pyfunction]
+fn quantise<'py>(
+    py: Python<'py>,
+    vectors: &Bound<'py, PyAny>,
+    dtype: &str,
+    codes: &Bound<'py, PyAny>,
+    scales: &Bound<'py, PyAny>,
+) -> PyResult<()> {
+    match dtype {
+        "float32" => run_quantise::<f32, f32>(py, vectors, codes, scales, |x| x, |x| x),
+        "bfloat16" => {
+            run_quantise::<u16, bf16>(py, vectors, codes, scales, as_bf16, |x| x.reinterpret_cast_mut())
+        }
+        "float16" => {
+            run_quantise::<u16, f16>(py, vectors, codes, scales, as_f16, |x| x.reinterpret_cast_mut())
+        }
+        other => Err(wrong_dtype(other)),
+    }
+}
+
+fn run_quantise<Stored: numpy::Element, T: Float>(
+    py: Python<'_>,
+    vectors: &Bound<'_, PyAny>,
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+    meant: fn(&[Stored]) -> &[T],
+    meant_mut: fn(&mut [Stored]) -> &mut [T],
+) -> PyResult<()> {
+    let vectors: Input<Stored> = input("vectors", vectors, 2)?;
+    let mut codes: Output<i8> = output("codes", codes, 2)?;
+    let mut scales: Output<Stored> = output("scales", scales, 1)?;
+    apart("codes", &codes, &[&vectors, &scales])?;
+    apart("scales", &scales, &[&vectors])?;
+    let (dim, vectors) = (vectors.shape()[1], meant(vectors.as_slice()?));
+    let (codes, scales) = (codes.as_slice_mut()?, meant_mut(scales.as_slice_mut()?));
+    py.detach(|| headkv_core::quantise(dim, vectors, codes, scales)).map_err(value_error)
 }
 
 /// Names of the instruction sets that this CPU has, best first.
@@ -304,8 +395,8 @@ fn named_isa(name: Option<&str>) -> PyResult<Isa> {
     })
 }
 
-fn is_float32(array: &Bound<PyAny>) -> bool {
-    array.cast::<numpy::PyArrayDyn<f32>>().is_ok()
+fn is<T: numpy::Element>(array: &Bound<PyAny>) -> bool {
+    array.cast::<numpy::PyArrayDyn<T>>().is_ok()
 }
 
 fn as_bf16(bits: &[u16]) -> &[bf16] {
@@ -327,5 +418,5 @@ fn value_error(error: Error) -> PyErr {
 #[pymodule]
 mod _rust {
     #[pymodule_export]
-    use super::{append, attend, gather, instruction_sets};
+    use super::{append, attend, gather, instruction_sets, quantise};
 }

@@ -33,6 +33,10 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_i8(source: *const i8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(source.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store(target: *mut f32, x: __m256) {
         unsafe { _mm256_storeu_ps(target, x) }
     }

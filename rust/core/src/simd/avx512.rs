@@ -34,6 +34,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(source.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_i8(source: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(source.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store(target: *mut f32, x: __m512) {
         unsafe { _mm512_storeu_ps(target, x) }
     }

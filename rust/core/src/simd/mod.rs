@@ -29,6 +29,7 @@ pub trait Simd {
     unsafe fn load(source: *const f32) -> Self::Vector;
     unsafe fn load_bf16(source: *const bf16) -> Self::Vector;
     unsafe fn load_f16(source: *const f16) -> Self::Vector;
+    unsafe fn load_i8(source: *const i8) -> Self::Vector;
     unsafe fn store(target: *mut f32, x: Self::Vector);
     unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     unsafe fn sub(a: Self::Vector, b: Self::Vector) -> Self::Vector;

@@ -41,6 +41,15 @@ impl Simd for Neon {
             vreinterpretq_f32_u32(vorrq_u32(sign, vbslq_u32(special, infinite, finite)))
         }
     }
+    /// Four bytes, as a vector of eight may reach past the end.
+    #[inline(always)]
+    unsafe fn load_i8(source: *const i8) -> float32x4_t {
+        unsafe {
+            let four = source.cast::<u32>().read_unaligned();
+            let wide = vmovl_s8(vcreate_s8(u64::from(four)));
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))
+        }
+    }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: float32x4_t) {
         unsafe { vst1q_f32(target, x) }

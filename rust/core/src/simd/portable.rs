@@ -40,6 +40,11 @@ impl Simd for Portable {
         each(|i| Element::to_f32(half[i]))
     }
     #[inline(always)]
+    unsafe fn load_i8(source: *const i8) -> Self::Vector {
+        let codes = unsafe { source.cast::<[i8; LANES]>().read_unaligned() };
+        each(|i| f32::from(codes[i]))
+    }
+    #[inline(always)]
     unsafe fn store(target: *mut f32, x: Self::Vector) {
         unsafe { target.cast::<Self::Vector>().write_unaligned(x) }
     }

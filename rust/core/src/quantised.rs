@@ -1,0 +1,160 @@
+//! Entries in 8 bits, as headkv/cache/quantised.py specifies them: rotated, and rounded to steps of a scale a vector.
+
+use half::{bf16, f16};
+
+use crate::element::Element;
+use crate::error::{Error, Result, check_len};
+
+/// Codes lie in `-STEPS..=STEPS`.
+const STEPS: f32 = 127.0;
+
+/// Of each entry the scale of its key's codes and of its value's, `[slots, 2]`.
+#[derive(Clone, Copy)]
+pub enum Scales<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// Of the two scales of an entry: which one is meant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Key,
+    Value,
+}
+
+impl<'a> Scales<'a> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Scales::F32(scales) => scales.len(),
+            Scales::Bf16(scales) => scales.len(),
+            Scales::F16(scales) => scales.len(),
+        }
+    }
+
+    /// Those of the entries from `begin` to `end`.
+    pub(crate) fn of(self, begin: usize, end: usize) -> Scales<'a> {
+        match self {
+            Scales::F32(scales) => Scales::F32(&scales[2 * begin..2 * end]),
+            Scales::Bf16(scales) => Scales::Bf16(&scales[2 * begin..2 * end]),
+            Scales::F16(scales) => Scales::F16(&scales[2 * begin..2 * end]),
+        }
+    }
+
+    pub(crate) fn get(&self, entry: usize, side: Side) -> f32 {
+        let at = 2 * entry + side as usize;
+        match self {
+            Scales::F32(scales) => scales[at],
+            Scales::Bf16(scales) => scales[at].to_f32(),
+            Scales::F16(scales) => scales[at].to_f32(),
+        }
+    }
+}
+
+/// A dtype in which vectors come, and scales are stored.
+pub trait Float: Element {
+    /// The smallest normal number.
+    const TINY: f32;
+    fn from_f32(x: f32) -> Self;
+}
+
+impl Float for f32 {
+    const TINY: f32 = f32::MIN_POSITIVE;
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+}
+
+impl Float for bf16 {
+    const TINY: f32 = f32::MIN_POSITIVE;
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+
+impl Float for f16 {
+    const TINY: f32 = 6.103_515_6e-5;
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+/// `x` `[D]` times the Hadamard matrix of as many channels as the largest power of two that divides D, in place: its own
+/// inverse. The order of sums is the specification's.
+pub(crate) fn rotate(x: &mut [f32]) {
+    let width = x.len() & x.len().wrapping_neg();
+    let mut step = 1;
+    while step < width {
+        for pair in x.chunks_exact_mut(2 * step) {
+            let (left, right) = pair.split_at_mut(step);
+            for (left, right) in left.iter_mut().zip(right) {
+                (*left, *right) = (*left + *right, *left - *right);
+            }
+        }
+        step *= 2;
+    }
+    let norm = (width as f64).powf(-0.5) as f32;
+    x.iter_mut().for_each(|x| *x *= norm);
+}
+
+/// Vectors `[m, D]` as codes `[m, D]` and scales `[m]`.
+pub fn quantise<T: Float>(head_dim: usize, vectors: &[T], codes: &mut [i8], scales: &mut [T]) -> Result<()> {
+    if head_dim == 0 {
+        return Err(Error::new("head_dim must be positive, got 0"));
+    }
+    check_len("codes", codes.len(), vectors.len())?;
+    check_len("vectors", vectors.len(), scales.len() * head_dim)?;
+    let mut turned = vec![0.0f32; head_dim];
+    let each = vectors.chunks_exact(head_dim).zip(codes.chunks_exact_mut(head_dim)).zip(scales);
+    for ((vector, codes), scale) in each {
+        turned.iter_mut().zip(vector).for_each(|(turned, x)| *turned = x.to_f32());
+        rotate(&mut turned);
+        // What is no number becomes the scale.
+        let largest =
+            turned.iter().fold(0.0f32, |top, x| if x.is_nan() || x.abs() > top { x.abs() } else { top });
+        *scale = T::from_f32(largest / STEPS);
+        if scale.to_f32() < T::TINY {
+            *scale = T::from_f32(T::TINY);
+        }
+        let step = scale.to_f32();
+        for (code, x) in codes.iter_mut().zip(&turned) {
+            *code = (x / step).round_ties_even().clamp(-STEPS, STEPS) as i8;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotation_is_its_own_inverse() {
+        for dim in [1, 5, 24, 64, 80] {
+            let x: Vec<f32> = (0..dim).map(|i| (i * 7 % 13) as f32 - 6.0).collect();
+            let mut turned = x.clone();
+            rotate(&mut turned);
+            let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>();
+            assert!((norm(&turned) - norm(&x)).abs() < 1e-3 * norm(&x), "{dim}");
+            rotate(&mut turned);
+            assert!(turned.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-4), "{dim}");
+        }
+    }
+
+    #[test]
+    fn codes_are_off_by_at_most_half_a_scale() {
+        let x: Vec<bf16> = (0..128).map(|i| bf16::from_f32((i * 37 % 101) as f32 - 50.0)).collect();
+        let (mut codes, mut scales) = (vec![0; 128], vec![bf16::ZERO; 2]);
+        quantise(64, &x, &mut codes, &mut scales).unwrap();
+        for ((x, codes), scale) in x.chunks(64).zip(codes.chunks(64)).zip(&scales) {
+            let mut turned: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+            rotate(&mut turned);
+            let scale = scale.to_f32();
+            assert!(
+                turned.iter().zip(codes).all(|(x, &code)| (x - f32::from(code) * scale).abs() <= scale / 2.0)
+            );
+        }
+        assert!(quantise(64, &x, &mut codes[1..], &mut scales).is_err());
+        assert!(quantise(0, &x, &mut codes, &mut scales).is_err());
+    }
+}
