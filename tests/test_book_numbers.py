@@ -76,6 +76,7 @@ STATED: dict[tuple[str, str], Callable[[], float]] = {
     ("kvzip", "30"): lambda: gates().num_layers,
     ("kvzip", "89"): lambda: gates().scores.numel() - 1,
     ("ragged_cache", "12"): lambda: sum(n + 2 for n in (3, 1, 2)),  # and row 2's end: (3 + 2) + (1 + 2) + 4
+    ("ragged_cache", "255"): lambda: 2**8 - 1,  # -127 to 127
     ("laptop", "268"): lambda: 2 * 8 * 32_768 * 128 * 4 / 1e6,
     ("does_it_work", "0.6"): lambda: 1 - 8 / 20,
     ("does_it_work", "0.11"): lambda: (8 / 20 * (1 - 8 / 20) / 20) ** 0.5,
