@@ -156,6 +156,16 @@ def test_files_together(whole, tmp_path):
     assert kinds["score"] == "double" and kinds["nbytes"] == "int64" and kinds["expected"].startswith("list")
 
 
+def test_only_the_rows_that_are_asked_for(whole, tmp_path):
+    write_rows(tmp_path / "rows", whole)
+    method, budget = whole[-1].method, whole[-1].budget
+    some = read_rows(tmp_path / "rows", method=method, budget=budget)
+    assert some == [row for row in whole if (row.method, row.budget) == (method, budget)]
+    assert 0 < len(some) < len(whole)
+    with pytest.raises(ValueError, match=r"only must name attributes of SweepRow.*\['metod'\]"):
+        read_rows(tmp_path / "rows", metod=method)
+
+
 def test_what_is_no_file_of_rows_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="FILE must be what headkv eval wrote, got .*none"):
         read_rows(tmp_path / "none")

@@ -9,8 +9,9 @@ import torch
 from generation_cases import METHODS, prompts
 
 import headkv
+from headkv.evaluation import unseen
 from headkv.evaluation.reading import Reading
-from headkv.evaluation.remembered import Remembered
+from headkv.evaluation.remembered import Remembered, RememberedLayers
 from headkv.evaluation.unseen import Question, judge, side_by_side
 from headkv.models.tiny import tiny_model
 from headkv.scorers import KVzipScorer
@@ -96,6 +97,37 @@ def test_a_text_is_read_again_once(monkeypatch):
     assert len(calls) == 2 and [v.stored_share for v in verdicts[0]] == pytest.approx(
         [1, 10 / 60, 20 / 60, 30 / 60]
     )
+
+
+def test_a_layer_is_scored_once(monkeypatch):
+    """However many methods ask; and what they keep is what each would keep alone."""
+    reading, calls = Reading(tiny_model("llama"), prompts(1)["input_ids"]), []
+    plain = headkv.SnapKVScorer(window=4, kernel_size=3)
+    alone = [[keep.mask for keep in reading.plan(headkv.AdaKV(n, plain))] for n in (10, 20)]
+    score = headkv.SnapKVScorer.score
+    monkeypatch.setattr(
+        headkv.SnapKVScorer, "score", lambda self, prefill: calls.append(1) or score(self, prefill)
+    )
+    shared = RememberedLayers(plain)
+    assert repr(headkv.AdaKV(10, shared)) == repr(headkv.AdaKV(10, plain))
+    for number, n in enumerate((10, 20)):
+        masks = [keep.mask for keep in reading.plan(headkv.AdaKV(n, shared))]
+        assert all(map(torch.equal, masks, alone[number]))
+    reading.plan(headkv.SnapKV(10, shared))
+    assert len(calls) == len(reading.layers)
+    del reading
+    assert not shared._known
+
+
+@pytest.mark.gpu
+def test_recorded_steps_answer_as_others_do(monkeypatch):
+    model, context = tiny_model("llama").cuda(), prompts(1)["input_ids"]
+    methods = {name: METHODS[name] for name in ("AdaKV", "DuoAttention", "RazorAttention")}
+    question, found = Question(torch.tensor([[5, 9, 4]]), ("x",), 24), []
+    for worth in (1, 1000):
+        monkeypatch.setattr(unseen, "WORTH_RECORDING", worth)
+        found.append([v.text for v in judge(model, Letters(), context, [question], methods)[0]])
+    assert found[0] == found[1]
 
 
 def test_rulers_measure():
