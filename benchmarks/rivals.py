@@ -182,9 +182,8 @@ def fastdms(layers: Sequence[Layer], scale: float) -> Iterator[Rival]:
     """FastDMS's ragged split-K over our pools as they are, with and without the append that its engine launches."""
     from fastdms.layers.compact_attention import compact_decode_attention, store_compact_kvcache
 
-    most = 1 + max(
-        int(layer.rows.length.max()) for layer in layers
-    )  # its engine has one bound for all layers
+    # Its engine has one bound for all layers.
+    most = 1 + max(int(layer.rows.length.max()) for layer in layers)
 
     def prepare(layer: Layer, append: bool) -> Decoder:
         rows = layer.rows

@@ -27,9 +27,8 @@ from headkv.models.attention import decoder_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SEGMENTS = (
-    1 << 26
-)  # bytes beyond what tensors take that the allocator may ask for, as a graph's memory is its own
+# Bytes beyond what tensors take that the allocator may ask for, as a graph's memory is its own.
+SEGMENTS = 1 << 26
 MOST_RESERVED = 1024  # tokens that `generate` makes room for at once
 
 

@@ -47,9 +47,9 @@ pub struct Entries<'a, T> {
     pub keys: &'a [T],
     /// `[B, H, T, D]`
     pub values: &'a [T],
-    /// `[B, T]`, false where a token is not stored; all are when None
     /// `[B, H, T, bytes of a slot's]`, or empty
     pub scales: &'a [u8],
+    /// `[B, T]`, false where a token is not stored; all are when None
     pub valid: Option<&'a [bool]>,
     /// Position in the text of the first token.
     pub first_position: i64,
