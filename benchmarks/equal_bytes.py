@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from statistics import mean
+from typing import Any
 
 import torch
 from measure import Row, add_json, finish
@@ -21,10 +22,9 @@ from torch import Tensor
 
 import headkv
 from headkv.data import needle_texts
-from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import Needle
-from headkv.evaluation.compare import smollm2_methods
 from headkv.evaluation.reading import Reading
+from headkv.evaluation.roster import roster
 from headkv.integrations.hook import NAME
 from headkv.models.attention import chosen_attention
 
@@ -51,7 +51,7 @@ def measure(texts: int, tokens: int, shares: Sequence[float]) -> list[Row]:
     """Every method at every share, in both storages."""
     model, tokenizer = headkv.load_smollm2(tuned=True)
     model = model.to(torch.bfloat16)
-    request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    make = roster(METHODS, model, tokenizer)  # those that read a text again do it once
     dim = model.config.head_dim
     wide, narrow = (entry_bytes(kind, dim, torch.bfloat16) for kind in ("model", "int8"))
     cells = [(FULL, 1.0, "model"), (FULL, 1.0, "int8")]
@@ -68,9 +68,9 @@ def measure(texts: int, tokens: int, shares: Sequence[float]) -> list[Row]:
         truth: list[Tensor] = []
         for cell in cells:
             name, share, storage = cell
-            method = headkv.FullCache()
+            method: Any = headkv.FullCache()
             if name != FULL:
-                method = smollm2_methods(share, request, tuned=True)[name].make(text.context_ids.shape[1])
+                method = make[name](share, text.context_ids.shape[1])
             cache = reading.compressed(method)
             size = int(cache.lengths().sum()) * (wide if storage == "model" else narrow)
             if storage == "int8":
