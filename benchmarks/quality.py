@@ -20,6 +20,7 @@ import headkv
 from headkv.data import needle_texts
 from headkv.data.chat import REPEAT, chat_frame
 from headkv.evaluation.compare import compare, smollm2_methods
+from headkv.evaluation.roster import reader
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
 TEXTS = 10
@@ -31,10 +32,11 @@ def quality(kind: str, texts: int, device: str) -> dict[str, Any]:
     model, tokenizer = headkv.load_smollm2(tuned=kind == "tuned")
     model.to(device)
     request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    again = reader(request)
     entries = {
         f"{name} @{share}": entry
         for share in SHARES
-        for name, entry in smollm2_methods(share, request, tuned=kind == "tuned").items()
+        for name, entry in smollm2_methods(share, again, tuned=kind == "tuned").items()
     }
     asked = needle_texts(
         tokenizer, texts=texts, lengths=[TOKENS], kinds=("words", "numbers"), split="validation"

@@ -198,6 +198,7 @@ def demo(options: argparse.Namespace) -> None:
     from headkv.data.needles import needle_texts
     from headkv.evaluation.compare import compare, smollm2_methods, steps
     from headkv.evaluation.plots import plot_lengths
+    from headkv.evaluation.roster import reader
 
     if not 0 < options.share <= 1:
         raise ValueError(f"--share must be in (0, 1], got {options.share}")
@@ -206,9 +207,8 @@ def demo(options: argparse.Namespace) -> None:
     tuned = options.model == "tuned"
     model, tokenizer = headkv.load_smollm2(tuned=tuned)
     request = REPEAT + chat_frame(tokenizer)[1]
-    entries = smollm2_methods(
-        options.share, tokenizer(request, add_special_tokens=False)["input_ids"], tuned=tuned
-    )
+    again = reader(tokenizer(request, add_special_tokens=False)["input_ids"])
+    entries = smollm2_methods(options.share, again, tuned=tuned)
     if unknown := set(options.methods or ()) - set(entries):
         raise ValueError(f"--methods must be of {', '.join(entries)}, got {', '.join(sorted(unknown))}")
     entries = {name: x for name, x in entries.items() if not options.methods or name in options.methods}

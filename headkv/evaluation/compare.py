@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headkv.evaluation.reading import Reading
-from headkv.evaluation.roster import by_name, reader
+from headkv.evaluation.roster import by_name
 from headkv.heads import HeadProfile
 from headkv.integrations.hook import NAME
 from headkv.methods import FullCache, KVzip
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headkv.data.needles import Needle, NeedleText
+    from headkv.evaluation.remembered import Remembered
     from headkv.methods.base import Method, PromptMethod
 
 FULL = "full cache"
@@ -96,12 +97,12 @@ def interval(right: int, asked: int, level: float = 0.95) -> tuple[float, float]
     return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
 
 
-def smollm2_methods(share: float, request: Sequence[int] = (), *, tuned: bool = False) -> dict[str, Entry]:
+def smollm2_methods(share: float, again: Remembered, *, tuned: bool = False) -> dict[str, Entry]:
     """The methods of the demo, sized so that SmolLM2 stores about `share` of any prompt.
 
     Args:
         share: of the entries.
-        request: token ids that ask to repeat a text, for `KVzipScorer`.
+        again: what `reader` gives: handed to several calls, it reads a text once for all of them.
         tuned: of the tuned model.
     """
 
@@ -109,7 +110,6 @@ def smollm2_methods(share: float, request: Sequence[int] = (), *, tuned: bool = 
         return HeadProfile.builtin(f"smollm2-{'tuned-' if tuned else ''}{kind}")
 
     check_budget(share)
-    again = reader(request)
 
     def sized(name: str) -> Sized:
         make = by_name(name, profile, again, num_kv_heads=3)
