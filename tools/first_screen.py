@@ -41,7 +41,7 @@ from headkv.scorers import KVzipScorer, SnapKVScorer
 
 FORM, ROOM, SEED = "number_lines", 900, "first screen"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-COLUMNS = {"uniform": "Every head keeps as much", "kvzip": "Each head keeps what it needs"}
+COLUMNS = {"uniform": "Every head keeps the same", "kvzip": "Each head keeps what it needs"}
 PLAIN_SHARES = (0.1, 0.2, 0.3)
 BYTES_PER_ENTRY = 2 * 64 * 4  # a key and a value of SmolLM2, float32
 AROUND = 16  # tokens before and after the fact that the picture shows

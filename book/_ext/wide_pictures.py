@@ -1,4 +1,4 @@
-"""Cells that show a widget are as wide as the theme allows: beyond the column of text, where the screen has room."""
+"""Widgets, and code of the package that is wider than the text, are as wide as the theme allows, where there is room."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 VIEW = "application/vnd.jupyter.widget-view+json"
+FITS = 80  # columns of code beside each other in the column of text
 
 
 def widen(app: Sphinx, doctree: nodes.document) -> None:
@@ -18,6 +19,9 @@ def widen(app: Sphinx, doctree: nodes.document) -> None:
     for cell in doctree.findall(nodes.container):
         if "cell" in cell["classes"] and any(VIEW in raw.astext() for raw in cell.findall(nodes.raw)):
             cell["classes"].append("full-width")
+    for code in doctree.findall(nodes.literal_block):
+        if "source" in code and max(map(len, code.astext().splitlines()), default=0) > FITS:
+            code["classes"].append("full-width")  # from a file: cells are narrow
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -36,7 +36,7 @@ class DecodeBudget:
 
     Attributes:
         entries: a KV head, on average over the rows that are not windowed.
-        every: so many tokens lie between two plans.
+        every: tokens from one plan to the next.
         scorer: which entries stay.
 
     Raises:

@@ -78,7 +78,7 @@ def compress(
         decode_budget: entries a KV head, on average, that are left of prompt and answer together while the answer, or
             later turns, go on: rows that outgrow their part of it are planned again by the last queries, head by head
             (`DecodeBudget`). None: what follows the prompt is kept. Not together with `cuda_graph`.
-        every: so many tokens lie between two such plans; 128 if a `decode_budget` is given.
+        every: tokens from one such plan to the next; 128 if a `decode_budget` is given.
         storage: of what stays of a prompt and of what follows it: "model", in the model's dtype, or "int8", in 8 bits
             with a scale a vector, half the bytes of 16 bits; see `RaggedLayer.quantise`. Prompts are read, and methods
             choose, in the model's dtype. Not with `cuda_graph`, nor yet by Triton: slow on a GPU.
