@@ -171,7 +171,8 @@ def test_a_page_runs_and_its_pictures_reach_python(lab_page: Any) -> None:
 
     cell = notebook.locator(".jp-CodeCell", has_text="python has")
     wanted = f"python has {4 / 6} uniform [[4, 4]] int8"
-    for _ in range(20):  # pictures send one change after another, each once the kernel took the last: ask until all came
+    # Pictures send one change after another, each once the kernel took the last: ask until all came.
+    for _ in range(20):
         cell.locator(".cm-content").click()
         lab_page.keyboard.press("Shift+Enter")
         lab_page.wait_for_timeout(2000)

@@ -1,4 +1,4 @@
-"""Widgets, and code of the package that is wider than the text, are as wide as the theme allows, where there is room."""
+"""Widgets, and code of the package wider than the text, are as wide as the theme allows, where there is room."""
 
 from __future__ import annotations
 
