@@ -187,11 +187,10 @@ def extend(
 
 def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:
     """The name of the backend that will run: `backend` itself, or for "auto" Rust on a CPU, Triton on a GPU, and the
-    reference where that one is not installed, the queries are of float64, or the layer is stored in 8 bits, which
-    Triton does not know.
+    reference where that one is not installed or the queries are of float64.
 
     Raises:
-        ValueError: no such backend, or one that does not know the layer's storage.
+        ValueError: no such backend.
         TypeError: float64 queries and a backend that would round them.
 
     >>> layer = RaggedLayer.from_rows([[(torch.zeros(2, 32), torch.zeros(2, 32))]])
@@ -204,15 +203,9 @@ def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.d
             f"q must be float32, bfloat16 or float16 with the backend {backend!r}, got {dtype}; "
             "the backend 'reference' computes in float64"
         )
-    if backend == "triton" and layer.storage != "model":
-        raise ValueError(
-            f"backend must be 'rust' or 'reference' over a layer stored in {layer.storage}, got {backend!r}"
-        )
     if backend != "auto":
         return backend
     fast = None if dtype == torch.float64 else {"cpu": "rust", "cuda": "triton"}.get(layer.device.type)
-    if fast == "triton" and layer.storage != "model":
-        fast = None
     return fast if fast is not None and _backend(fast).available() else "reference"
 
 

@@ -33,7 +33,7 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     """
     if rows.device.type == "cpu" and rust.available():
         rust.append(rows, keys, values, valid)
-    elif rows.device.type == "cuda" and rows.scales is None and triton.available():
+    elif rows.device.type == "cuda" and triton.available():
         triton.append(rows, keys, values, valid)
     else:
         append_reference(rows, keys, values, valid)

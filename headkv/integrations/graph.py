@@ -78,8 +78,6 @@ class DecodeGraph:
         if cache.layers[0].options.decode is not None:
             raise ValueError("cache must have no decode_budget: a recorded step can not evict")
         layer = cache.layers[0].filled()
-        if layer.storage != "model":
-            raise ValueError(f"cache must have storage 'model' for a recorded step, got {layer.storage!r}")
         if (backend := choose_backend(layer, cache.layers[0].backend)) != "triton":
             raise ValueError(
                 f"cache must run on the backend 'triton', got {backend!r}: install headkv-kernels"

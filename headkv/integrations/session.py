@@ -81,7 +81,7 @@ def compress(
         every: tokens from one such plan to the next; 128 if a `decode_budget` is given.
         storage: of what stays of a prompt and of what follows it: "model", in the model's dtype, or "int8", in 8 bits
             with a scale a vector, half the bytes of 16 bits; see `RaggedLayer.quantise`. Prompts are read, and methods
-            choose, in the model's dtype. Not with `cuda_graph`, nor yet by Triton: slow on a GPU.
+            choose, in the model's dtype.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
@@ -104,8 +104,6 @@ def compress(
     decode = DecodeBudget.of(decode_budget, every)
     if decode is not None and cuda_graph:
         raise ValueError(f"decode_budget must be None with cuda_graph=True, got {decode_budget!r}")
-    if storage != "model" and cuda_graph:
-        raise ValueError(f"storage must be 'model' with cuda_graph=True, got {storage!r}")
     options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode, storage)
     return Session(model, method, options, Decoding(cuda_graph, compile_layers))
 

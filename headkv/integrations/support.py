@@ -52,8 +52,6 @@ class CacheOptions:
         _checks.whole("rollback", self.rollback)
         _checks.flag("chunked_prefill", self.chunked_prefill)
         _checks.one_of("storage", self.storage, STORAGES)
-        if self.storage != "model" and self.backend == "triton":
-            raise ValueError(f"storage must be 'model' with the backend 'triton', got {self.storage!r}")
 
 
 def supported_model(model: Any) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.arguments import New, Strided
+from headkv_kernels.quantised import quantised
 from headkv_kernels.rows import FUSED, Rows, guard, padded
 
 
@@ -26,7 +27,7 @@ def ragged_append(
         rows: with room for the new tokens. Whatever the lengths say, nothing is written beyond a row's
             capacity, and its length then counts what was stored.
         capacity: `[rows]` int64, slots that each row owns.
-        keys, values: `[B, H, T, D]` in the dtype of the pools; any strides, but 1 along D.
+        keys, values: `[B, H, T, D]` in the dtype of the rows; any strides, but 1 along D.
         seen: position of the first new token: an int, or `[1]` int64 on the device, read anew at every
             replay of a CUDA graph.
         valid: `[B, T]` bool, False where the new text is padding, which is counted but not stored.
@@ -34,7 +35,7 @@ def ragged_append(
     Raises:
         ValueError, TypeError: before anything is launched.
     """
-    device, dtype, dim = rows.keys.device, rows.keys.dtype, rows.dim
+    device, dtype, dim = rows.keys.device, rows.dtype, rows.dim
     if (
         keys.ndim != 4
         or 0 in keys.shape
@@ -47,7 +48,7 @@ def ragged_append(
     for name, new in (("keys", keys), ("values", values)):
         if new.dtype != dtype or new.device != device:
             raise TypeError(
-                f"{name} must be {dtype} on {device} like the pools, got {new.dtype} on {new.device}"
+                f"{name} must be {dtype} on {device} like the rows, got {new.dtype} on {new.device}"
             )
         if new.shape != keys.shape or new.stride(-1) != 1:
             got = f"{list(new.shape)} with strides {list(new.stride())}"
@@ -105,6 +106,11 @@ def append_rows(
         for_values = batch * new.value.batch + head * new.value.head + token * new.value.token
         key = tl.load(new.key.data + for_keys[:, None] + d[None, :], mask=both)
         value = tl.load(new.value.data + for_values[:, None] + d[None, :], mask=both)
+        if pools.scale is not None:
+            key, key_scale = quantised(key, D)
+            value, value_scale = quantised(value, D)
+            tl.store(pools.scale + slot * 2, key_scale, mask=stored)
+            tl.store(pools.scale + slot * 2 + 1, value_scale, mask=stored)
         tl.store(pools.key + target, key, mask=both)
         tl.store(pools.value + target, value, mask=both)
         tl.store(pools.position + slot, (now + token).to(tl.int32), mask=stored)

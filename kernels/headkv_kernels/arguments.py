@@ -27,11 +27,15 @@ class Strided(NamedTuple):
 
 
 class Pools(NamedTuple):
-    """The flat storage, of each slot its `key` and `value`, `[slots, D]`, and `position`, `[slots]` int32."""
+    """The flat storage, of each slot its `key` and `value`, `[slots, D]`, and `position`, `[slots]` int32.
+
+    `scale` `[slots, 2]`: `Rows.scales`.
+    """
 
     key: Tensor
     value: Tensor
     position: Tensor
+    scale: Tensor | None
 
 
 class Table(NamedTuple):

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from headkv_kernels.quantised import rotated
 from headkv_kernels.shares import plan_rows, share_of
 from headkv_kernels.softmax import sink_of
 
@@ -11,9 +12,10 @@ from headkv_kernels.softmax import sink_of
 def combine_segments(
     rows, rule, gap, programs, ticket, partial, out,
     PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry.
+    """Some columns of one query head's output: its segments, each weighted by 2**lse; 0 without any entry. `ROTATED`
+    segments are rotated back, which takes all columns.
 
     With `EARLY` it starts while `decode_shares` runs, and finds out meanwhile which programs serve its row.
     """
@@ -57,4 +59,6 @@ def combine_segments(
         acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
         top = top_now
     result = acc / tl.where(total > 0, total, 1.0)
+    if ROTATED:
+        result = tl.reshape(rotated(result[None, :], D), [COLUMNS])
     tl.store(out + tl.program_id(0).to(tl.int64) * D + d, result.to(out.dtype.element_ty), mask=d < D)

@@ -138,7 +138,7 @@ def ragged_step(
     """`ragged_append` of one token and `ragged_decode`, together. `q` `[B, HQ, D]` -> `[B, HQ, D]`.
 
     Args:
-        new_keys, new_values: `[B, H, D]` in the dtype of the pools; any strides, but 1 along D.
+        new_keys, new_values: `[B, H, D]` in the dtype of the rows; any strides, but 1 along D.
         rows: `rows.length` grows by one, in place, except for rows without room: these lose the token.
         capacity: `[rows]` int64, slots that each row owns; contiguous.
         ticket: from `new_ticket(rows)`.
@@ -151,9 +151,9 @@ def ragged_step(
     group = check_queries(q, rows, 3, scale, sliding_window, softcap, sink_logits)
     device, shape = rows.keys.device, (q.shape[0], rows.number // q.shape[0], rows.dim)
     for name, tensor in (("new_keys", new_keys), ("new_values", new_values)):
-        if tensor.dtype != rows.keys.dtype or tensor.device != device:
+        if tensor.dtype != rows.dtype or tensor.device != device:
             raise TypeError(
-                f"{name} must be {rows.keys.dtype} on {device} like the pools, got {tensor.dtype} on {tensor.device}"
+                f"{name} must be {rows.dtype} on {device} like the rows, got {tensor.dtype} on {tensor.device}"
             )
         if tensor.shape != shape or tensor.stride(2) != 1:
             got = f"{list(tensor.shape)} with strides {list(tensor.stride())}"
@@ -198,7 +198,8 @@ def _launch(
     shape = {"PAD": padded(rows.number), "G": group, "D": dim, "EARLY": config.early}
     # Not all targets know launch_pdl.
     launch = FUSED | ({"launch_pdl": True} if config.early else {})
-    columns = min(dim_pad, 64)
+    rotated = rows.scales is not None
+    columns = dim_pad if rotated else min(dim_pad, 64)
     with guard(q):
         kernel[(config.programs,)](
             *(Strided.of(q), query_positions, table, rows.pools, new, rule, gap, partial),
@@ -217,7 +218,8 @@ def _launch(
             **shape,
             BLOCK=64,
             COLUMNS=columns,
-            num_warps=4,
+            ROTATED=rotated,
+            num_warps=max(4, columns // 16),
             **launch,
         )
     return out

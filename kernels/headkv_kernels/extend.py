@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.arguments import Rule, Strided
+from headkv_kernels.quantised import load_scales, load_sum, rotated
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
 from headkv_kernels.softmax import (
     LOG2E,
@@ -156,6 +157,7 @@ def ragged_extend(
                 QUERIES=some,
                 AT_ONCE=min(16, padded(parts // rows.number, 2)),
                 PAD=padded(rows.number),
+                ROTATED=rows.scales is not None,
                 num_warps=4,
                 **FUSED,
             )
@@ -238,6 +240,8 @@ def extend_rows(
     real = (token < tokens) & (g < G)
     query = batch.to(tl.int64) * q.batch + (head * G + g) * q.head + token.to(tl.int64) * q.token  # [M]
     query = tl.load(q.data + query[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    if pools.scale is not None:
+        query = rotated(query.to(tl.float32), D)
     query = query.to(OPERAND)
 
     base, entries = tl.load(rows.start + row), tl.load(rows.length + row)
@@ -286,28 +290,39 @@ def extend_rows(
         eligible = (j >= first[:, None]) & (j < end[:, None])
         hidden = (j >= (first + front)[:, None]) & (j < back[:, None])
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
+        value_scales = None
+        if pools.scale is not None:
+            key_scales, value_scales = load_scales(pools, base + entry, here)
+            logits *= key_scales[None, :]
         if rows.dropped is not None:
             hidden_logit += tl.sum(tl.where(hidden, logits * rule.scale, 0.0), 1)
-            hidden_value = tl.dot(hidden.to(OPERAND), v, hidden_value, input_precision="ieee")
+            summed = hidden.to(OPERAND)
+            if pools.scale is not None:
+                summed = tl.where(hidden, value_scales[None, :], 0.0).to(OPERAND)
+            hidden_value = tl.dot(summed, v, hidden_value, input_precision="ieee")
         if rule.softcap is not None:
             logits = base_two(logits * rule.scale, rule)
         logits = tl.where(eligible & (hidden == 0), logits, -float("inf"))
-        top, total, acc = add_block(logits, v, top, total, acc, factor)
+        top, total, acc = add_block(logits, v, top, total, acc, factor, value_scales)
     for i in tl.range(tl.maximum(begin, edges), stop, num_stages=STAGES):
         entry = base + jump + (i - edges + inside) * BLOCK + n
         k = load_entries(pools.key, entry, n >= 0, D, D_PAD, OPERAND)
         v = load_entries(pools.value, entry, n >= 0, D, D_PAD, OPERAND)
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
+        value_scales = None
+        if pools.scale is not None:
+            key_scales, value_scales = load_scales(pools, entry, n >= 0)
+            logits *= key_scales[None, :]
         if rule.softcap is not None:
             logits = base_two(logits * rule.scale, rule)
-        top, total, acc = add_block(logits, v, top, total, acc, factor)
+        top, total, acc = add_block(logits, v, top, total, acc, factor, value_scales)
     if rows.dropped is not None:
         dropped = tl.load(rows.dropped + row)
         if dropped >= 0:
             unseen = (dropped + back - front).to(tl.float32)  # [M]
             some = tl.maximum(unseen, 1.0)
-            key = tl.load(rows.key_sum + row * D + d, mask=d < D, other=0.0)
-            value = tl.load(rows.value_sum + row * D + d, mask=d < D, other=0.0)
+            key = load_sum(rows.key_sum, row, pools, D, D_PAD)
+            value = load_sum(rows.value_sum, row, pools, D, D_PAD)
             logit = (hidden_logit + tl.sum(query.to(tl.float32) * key[None, :], 1) * rule.scale) / some
             logit = tl.where(unseen > 0, base_two(logit, rule) + tl.log2(some), -float("inf"))
             top, total, acc = add_entry(
@@ -315,7 +330,11 @@ def extend_rows(
             )
 
     total = tl.where(total > 0, total, 1.0)
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    result = acc / total[:, None]
+    if pools.scale is not None:  # noqa: SIM102 (known to the compiler)
+        if lse is None:  # else `merge_rows` rotates
+            result = rotated(result, D)
+    result = result.to(out.dtype.element_ty)
     target = ((part if lse is not None else row) * G + g).to(tl.int64) * tokens + token
     tl.store(out + target[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
     if lse is not None:
@@ -325,9 +344,10 @@ def extend_rows(
 @triton.jit(do_not_specialize=VARYING)
 def merge_rows(
     parts, lse, out, rows, cuts, queries, D: tl.constexpr, D_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, AT_ONCE: tl.constexpr, PAD: tl.constexpr,
+    QUERIES: tl.constexpr, AT_ONCE: tl.constexpr, PAD: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Some of a row's `queries`: their outputs from all of its parts, each weighted by 2**lse; 0 without any entry."""
+    """Some of a row's `queries`: their outputs from all of its parts, each weighted by 2**lse; 0 without any entry.
+    `ROTATED` parts are rotated back."""
     blocks = tl.cdiv(queries, QUERIES)
     row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
     query = query.to(tl.int64)
@@ -344,5 +364,8 @@ def merge_rows(
                 parts + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
             )
             top, total, acc = add_entry(logit, value, top, total, acc)
-    result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if ROTATED:
+        result = rotated(result, D)
+    result = result.to(out.dtype.element_ty)
     tl.store(out + (row * queries + query)[:, None] * D + d[None, :], result, mask=real)

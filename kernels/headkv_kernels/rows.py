@@ -26,7 +26,7 @@ class Rows:
     """Ragged rows in flat pools; row `b * H + h` is sequence `b`, KV head `h`. All tensors are contiguous.
 
     Attributes:
-        keys, values: `[slots, D]` float32, bfloat16 or float16.
+        keys, values: `[slots, D]` float32, bfloat16 or float16; int8 codes where there are `scales`.
         positions: `[slots]` int32, where in the text each entry came from; increasing along a row.
         start, length: `[rows]` int64; the entries of row `r` are the `length[r]` slots from `start[r]` on.
         sinks, recent: `[rows]` int64; `recent > 0`: only the first `sinks` and the last `recent` entries are
@@ -34,6 +34,8 @@ class Rows:
         key_sum, value_sum, count: `[rows, D]` float32 twice and `[rows]` int64, or None: sums over `count`
             entries that are no longer stored. They and the hidden entries take part as one compensation
             entry; `count` -1: they do not.
+        scales: `[slots, 2]` float32, bfloat16 or float16, or None: of each entry the scales of its key's and of its
+            value's codes, which stand for vectors as `quantised.py` says. New entries are of the scales' dtype.
     """
 
     keys: Tensor
@@ -46,14 +48,17 @@ class Rows:
     key_sum: Tensor | None = None
     value_sum: Tensor | None = None
     count: Tensor | None = None
+    scales: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 2 or not 1 <= self.keys.shape[1] <= MAX_DIM:
             raise ValueError(
                 f"keys must have shape [slots, D] with D from 1 to {MAX_DIM}, got {list(self.keys.shape)}"
             )
-        if self.keys.dtype not in DTYPES:
+        if self.scales is None and self.keys.dtype not in DTYPES:
             raise TypeError(f"keys must be float32, bfloat16 or float16, got {self.keys.dtype}")
+        if self.scales is not None and self.keys.dtype != torch.int8:
+            raise TypeError(f"keys must be int8 where there are scales, got {self.keys.dtype}")
         on_device("keys", self.keys)
         slots, rows, dim = self.keys.shape[0], self.start.numel(), self.keys.shape[1]
         whole, wide = torch.int64, torch.float32
@@ -65,6 +70,10 @@ class Rows:
             self._expect("count", (rows,), whole)
             self._expect("key_sum", (rows, dim), wide)
             self._expect("value_sum", (rows, dim), wide)
+        if self.scales is not None:
+            if self.scales.dtype not in DTYPES:
+                raise TypeError(f"scales must be float32, bfloat16 or float16, got {self.scales.dtype}")
+            self._expect("scales", (slots, 2), self.scales.dtype)
         if not self.keys.is_contiguous():
             raise ValueError(f"keys must be contiguous, got strides {list(self.keys.stride())}")
 
@@ -93,7 +102,12 @@ class Rows:
     @property
     def pools(self) -> Pools:
         """The flat storage, as kernels are given it."""
-        return Pools(self.keys, self.values, self.positions)
+        return Pools(self.keys, self.values, self.positions, self.scales)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values as they come: of the pools, or where these are codes, of their scales."""
+        return self.keys.dtype if self.scales is None else self.scales.dtype
 
     def table(self, heads: int, capacity: Tensor | None = None) -> Table:
         """The rows, `heads` of them a sequence, as kernels are given them."""
@@ -104,7 +118,7 @@ class Rows:
     def operand(self, q: Tensor) -> tl.dtype:
         """The dtype in which queries meet keys: their own, or float32 if it differs."""
         # The interpreter multiplies bfloat16 as the integers of its bits.
-        alike = q.dtype == self.keys.dtype and not (INTERPRETED and q.dtype == torch.bfloat16)
+        alike = q.dtype == self.dtype and not (INTERPRETED and q.dtype == torch.bfloat16)
         return DTYPES[q.dtype] if alike else tl.float32
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from headkv_kernels.quantised import load_scales, load_sum, quantised_entry, rotated
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(4)  # shares are whole units of entries
@@ -113,12 +114,17 @@ def sums_outside(
     rows, row, pools, begin, end, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """`[D_PAD]` twice: the sums over what a row dropped and over what it hides, the slots `begin .. end`."""
-    d, n = tl.arange(0, D_PAD), tl.arange(0, BLOCK)
-    key = tl.load(rows.key_sum + row * D + d, mask=d < D, other=0.0)
-    value = tl.load(rows.value_sum + row * D + d, mask=d < D, other=0.0)
+    n = tl.arange(0, BLOCK)
+    key = load_sum(rows.key_sum, row, pools, D, D_PAD)
+    value = load_sum(rows.value_sum, row, pools, D, D_PAD)
     for i in range(begin, end, BLOCK):
-        key += tl.sum(load_entries(pools.key, i + n, i + n < end, D, D_PAD, tl.float32), 0)
-        value += tl.sum(load_entries(pools.value, i + n, i + n < end, D, D_PAD, tl.float32), 0)
+        keys = load_entries(pools.key, i + n, i + n < end, D, D_PAD, tl.float32)
+        values = load_entries(pools.value, i + n, i + n < end, D, D_PAD, tl.float32)
+        if pools.scale is not None:
+            key_scales, value_scales = load_scales(pools, i + n, i + n < end)
+            keys, values = keys * key_scales[:, None], values * value_scales[:, None]
+        key += tl.sum(keys, 0)
+        value += tl.sum(values, 0)
     return key, value
 
 
@@ -151,7 +157,10 @@ def decode_shares(
         ends_row = segment.unit_end == segment.row_end
         batch, head = (row // rows.heads).to(tl.int64), row % rows.heads
         query = q.data + batch * q.batch + (head * G + g)[:, None] * q.head + d[None, :]
-        query = tl.load(query, mask=real, other=0.0).to(OPERAND)  # [G_PAD, D_PAD]
+        query = tl.load(query, mask=real, other=0.0)  # [G_PAD, D_PAD]
+        if pools.scale is not None:
+            query = rotated(query.to(tl.float32), D)
+        query = query.to(OPERAND)
         top, total, acc = start_softmax(G_PAD, D_PAD)
         for i in tl.range(segment.begin, segment.end, BLOCK, num_stages=STAGES):
             at = i + n  # [BLOCK]
@@ -159,13 +168,17 @@ def decode_shares(
             slots = base + tl.where(at < front, segment.first + at, back + at - front)
             k = load_entries(pools.key, slots, visible, D, D_PAD, OPERAND)
             v = load_entries(pools.value, slots, visible, D, D_PAD, OPERAND)
+            scale, value_scales = rule.scale, None
+            if pools.scale is not None:
+                key_scales, value_scales = load_scales(pools, slots, visible)
+                scale = (key_scales * rule.scale)[None, :]
             if rule.sliding_window is not None:
                 query_position = tl.load(new.seen if new is not None else query_positions + batch)
                 position = tl.load(pools.position + slots, mask=visible, other=0)
                 visible = visible & (query_position - position < rule.sliding_window)
-            logits = tl.dot(query, tl.trans(k), input_precision="ieee") * rule.scale
+            logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             logits = tl.where(visible[None, :], base_two(logits, rule), -float("inf"))
-            top, total, acc = add_block(logits, v, top, total, acc)
+            top, total, acc = add_block(logits, v, top, total, acc, 1.0, value_scales)
         if new is not None:  # noqa: SIM102 (known to the compiler)
             if ends_row & (segment.grows > 0):  # from where it was made, then into the pools
                 new_key = new.key.data + batch * new.key.batch + head * new.key.head + d
@@ -173,12 +186,16 @@ def decode_shares(
                 new_value = new.value.data + batch * new.value.batch + head * new.value.head + d
                 new_value = tl.load(new_value, mask=d < D, other=0.0)
                 slot = base + segment.entries - 1
+                key, value = new_key, new_value
+                if pools.scale is not None:  # they are seen as they are stored
+                    new_key, key = quantised_entry(new_key, pools, slot, 0, D)
+                    new_value, value = quantised_entry(new_value, pools, slot, 1, D)
                 tl.store(pools.key + slot * D + d, new_key, mask=d < D)
                 tl.store(pools.value + slot * D + d, new_value, mask=d < D)
                 tl.store(pools.position + slot, tl.load(new.seen).to(tl.int32))
-                logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * rule.scale
+                logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * rule.scale
                 logit = base_two(logit, rule)
-                top, total, acc = add_entry(logit, new_value.to(tl.float32)[None, :], top, total, acc)
+                top, total, acc = add_entry(logit, value.to(tl.float32)[None, :], top, total, acc)
         if rows.dropped is not None:
             dropped = tl.load(rows.dropped + row)
             if ends_row & (dropped >= 0):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LIFT = tl.constexpr(64.0)  # the greatest scale of float16, 516, times this is finite there
 
 
 @triton.jit
@@ -45,13 +46,22 @@ def raise_top(logit, top, total, acc):
 
 
 @triton.jit
-def add_block(logits, values, top, total, acc, factor=1.0):
+def add_block(logits, values, top, total, acc, factor=1.0, scales=None):
     """Take in N entries: `logits * factor` `[M, N]`, -inf where not visible, and `values` `[N, D]`. Weights meet
-    the values in the dtype of these, as they do in PyTorch's own attention. `factor` is positive."""
+    the values in the dtype of these, as they do in PyTorch's own attention. `factor` is positive. Where values are
+    codes, weights are times their `scales` `[N]`."""
     base, top, total, acc = raise_top(tl.max(logits, -1) * factor, top, total, acc)
     weights = tl.exp2(logits * factor - tl.expand_dims(base, -1))
-    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-    return top, total + tl.sum(weights, -1), acc
+    total += tl.sum(weights, -1)
+    if scales is None:
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    elif values.dtype == tl.float16:  # small values' scales would leave a small weight few digits, or none
+        weights *= tl.expand_dims(scales * LIFT, 0)
+        acc += tl.dot(weights.to(values.dtype), values) * (1.0 / LIFT)
+    else:
+        weights *= tl.expand_dims(scales, 0)
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return top, total, acc
 
 
 @triton.jit
