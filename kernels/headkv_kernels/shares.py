@@ -119,11 +119,13 @@ def sums_outside(
     value = load_sum(rows.value_sum, row, pools, D, D_PAD)
     for i in range(begin, end, BLOCK):
         keys = load_entries(pools.key, i + n, i + n < end, D, D_PAD, tl.float32)
-        values = load_entries(pools.value, i + n, i + n < end, D, D_PAD, tl.float32)
         if pools.scale is not None:
             key_scales, value_scales = load_scales(pools, i + n, i + n < end)
-            keys, values = keys * key_scales[:, None], values * value_scales[:, None]
+            keys *= key_scales[:, None]
         key += tl.sum(keys, 0)
+        values = load_entries(pools.value, i + n, i + n < end, D, D_PAD, tl.float32)
+        if pools.scale is not None:
+            values *= value_scales[:, None]
         value += tl.sum(values, 0)
     return key, value
 

@@ -52,16 +52,15 @@ def add_block(logits, values, top, total, acc, factor=1.0, scales=None):
     codes, weights are times their `scales` `[N]`."""
     base, top, total, acc = raise_top(tl.max(logits, -1) * factor, top, total, acc)
     weights = tl.exp2(logits * factor - tl.expand_dims(base, -1))
-    total += tl.sum(weights, -1)
     if scales is None:
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
     elif values.dtype == tl.float16:  # small values' scales would leave a small weight few digits, or none
-        weights *= tl.expand_dims(scales * LIFT, 0)
-        acc += tl.dot(weights.to(values.dtype), values) * (1.0 / LIFT)
+        shares = weights * tl.expand_dims(scales * LIFT, 0)
+        acc += tl.dot(shares.to(values.dtype), values) * (1.0 / LIFT)
     else:
-        weights *= tl.expand_dims(scales, 0)
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-    return top, total, acc
+        shares = weights * tl.expand_dims(scales, 0)
+        acc = tl.dot(shares.to(values.dtype), values, acc, input_precision="ieee")
+    return top, total + tl.sum(weights, -1), acc
 
 
 @triton.jit
