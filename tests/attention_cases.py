@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headkv.cache import RaggedLayer
+from headkv.cache.ragged import Storage
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Case:
     gaps: bool = field(default=True)  # positions with gaps, as after an eviction
     sink_logits: tuple[float, ...] = ()  # of the query heads, again and again; empty: none has a sink
     sink_dtype: torch.dtype = torch.float32
+    storage: Storage = "model"
 
     def build(self, device: str = "cpu") -> tuple[Tensor, RaggedLayer]:
-        """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN."""
+        """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN, in 8 bits as their scales."""
         generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
         batch, heads, longest = len(self.lengths), len(self.lengths[0]), max(map(max, self.lengths))
         seen = max(longest * 2 if self.gaps else longest, self.tokens)
@@ -60,7 +62,11 @@ class Case:
         free = torch.ones(layer.keys.shape[0], dtype=torch.bool)
         for r in range(layer.rows):
             free[int(layer.start[r]) : int(layer.start[r] + layer.length[r])] = False
-        layer.keys[free], layer.values[free] = float("nan"), float("nan")
+        if self.storage == "int8":
+            layer.quantise()
+            layer.scales[free] = float("nan")
+        else:
+            layer.keys[free], layer.values[free] = float("nan"), float("nan")
         if self.compensate:
             layer.count = torch.where(layer.recent > 0, torch.arange(layer.rows) * 3, -1)
             sums = (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import headkv
 from headkv.attention import triton as backend
+from headkv.cache.ragged import Storage
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 tl = triton.language
@@ -92,21 +93,21 @@ def test_who_does_not_wait_reads_nan(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", ["as it was", "NaN"])
-@pytest.mark.parametrize("kernel", ["ring", "portable"])
+@pytest.mark.parametrize("kernel", ["ring", "portable", "rows in 8 bits"])
 def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
     """Right after their producer, and right after one another, steps are to the bit what they are one at a time.
 
     `fresh` is what memory holds that a step asks for. Filling it takes a launch between the producer and the step, but
     there the step's second kernel would read NaN from the first.
     """
-    kernels = backend.kernels()
-    default = kernels.DecodeConfig.default(backend.rows_of(layers()[0]))
+    kernels, storage = backend.kernels(), "int8" if kernel == "rows in 8 bits" else "model"
+    default = kernels.DecodeConfig.default(backend.rows_of(layers(storage)[0]))
     if not default.early:
         pytest.skip("needs a Triton whose kernels can wait for the launch before: gdc_wait")
-    config = default if kernel == "ring" else replace(default, ring=0)
+    config = replace(default, ring=0) if kernel == "portable" else default
     torch.use_deterministic_algorithms(fresh == "NaN", warn_only=True)
     try:
-        got, want = (steps(replace(config, early=early)) for early in (True, False))
+        got, want = (steps(replace(config, early=early), storage) for early in (True, False))
     finally:
         torch.use_deterministic_algorithms(False)
     assert bool(want["outputs"].isfinite().all())
@@ -116,20 +117,22 @@ def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def layers() -> list[headkv.RaggedLayer]:
+def layers(storage: Storage) -> list[headkv.RaggedLayer]:
     """Two of them, with room for a round."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for lengths in ((700, 33), (5, 1300)):
         rows = [tuple(torch.randn(2, n, DIM, generator=generator).bfloat16()) for n in lengths]
         made.append(headkv.RaggedLayer.from_rows([rows], headroom=len(TURNS)))
+        if storage == "int8":
+            made[-1].quantise()
         made[-1].to("cuda")
     return made
 
 
-def steps(config: Any) -> dict[str, Tensor]:
+def steps(config: Any, storage: Storage) -> dict[str, Tensor]:
     """The outputs of all rounds, and the rows after the last."""
-    kernels, both = backend.kernels(), layers()
+    kernels, both = backend.kernels(), layers(storage)
     rows = [backend.rows_of(layer) for layer in both]
     begun, tickets = [layer.length.clone() for layer in both], [kernels.new_ticket(row) for row in rows]
     free = [headroom(layer) for layer in both]
@@ -146,7 +149,7 @@ def steps(config: Any) -> dict[str, Tensor]:
         targets.fill_(torch.nan)
         for row, length, slots in zip(rows, begun, free, strict=True):
             row.length.copy_(length)
-            for pool in (row.keys, row.values):
+            for pool in (row.keys, row.values) if row.scales is None else (row.scales,):
                 pool.index_fill_(0, slots, torch.nan)
         producers, found = iter(zip(sources, targets, strict=True)), []
         for turn in TURNS:
@@ -162,9 +165,9 @@ def steps(config: Any) -> dict[str, Tensor]:
         outputs.index_copy_(0, clock, torch.cat(found)[None])
 
     rounds(play, clock)
-    kept = {f"{name} {i}": getattr(row, name) for i, row in enumerate(rows) for name in ("keys", "values")}
-    lengths = {f"length {i}": row.length for i, row in enumerate(rows)}
-    return {"outputs": outputs, "tickets": torch.cat(tickets)} | kept | lengths
+    names = ("keys", "values", "length", *(() if rows[0].scales is None else ("scales",)))
+    kept = {f"{name} {i}": getattr(row, name) for i, row in enumerate(rows) for name in names}
+    return {"outputs": outputs, "tickets": torch.cat(tickets)} | kept
 
 
 def headroom(layer: headkv.RaggedLayer) -> Tensor:

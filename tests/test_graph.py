@@ -13,6 +13,8 @@ import torch
 from generation_cases import METHODS, Collect, prompts
 
 import headkv
+from headkv.attention.api import choose_backend
+from headkv.cache.ragged import Storage
 from headkv.integrations import compiled
 from headkv.integrations.compiled import compiled_layers, decoder_layers
 from headkv.integrations.graph import DecodeGraph
@@ -40,10 +42,12 @@ def generate(
     method: Any,
     graph: bool,
     compile_layers: bool = False,
+    storage: Storage = "model",
     **options: Any,
 ) -> Any:
     torch.manual_seed(3)
-    with headkv.compress(model, method, cuda_graph=graph, compile_layers=compile_layers) as session:
+    how: dict[str, Any] = {"cuda_graph": graph, "compile_layers": compile_layers, "storage": storage}
+    with headkv.compress(model, method, **how) as session:
         out = model.generate(**inputs, **{**GREEDY, **options})
     assert "generate" not in vars(model)
     return out, session
@@ -65,6 +69,18 @@ def test_tokens_are_equal(name: str, batch: int) -> None:
     assert session.cache.seen == plain.cache.seen
     if name not in ("DuoAttention", "RazorAttention", "StreamingLLM", "RandomHeads"):
         assert torch.equal(session.cache.lengths(), plain.cache.lengths())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["AdaKV", "DuoAttention"])
+def test_rows_in_8_bits(name: str) -> None:
+    """The same bits by a graph as without, and by the kernels."""
+    model, inputs = on_gpu("llama")
+    outs = [generate(model, inputs, METHODS[name], graph, storage="int8") for graph in (False, True)]
+    assert torch.equal(outs[0][0].sequences, outs[1][0].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(outs[0][0].logits, outs[1][0].logits, strict=True))
+    for layer in outs[1][1].cache.layers:
+        assert layer.ragged.storage == "int8" and choose_backend(layer.ragged) == "triton"
 
 
 @pytest.mark.gpu

@@ -82,8 +82,24 @@ WIDE = [
 WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
 
 
+
+def in_8_bits(cases, interpreted):
+    """Those cases over rows in 8 bits; of the interpreter's, which is slow, the ones named."""
+    assert interpreted <= {case.name for case in cases}
+    chosen = [case for case in cases if not INTERPRETED or case.name in interpreted]
+    return [replace(case, name=f"{case.name}, 8 bits", storage="int8") for case in chosen]
+
+
+EIGHT = in_8_bits(
+    CASES + WIDE,
+    {"an empty row beside others", "one huge row beside empty ones", "D 40", "D 80 bf16", "D 128 fp16"}
+    | {"windowed", "sliding window and softcap", "compensation on some rows", "extend by 7", "extend, compensation"}
+    | {"sinks, extend, sliding", f"D 512, 3 tokens, {FP16}"},
+)
+
+
 @device
-@pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + WIDE + EIGHT, ids=lambda case: case.name)
 def test_equals_truth(case):
     q, layer = case.build(DEVICE)
     got = attend(q, layer, **case.options(q))
@@ -97,6 +113,7 @@ SINKS = Case(
     "sinks of uneven rows", ((1, 700, 0, 33, 64), (3, 0, 5, 9, 40)), gaps=False, sink_logits=(2.0, 5.0, -1.0)
 )
 WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
+CODES = Case("codes", ((1, 130, 0, 33),), gaps=False, group=1, dim=80, dtype=FP16, storage="int8")
 
 
 @device
@@ -129,6 +146,7 @@ EXTENDED = [
     Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
     replace(MANY, tokens=5),
     replace(SINKS, lengths=((1, 300, 0, 33, 64), (3, 0, 5, 9, 40)), tokens=21),
+    replace(CODES, tokens=9),
 ]
 CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
@@ -285,18 +303,26 @@ def test_offsets_beyond_32_bits():
     assert bool((keys[far + 300] == new[0, 1, 0]).all()) and int(positions[far + 300]) == 7
 
 
+# In the interpreter float32 is cut off to bfloat16, and scales are rounded.
+KINDS = [(FP32, "model"), (BF16, "model"), (FP16, "model"), (FP32, "int8"), (FP16, "int8")]
+KINDS += [] if INTERPRETED else [(BF16, "int8")]
+
+
 @device
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("dtype, storage", KINDS, ids=str)
 @pytest.mark.parametrize("tokens, holes", [(1, False), (1, True), (7, False), (70, True)])
-def test_append_equals_the_specification(dtype, tokens, holes):
+def test_append_equals_the_specification(dtype, storage, tokens, holes):
     """Bit for bit, from strided tensors, with the position given as a number or on the device."""
     torch.manual_seed(tokens)
-    window = {"headroom": 75}
     old = torch.randn(2, 3, 20, 40).to(dtype)
-    layer = RaggedLayer.from_dense(old, old + 1, keep=torch.rand(2, 3, 20) < 0.5, **window)
+    keep = torch.rand(2, 3, 20) < 0.5
+    layer = RaggedLayer.from_dense(old, old + 1, keep=keep, headroom=75, storage=storage)
     layer.to(DEVICE)
     same = RaggedLayer.from_snapshot(layer.snapshot())
     memory = torch.randn(2, 2, tokens, 3, 40, device=DEVICE).to(dtype)
+    # What is no number, vectors of zeros, and large and small ones.
+    memory[0, 0, 0, :2, 3] = torch.tensor([torch.nan, torch.inf], device=DEVICE)
+    memory[1, 1, 0] *= torch.tensor([[0.0], [1e4], [1e-6]], device=DEVICE)
     keys, values = memory.transpose(2, 3)
     valid = torch.rand(2, tokens, device=DEVICE) < 0.6 if holes else None
     moves.append_reference(same, keys, values, valid)
@@ -304,8 +330,14 @@ def test_append_equals_the_specification(dtype, tokens, holes):
     backend.kernels().ragged_append(
         backend.rows_of(layer), layer.capacity, keys, values, seen=seen, valid=valid
     )
-    for name in ("keys", "values", "positions", "length"):
-        assert torch.equal(getattr(layer, name), getattr(same, name)), name
+    for name in stored(layer):
+        mine, wanted = getattr(layer, name), getattr(same, name)
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def stored(layer):
+    """The names of what an append writes."""
+    return [name for name, _ in layer.tensors() if name in ("keys", "values", "positions", "length", "scales")]
 
 
 @device
@@ -339,6 +371,10 @@ def test_steps_in_a_row():
 
 
 STEPS = [case for case in CASES + WIDE if case.tokens == 1]
+STEPS_IN_8_BITS = in_8_bits(
+    STEPS,
+    {"an empty row beside others", "D 128 fp16", "compensation on some rows"},
+)
 
 
 RINGS = [
@@ -353,7 +389,7 @@ RINGS = [case for case in RINGS if not case.compensate] + [
 
 
 @device
-@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", STEPS + STEPS_IN_8_BITS, ids=lambda case: case.name)
 def test_fused_steps(case):
     """Append and attention in one go, again and again until no row has room: as append, then the truth."""
     fused_steps(case, None)
@@ -391,7 +427,7 @@ def fused_steps(case, config):
         # No launch that starts the next one early has written these rows just before.
         got = kernels.ragged_step(*step, ahead=config is not None and config.early, config=config, **options)
         layer.seen += 1
-        for name in ("keys", "values", "positions", "length"):
+        for name in stored(layer):
             mine, wanted = getattr(layer, name), getattr(same, name)
             torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)
         assert not ticket.any()
@@ -445,6 +481,9 @@ BAD = {
     "compensation, cut": (lambda k, q, r: k.ragged_extend(q[:, :, None], replace(r, count=r.length, key_sum=torch.zeros(2, 64, device=DEVICE), value_sum=torch.zeros(2, 64, device=DEVICE)), query_positions=r.length[:1, None], scale=1.0, config=k.ExtendConfig(16, 64, 2, 4, 2)), ValueError, "with compensation entries, no cuts"),
     "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
     "keys of D 513": (lambda k, q, r: replace(r, keys=torch.zeros(9, 513)), ValueError, "D from 1 to 512"),
+    "codes without scales": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.char()), TypeError, "keys must be float32, bfloat16 or float16, got torch.int8"),
+    "scales without codes": (lambda k, q, r: replace(r, scales=r.keys[:, :2].contiguous()), TypeError, "keys must be int8 where there are scales, got torch.float32"),
+    "scales of float64": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.char(), scales=r.keys[:, :2].double()), TypeError, "scales must be float32, bfloat16 or float16, got torch.float64"),
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
     "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
     "length of int32": (lambda k, q, r: replace(r, length=r.length.int()), TypeError, "length must be a tensor of torch.int64"),
@@ -475,7 +514,7 @@ ARGUMENTS = {
     "ragged_extend": ("q", "query_positions", "sink_logits"),
     "ragged_append": ("capacity", "keys", "values", "seen", "valid"),
 }
-ROWS = ("keys", "values", "positions", "start", "length", "sinks", "recent", "key_sum", "value_sum", "count")
+ROWS = ("keys", "values", "scales", "positions", "start", "length", "sinks", "recent", "key_sum", "value_sum", "count")
 FAULTS = {
     "elsewhere": lambda x: x.to("meta"),
     "of another dtype": lambda x: x.int() if x.dtype == torch.bool else x.bool(),
@@ -528,7 +567,7 @@ def test_each_argument_is_checked_before_any_launch(launcher, name, fault):
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "of another D"])
 @pytest.mark.parametrize("name", ROWS)
 def test_each_tensor_of_the_rows_is_checked(name, fault):
-    rows = backend.rows_of(WINDOWS.build(DEVICE)[1])
+    rows = backend.rows_of(replace(WINDOWS, storage="int8").build(DEVICE)[1])
     with pytest.raises((TypeError, ValueError), match=" must "):
         replace(rows, **{name: FAULTS[fault](getattr(rows, name))})
 

@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"} | {
-    **{torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
+    **{torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.bool: "*i1"}
 }
 # What a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9.
 SHARED = 99 * 1024
