@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--json FILE] [--profile NAME]
 
-Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16. The rows' lengths are skewed (Dirichlet 1), as
+Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16, and the same entries in 8 bits. The rows' lengths are skewed (Dirichlet 1), as
 head-specific budgets leave them; dense attention gets as many entries, in rows of equal length. Medians of CUDA graph
 replays over 16 layers of their own, so that no layer is found in the L2 cache; a step appends the new token, attends,
 and combines; of the others, those do whose name says so. What reads ragged rows is held against float64 before it is
@@ -31,6 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from headkv.cache.layout import rows_of_slots
+from headkv.cache.quantised import entries as entries_at
+from headkv.cache.quantised import quantised, quantised_pools, restored
+from headkv.cache.rows import Pools
 from headkv_kernels import DecodeConfig, Rows, new_ticket, ragged_step
 
 HEADS, GROUP, DIM, LAYERS, HEADROOM = 8, 4, 128, 16, 512
@@ -73,6 +76,24 @@ def make_layer(entries: int, device: str) -> Layer:
     return Layer(rows, capacity.to(device), q, new, seen, new_ticket(rows), rows.length.clone())
 
 
+def pools_of(layer: Layer) -> Pools:
+    """What the rows hold, as headkv has it."""
+    return Pools(layer.rows.keys, layer.rows.values, layer.rows.positions, layer.rows.scales)
+
+
+def in_8_bits(layer: Layer) -> Layer:
+    """The same entries in 8 bits, with a length of their own."""
+    pools = quantised_pools(pools_of(layer))._asdict()
+    rows = replace(layer.rows, **pools, length=layer.begun.clone())
+    return replace(layer, rows=rows, ticket=new_ticket(rows))
+
+
+def entry_bytes(layer: Layer) -> int:
+    """Of an entry's key and value, with scales."""
+    pools = (layer.rows.keys, layer.rows.values, layer.rows.scales)
+    return sum(pool[0].nbytes for pool in pools if pool is not None)
+
+
 Step = Callable[[Layer], Tensor]
 
 
@@ -80,7 +101,7 @@ def truth(layer: Layer, new: bool = False) -> Tensor:
     """`[HQ, D]`: attention in float64 over what the rows hold; `new`: and over the new entries behind that."""
     found = []
     for r, (begin, n) in enumerate(zip(layer.rows.start.tolist(), layer.rows.length.tolist(), strict=True)):
-        keys, values = (pool[begin : begin + n].double() for pool in (layer.rows.keys, layer.rows.values))
+        keys, values = (x.double() for x in entries_at(pools_of(layer), slice(begin, begin + n)))
         if new:
             keys, values = (torch.cat([x, layer.new[i, :, r]]) for i, x in enumerate((keys, values)))
         q = layer.q[0, r * GROUP : (r + 1) * GROUP].double()
@@ -96,9 +117,9 @@ def error(layer: Layer, step: Step) -> float:
         raise AssertionError(
             f"lengths {before.tolist()} -> {layer.rows.length.tolist()}, {layer.ticket.tolist()}"
         )
-    last = layer.rows.start + before
-    stored = torch.stack([layer.rows.keys[last], layer.rows.values[last]])
-    if not torch.equal(stored, layer.new[:, 0]):
+    stored = torch.stack(entries_at(pools_of(layer), layer.rows.start + before))
+    new = layer.new[:, 0]
+    if not torch.equal(stored, new if layer.rows.scales is None else restored(*quantised(new))):
         raise AssertionError("a row did not get its new entry")
     return distance(got, truth(layer))
 
@@ -134,7 +155,7 @@ def read(words, out, number, BLOCK: tl.constexpr, STAGES: tl.constexpr, EARLY: t
 def time_read(layers: list[Layer], replays: int) -> float:
     """The best of a few ways to read as many bytes as the layers' entries have."""
     device = layers[0].q.device
-    sizes = [int(layer.rows.length.sum()) * DIM * 2 * 2 // 4 for layer in layers]
+    sizes = [int(layer.rows.length.sum()) * entry_bytes(layer) // 4 for layer in layers]
     pools = [torch.randint(0, 9, (size,), dtype=torch.int32, device=device) for size in sizes]
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     early = torch.cuda.get_device_capability(device)[0] >= 9
@@ -212,6 +233,10 @@ SEARCH = (
 )
 
 
+# The same of rows in 8 bits, which only the portable kernel reads.
+SEARCH_8 = ((64, 4, 1), (64, 4, 2), (64, 8, 1), (64, 8, 2), (128, 8, 1), (128, 16, 1), (32, 4, 2), (32, 4, 4))
+
+
 def variants(search: bool) -> dict[str, Step]:
     """What is compared, by name: the default, what it is without its parts, and with `search` other cuts."""
     config, hopper = default_config(), torch.cuda.get_device_capability()[0] >= 9
@@ -225,6 +250,17 @@ def variants(search: bool) -> dict[str, Step]:
             config, block=block, ring=ring, warps=warps, gap=gap, programs=times * config.programs
         )
         found[f"  {block} x {ring}, {warps} warps, {times} a SM, gap {gap}"] = stepping(other, ahead=hopper)
+    return found
+
+
+def variants_in_8_bits(search: bool) -> dict[str, Step]:
+    """The same over rows in 8 bits."""
+    config = DecodeConfig.default(in_8_bits(make_layer(64, "cuda")).rows)
+    hopper = torch.cuda.get_device_capability()[0] >= 9
+    found = {"headkv, 8 bits": stepping(config, ahead=hopper)}
+    for block, warps, times in SEARCH_8 if search else ():
+        other = replace(config, block=block, warps=warps, programs=times * config.programs)
+        found[f"  8 bits, {block}, {warps} warps, {times} a SM"] = stepping(other, ahead=hopper)
     return found
 
 
@@ -271,7 +307,7 @@ def measure_rival(rival: Rival, layers: list[Layer], replays: int, note: Note) -
 def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
     """One column of the table, in microseconds a layer; what fails is NaN, with the reason printed."""
     layers = [make_layer(entries, "cuda") for _ in range(LAYERS)]
-    size = sum(int(layer.rows.length.sum()) for layer in layers) / LAYERS * DIM * 2 * 2
+    size = sum(int(layer.rows.length.sum()) * entry_bytes(layer) for layer in layers) / LAYERS
     column = {"KV megabytes a layer": size / 1e6}
     print(f"\n{entries} entries a head, {size / 1e6:.1f} MB a layer: microseconds, error before, error after")
 
@@ -298,6 +334,10 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
             print(f"  {rivals.__name__} is not installed: {missing}", flush=True)
     for name, step in variants(options.search).items():
         attempt(name, measure_ours, name, step)
+    layers = [in_8_bits(layer) for layer in layers]
+    note("a launch that only reads 8 bits", time_read(layers, options.replays))
+    for name, step in variants_in_8_bits(options.search).items():
+        attempt(name, measure_ours, name, step)
     return column
 
 
@@ -305,8 +345,11 @@ def profile(name: str) -> None:
     """A few launches of one variant at each size, for a profiler to look at."""
     for entries in ENTRIES:
         layers = [make_layer(entries, "cuda") for _ in range(4)]
+        steps = variants(search=True)
+        if name not in steps:
+            steps, layers = variants_in_8_bits(search=True), [in_8_bits(layer) for layer in layers]
         for layer in layers:
-            variants(search=True)[name](layer)
+            steps[name](layer)
         torch.cuda.synchronize()
 
 

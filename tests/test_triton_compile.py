@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -159,6 +161,43 @@ def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
         assert "cp.async" not in before_the_wait(ahead), "reads more than lengths"
         for combine in launches["combine_segments"].compiled:
             assert ".cg" not in before_the_wait(combine), "segments are read before they are written"
+
+
+IN_8_BITS = [
+    Case("bfloat16, D 128", ROWS, group=4, dim=128, dtype=BF16, storage="int8"),
+    Case("float16, compensation, D 80", ROWS, dim=80, dtype=FP16, storage="int8", **WINDOW),
+]
+
+
+@pytest.mark.parametrize("launches", [90], indirect=True)
+@pytest.mark.parametrize("case", IN_8_BITS, ids=lambda case: case.name)
+def test_rows_in_8_bits_compile(case: Case, launches: dict[str, Compiler]) -> None:
+    """Codes are copied 16 bytes at a time, and what a program holds stays in its registers."""
+    q, layer = case.build()
+    kernels, rows = backend.kernels(), backend.rows_of(layer)
+    new = torch.zeros(2, 2, 2, case.dim, dtype=case.dtype)
+    step = (rows, layer.capacity, kernels.new_ticket(rows), layer.length[:1])
+    kernels.ragged_step(q[:, :, 0], *new, *step, scale=1.0, ahead=True)
+    kernels.ragged_append(rows, layer.capacity, *new[:, :, :, None], seen=7)
+    where, config = torch.zeros(2, 1, dtype=torch.int64), kernels.ExtendConfig.default(q, rows)
+    config = replace(config, cuts=0 if case.compensate else 2)
+    kernels.ragged_extend(q, rows, query_positions=where, scale=1.0, config=config)
+    for name, launch in launches.items():
+        for compiled in launch.compiled:
+            assert compiled.metadata.shared <= SHARED, f"{name} needs {compiled.metadata.shared} bytes"
+            assert not spilled(compiled), f"{name} has {spilled(compiled)} bytes beside its registers"
+    (decode,) = launches["decode_shares"].compiled
+    assert "cp.async.cg.shared.global" in decode.asm["ptx"]
+    assert "cp.async" not in before_the_wait(decode), "reads more than lengths"
+
+
+def spilled(compiled: Any) -> int:
+    """Bytes of a thread's stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        return int(re.search(r"STACK:(\d+)", subprocess.check_output(command, text=True))[1])
 
 
 def before_the_wait(compiled: Any) -> str:

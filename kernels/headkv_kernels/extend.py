@@ -73,7 +73,7 @@ class ExtendConfig:
         held = dim * (4 if wide else 1) * (2 if compensate else 1)
         block = 64 if held <= 128 else 32 if held <= 256 else 16
         stages = 3 if held <= 128 else 2
-        queries, warps = block, 8 if compensate or dim > 128 else 4
+        queries, warps = block, 8 if compensate or dim > 128 or rows.scales is not None else 4
         if held <= 128 and tokens * group >= 128:
             queries, warps = 128, 8
         queries = max(16, group, min(queries, padded(tokens, 1) * group))
