@@ -55,12 +55,12 @@ class DecodeConfig:
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
-        """One program for each multiprocessor; 32 KiB of keys and values at a time (in 8 bits 16), through a ring on
-        Hopper.
+        """One program for each multiprocessor; 32 KiB of keys and values at a time (as float32 where codes become that),
+        through a ring on Hopper.
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
-        entry = 2 * padded(rows.dim) * rows.dtype.itemsize
+        entry = 2 * padded(rows.dim) * (4 if rows.dtype == torch.float32 else rows.keys.element_size())
         programs, early, shared = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
         stages = 3 if block * entry <= 32768 else 2

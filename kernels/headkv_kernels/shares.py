@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from headkv_kernels.quantised import load_scales, load_sum, quantised_entry, rotated
+from headkv_kernels.quantised import add_codes, halves, joined, load_scales, load_sum, quantised_entry, rotated
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(4)  # shares are whole units of entries
@@ -164,23 +164,30 @@ def decode_shares(
             query = rotated(query.to(tl.float32), D)
         query = query.to(OPERAND)
         top, total, acc = start_softmax(G_PAD, D_PAD)
+        if pools.scale is not None:
+            query_halves, acc = halves(query), halves(acc)
         for i in tl.range(segment.begin, segment.end, BLOCK, num_stages=STAGES):
             at = i + n  # [BLOCK]
             visible = at < segment.end
             slots = base + tl.where(at < front, segment.first + at, back + at - front)
-            k = load_entries(pools.key, slots, visible, D, D_PAD, OPERAND)
-            v = load_entries(pools.value, slots, visible, D, D_PAD, OPERAND)
-            scale, value_scales = rule.scale, None
-            if pools.scale is not None:
-                key_scales, value_scales = load_scales(pools, slots, visible)
-                scale = (key_scales * rule.scale)[None, :]
+            here = visible
+            if pools.scale is None:
+                k = load_entries(pools.key, slots, here, D, D_PAD, OPERAND)
+                v = load_entries(pools.value, slots, here, D, D_PAD, OPERAND)
             if rule.sliding_window is not None:
                 query_position = tl.load(new.seen if new is not None else query_positions + batch)
                 position = tl.load(pools.position + slots, mask=visible, other=0)
                 visible = visible & (query_position - position < rule.sliding_window)
-            logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-            logits = tl.where(visible[None, :], base_two(logits, rule), -float("inf"))
-            top, total, acc = add_block(logits, v, top, total, acc, 1.0, value_scales)
+            if pools.scale is None:
+                logits = tl.dot(query, tl.trans(k), input_precision="ieee") * rule.scale
+                logits = tl.where(visible[None, :], base_two(logits, rule), -float("inf"))
+                top, total, acc = add_block(logits, v, top, total, acc)
+            else:
+                top, total, acc = add_codes(
+                    query_halves, pools, slots, here, visible, rule, top, total, acc, D, D_PAD, OPERAND
+                )
+        if pools.scale is not None:
+            acc = joined(acc[0], acc[1])
         if new is not None:  # noqa: SIM102 (known to the compiler)
             if ends_row & (segment.grows > 0):  # from where it was made, then into the pools
                 new_key = new.key.data + batch * new.key.batch + head * new.key.head + d
