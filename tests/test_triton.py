@@ -82,7 +82,6 @@ WIDE = [
 WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
 
 
-
 def in_8_bits(cases, interpreted):
     """Those cases over rows in 8 bits; of the interpreter's, which is slow, the ones named."""
     assert interpreted <= {case.name for case in cases}
@@ -93,7 +92,13 @@ def in_8_bits(cases, interpreted):
 EIGHT = in_8_bits(
     CASES + WIDE,
     {"an empty row beside others", "one huge row beside empty ones", "D 40", "D 80 bf16", "D 128 fp16"}
-    | {"windowed", "sliding window and softcap", "compensation on some rows", "extend by 7", "extend, compensation"}
+    | {
+        "windowed",
+        "sliding window and softcap",
+        "compensation on some rows",
+        "extend by 7",
+        "extend, compensation",
+    }
     | {"sinks, extend, sliding", f"D 512, 3 tokens, {FP16}"},
 )
 
@@ -337,7 +342,9 @@ def test_append_equals_the_specification(dtype, storage, tokens, holes):
 
 def stored(layer):
     """The names of what an append writes."""
-    return [name for name, _ in layer.tensors() if name in ("keys", "values", "positions", "length", "scales")]
+    return [
+        name for name, _ in layer.tensors() if name in ("keys", "values", "positions", "length", "scales")
+    ]
 
 
 @device
@@ -514,7 +521,19 @@ ARGUMENTS = {
     "ragged_extend": ("q", "query_positions", "sink_logits"),
     "ragged_append": ("capacity", "keys", "values", "seen", "valid"),
 }
-ROWS = ("keys", "values", "scales", "positions", "start", "length", "sinks", "recent", "key_sum", "value_sum", "count")
+ROWS = (
+    "keys",
+    "values",
+    "scales",
+    "positions",
+    "start",
+    "length",
+    "sinks",
+    "recent",
+    "key_sum",
+    "value_sum",
+    "count",
+)
 FAULTS = {
     "elsewhere": lambda x: x.to("meta"),
     "of another dtype": lambda x: x.int() if x.dtype == torch.bool else x.bool(),

@@ -9,7 +9,6 @@ GPU, rows are cut into parts, long ones into more of them, and a second launch p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.arguments import Rule, Strided
+from headkv_kernels.parts import VARYING, merge_rows, parts_of, plan_parts
 from headkv_kernels.quantised import load_scales, load_sum, rotated
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
 from headkv_kernels.softmax import (
@@ -31,8 +31,6 @@ from headkv_kernels.softmax import (
 )
 
 MOST_CUTS = 65_535
-TRIED = tl.constexpr(8)  # sizes of parts
-VARYING = ["tokens", "blocks", "cuts", "queries"]  # Triton would compile anew for 1 and for multiples of 16
 
 
 @dataclass(frozen=True)
@@ -180,44 +178,6 @@ def entries_until(positions, entries, position):
     return found
 
 
-class Parts(NamedTuple):
-    """`[PAD]` each: the row `r`, into how many parts it is cut, and the running sum of that."""
-
-    r: tl.tensor
-    number: tl.tensor
-    ends: tl.tensor
-
-
-@triton.jit
-def plan_parts(rows, cuts, PAD: tl.constexpr):
-    """How the rows are cut: into at most as many parts as there are rows, and `cuts` more. These have as few entries
-    as that allows, by some sizes that are tried."""
-    r, most = tl.arange(0, PAD), rows.number + cuts
-    entries = tl.load(rows.length + r, mask=r < rows.number, other=0)
-    low, high = tl.cdiv(tl.sum(entries), most), tl.cdiv(tl.sum(entries), cuts)
-    # With `low` there are enough parts if all are full; with `high` even if each row ends with an almost empty one.
-    tried = tl.maximum(low + (high - low) * tl.arange(0, TRIED) // (TRIED - 1), 1)
-    number = parts_needed(entries[None, :], tried[:, None])
-    fits = tl.sum(tl.where((r < rows.number)[None, :], number, 0), 1) <= most
-    size = tl.min(tl.where(fits, tried, tl.maximum(high, 1)))
-    number = tl.where(r < rows.number, parts_needed(entries, size), 0)
-    return Parts(r, number, tl.cumsum(number, 0))
-
-
-@triton.jit
-def parts_needed(entries, size):
-    """Parts of a row: one even without entries, so that someone writes its output."""
-    return tl.maximum(tl.cdiv(entries.to(tl.int32), size.to(tl.int32)), 1)
-
-
-@triton.jit
-def parts_of(plan, row):
-    """A row's first part, and the one after its last."""
-    own = plan.r == row
-    last = tl.sum(tl.where(own, plan.ends, 0))
-    return last - tl.sum(tl.where(own, plan.number, 0)), last
-
-
 @triton.jit(do_not_specialize=VARYING)
 def extend_rows(
     q, query_positions, p_batch, p_token, tokens, blocks, cuts, rows, pools, rule, out, lse,
@@ -298,7 +258,7 @@ def extend_rows(
             hidden_logit += tl.sum(tl.where(hidden, logits * rule.scale, 0.0), 1)
             summed = hidden.to(OPERAND)
             if pools.scale is not None:
-                summed = tl.where(hidden, value_scales[None, :], 0.0).to(OPERAND)
+                summed = tl.where(hidden, tl.expand_dims(value_scales, 0), 0.0).to(OPERAND)
             hidden_value = tl.dot(summed, v, hidden_value, input_precision="ieee")
         if rule.softcap is not None:
             logits = base_two(logits * rule.scale, rule)
@@ -339,33 +299,3 @@ def extend_rows(
     tl.store(out + target[:, None] * D + d[None, :], result, mask=real[:, None] & (d < D)[None, :])
     if lse is not None:
         tl.store(lse + target, top + tl.log2(total), mask=real)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def merge_rows(
-    parts, lse, out, rows, cuts, queries, D: tl.constexpr, D_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, AT_ONCE: tl.constexpr, PAD: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """Some of a row's `queries`: their outputs from all of its parts, each weighted by 2**lse; 0 without any entry.
-    `ROTATED` parts are rotated back."""
-    blocks = tl.cdiv(queries, QUERIES)
-    row, query = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
-    query = query.to(tl.int64)
-    d = tl.arange(0, D_PAD)
-    first, last = parts_of(plan_parts(rows, cuts, PAD), row)
-    real = (query < queries)[:, None] & (d < D)[None, :]
-    top, total, acc = start_softmax(QUERIES, D_PAD)
-    for begin in range(first, last, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):  # the loads of all are on their way together
-            at = query + (begin + i) * queries
-            here = (query < queries) & (at < last * queries)
-            logit = tl.load(lse + at, mask=here, other=-float("inf"))
-            value = tl.load(
-                parts + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
-            )
-            top, total, acc = add_entry(logit, value, top, total, acc)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if ROTATED:
-        result = rotated(result, D)
-    result = result.to(out.dtype.element_ty)
-    tl.store(out + (row * queries + query)[:, None] * D + d[None, :], result, mask=real)

@@ -31,7 +31,7 @@ def rotated(x, D: tl.constexpr):
 
 @triton.jit
 def quantised(x, D: tl.constexpr):
-    """Vectors `x` `[M, D_PAD]`, whatever they hold beyond D, as codes `[M, D_PAD]` int8 and scales `[M]` in their dtype."""
+    """Vectors `x` `[M, D_PAD]`, whatever they hold beyond D: codes `[M, D_PAD]` int8, and scales `[M]` of their dtype."""
     TINY: tl.constexpr = 2.0**-14 if x.dtype == tl.float16 else 2.0**-126
     d = tl.arange(0, x.shape[1])[None, :]
     turned = rotated(tl.where(d < D, x, 0.0).to(tl.float32), D)
@@ -100,7 +100,7 @@ def widened(pairs, OPERAND: tl.constexpr):
     In bfloat16 0x4300 is 128, and the last bit counts 1: a code is 128 and its low 7 bits, less 128, or 256 if its sign
     is set. In float16 0x6400 is 1024: a code is 1024 and the code plus 128, less 1152.
     """
-    if OPERAND == tl.bfloat16 and ASSEMBLED:
+    if OPERAND == tl.bfloat16 and ASSEMBLED:  # noqa: SIM300
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 bits, less, high;
@@ -118,7 +118,7 @@ def widened(pairs, OPERAND: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    if OPERAND == tl.float16 and ASSEMBLED:
+    if OPERAND == tl.float16 and ASSEMBLED:  # noqa: SIM300
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 bits, high;
@@ -155,7 +155,7 @@ def add_codes(
     odd = acc[1] * tl.exp2(top - base)[:, None]
     weights = tl.exp2(logits - base[:, None])
     total += tl.sum(weights, 1)
-    if OPERAND == tl.float16:
+    if OPERAND == tl.float16:  # noqa: SIM300
         shares = (weights * (value_scales * LIFT)[None, :]).to(OPERAND)
         even += tl.dot(shares, v_even) * (1.0 / LIFT)
         odd += tl.dot(shares, v_odd) * (1.0 / LIFT)

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from headkv_kernels.quantised import add_codes, halves, joined, load_scales, load_sum, quantised_entry, rotated
+from headkv_kernels.quantised import (
+    add_codes,
+    halves,
+    joined,
+    load_scales,
+    load_sum,
+    quantised_entry,
+    rotated,
+)
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(4)  # shares are whole units of entries
