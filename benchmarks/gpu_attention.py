@@ -234,7 +234,16 @@ SEARCH = (
 
 
 # The same of rows in 8 bits, which only the portable kernel reads.
-SEARCH_8 = ((64, 4, 1), (64, 4, 2), (64, 8, 1), (64, 8, 2), (128, 4, 1), (128, 8, 2), (128, 16, 1), (32, 4, 2))
+SEARCH_8 = (
+    (64, 4, 1),
+    (64, 4, 2),
+    (64, 8, 1),
+    (64, 8, 2),
+    (128, 4, 1),
+    (128, 8, 2),
+    (128, 16, 1),
+    (32, 4, 2),
+)
 
 
 def variants(search: bool) -> dict[str, Step]:

@@ -31,7 +31,7 @@ def rotated(x, D: tl.constexpr):
 
 @triton.jit
 def quantised(x, D: tl.constexpr):
-    """Vectors `x` `[M, D_PAD]`, whatever they hold beyond D: codes `[M, D_PAD]` int8, and scales `[M]` of their dtype."""
+    """Vectors `x` `[M, D_PAD]`, whatever is beyond D, as codes `[M, D_PAD]` int8 and scales `[M]` in their dtype."""
     TINY: tl.constexpr = 2.0**-14 if x.dtype == tl.float16 else 2.0**-126
     d = tl.arange(0, x.shape[1])[None, :]
     turned = rotated(tl.where(d < D, x, 0.0).to(tl.float32), D)
