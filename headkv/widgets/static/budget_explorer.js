@@ -329,12 +329,10 @@ function render({ model, el }) {
   ];
 
   tooltip(root, (target, event) => {
-    const cell = grid.cellOf(target);
-    if (cell) return cell && target.getAttribute("aria-label");
     const over = lines.positionOf(target, event);
     const entry = over ? over.position : strip?.entryOf(target);
     if (entry !== null && entry !== undefined) return describeEntry(entry, over ? over.head : head);
-    return target.closest?.("[data-tip]")?.dataset.tip;
+    return null;
   });
   function describeEntry(i, k) {
     const text = tokens ? `“${tokens[i].trim() || tokens[i].replace(/\n/g, "↵")}” · ` : "";

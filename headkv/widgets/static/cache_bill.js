@@ -1,20 +1,6 @@
 // CacheBill: what a KV cache costs. Bytes a token by hand, the bill as the context grows, against the weights.
 
-import {
-  announcer,
-  bytesText,
-  choice,
-  count,
-  follow,
-  freshId,
-  h,
-  percent,
-  picker,
-  slider,
-  times,
-  tooltip,
-  widgetRoot,
-} from "./toolkit.js";
+import { bytesText, choice, count, freshId, h, live, percent, picker, slider, times, widgetRoot } from "./toolkit.js";
 import { billBar } from "./bill.js";
 import { costCurves } from "./cost_curves.js";
 
@@ -112,7 +98,6 @@ function render({ model, el }) {
   const weightFrame = h("div.weight-bar", {}, weightBar);
   const scaled = h("div.scaled", {}, bill.el, h("div.weights", {}, weightText, weightFrame));
   const story = h("p.story");
-  const status = announcer();
   const root = widgetRoot(
     "cache-bill",
     get("title"),
@@ -124,7 +109,6 @@ function render({ model, el }) {
     scaled,
     curves.el,
     story,
-    status.el,
   );
   el.append(root);
 
@@ -181,17 +165,11 @@ function render({ model, el }) {
       context: get("context"),
       words: `Bytes over tokens: ${words}.${compared}${fitting}`,
     });
-    status.say(`${count(token)} bytes a token. ${words}. ${story.textContent}`);
     Object.assign(root.dataset, { bytesPerToken: token, fullBytes: full, keptBytes: Math.round(kept), fits });
+    return `${count(token)} bytes a token. ${words}. ${story.textContent}`;
   }
 
-  tooltip(root, (target) => target.closest?.("[data-tip]")?.dataset.tip);
-  const off = follow(model, [...FOLLOWED, ...NAMES.map(([name]) => name)], draw);
-  draw();
-  return () => {
-    off();
-    status.stop();
-  };
+  return live(root, model, [...FOLLOWED, ...NAMES.map(([name]) => name)], draw);
 }
 
 const withoutName = ({ name: _, ...sizes }) => sizes;

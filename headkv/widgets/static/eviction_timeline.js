@@ -1,6 +1,6 @@
 // EvictionTimeline: what became of each entry of a small cache, moment by moment, as Python recorded it.
 
-import { announcer, follow, h, player, slider, times, tooltip, widgetRoot } from "./toolkit.js";
+import { h, live, player, slider, times, widgetRoot } from "./toolkit.js";
 
 /** @import { Model } from "./toolkit.js" */
 
@@ -44,7 +44,6 @@ function render({ model, el }) {
 
   const words = get("tokens").map((token) => h("span.token", {}, token));
   const rows = names.map((name, r) => timelineRow(name, moments.map((one) => one.rows[r]), total, means));
-  const status = announcer();
   const root = widgetRoot(
     "eviction-timeline",
     get("title"),
@@ -53,7 +52,6 @@ function render({ model, el }) {
     words.length ? h("p.timeline-text", {}, ...words) : null,
     h("div.timeline-rows", {}, ...rows.map((row) => row.el)),
     timelineKey(windowed, means),
-    status.el,
   );
   el.append(root);
 
@@ -67,18 +65,9 @@ function render({ model, el }) {
     });
     rows.forEach((row) => row.draw(at, seen));
     root.dataset.state = JSON.stringify({ at, rows: rows.map((row) => row.shown()) });
+    return `${moments[at].name}. ${rows.map((row) => row.words(at)).join(" ")}`;
   }
-  const off = follow(model, ["at"], () => {
-    draw();
-    status.say(`${moments[get("at")].name}. ${rows.map((row) => row.words(get("at"))).join(" ")}`);
-  });
-  tooltip(root, (target) => target.closest?.("[data-tip]")?.dataset.tip);
-  draw();
-  return () => {
-    controls.pause();
-    off();
-    status.stop();
-  };
+  return live(root, model, ["at"], draw, { stops: [controls.pause] });
 }
 
 /**

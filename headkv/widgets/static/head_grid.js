@@ -1,6 +1,6 @@
 // HeadGrid: the grid alone, for any number or kind a head has, with all heads in order beside it.
 
-import { announcer, count, follow, h, percent, s, shareSelection, tooltip, widgetRoot } from "./toolkit.js";
+import { count, h, live, percent, s, shareSelection, widgetRoot } from "./toolkit.js";
 import { headGrid, paintLevel, paintSigned } from "./grid.js";
 
 const MARKS = ["■", "□", "◆", "○", "▲", "✕"];
@@ -53,7 +53,6 @@ function render({ model, el }) {
   });
 
   const chosen = h("p.chosen-line");
-  const status = announcer();
   const side = kinds.length ? kindCounts(kinds, flat) : rankedBars(order, flat, low, high, (i) => grid.pick(i));
   const root = widgetRoot(
     "head-grid",
@@ -65,7 +64,6 @@ function render({ model, el }) {
       h("div.stage-grid", {}, h("p.caption", {}, measure), grid.el),
       h("div.stage-side", {}, chosen, side.el),
     ),
-    status.el,
   );
   el.append(root);
   grid.paintAll();
@@ -80,21 +78,13 @@ function render({ model, el }) {
     const words = wordsOf(l, k);
     chosen.textContent = words.charAt(0).toUpperCase() + words.slice(1);
     side.update(l * heads + k);
-    status.say(words);
     root.dataset.selected = `${l},${k}`;
+    return words;
   };
-  tooltip(
-    root,
-    (target) => (grid.cellOf(target) ? target.getAttribute("aria-label") : side.describe(target, wordsOf, heads)),
-  );
-  const alone = shareSelection(model, layers, heads);
-  const off = follow(model, ["selected"], draw);
-  draw();
-  return () => {
-    alone();
-    off();
-    status.stop();
-  };
+  return live(root, model, ["selected"], draw, {
+    describe: (target) => side.describe(target, wordsOf, heads),
+    stops: [shareSelection(model, layers, heads)],
+  });
 }
 
 /** Every head as a bar, highest first; the chosen one stands out by colour and by a mark above it. */

@@ -1,6 +1,6 @@
 // HeadMap: the heads by any profile; where the chosen one looks in the text, and what each method keeps of that.
 
-import { announcer, count, follow, h, percent, picker, shareSelection, tooltip, widgetRoot } from "./toolkit.js";
+import { count, h, live, percent, picker, shareSelection, widgetRoot } from "./toolkit.js";
 import { headGrid, paintLevel } from "./grid.js";
 import { overview, textStrip } from "./strip.js";
 
@@ -78,7 +78,6 @@ function render({ model, el }) {
     onlocate: (i) => strip.reveal(i),
   });
   const strip = textStrip({ n, tokens, facts });
-  const status = announcer();
   const root = widgetRoot(
     "head-map",
     get("title"),
@@ -111,7 +110,6 @@ function render({ model, el }) {
         ),
       ),
     ),
-    status.el,
   );
   el.append(root);
 
@@ -135,28 +133,20 @@ function render({ model, el }) {
     headline.textContent = `Layer ${l}, head ${k}: where ${get("looking")} looks`;
     most.textContent = "Most: " + order.map((i) => `“${tokens[i].trim() || "↵"}” ${look[i].toFixed(2)}`).join(", ");
     root.dataset.state = JSON.stringify({ most: order, lengths, held: held.map((x) => Number(x.toFixed(4))) });
+    return `${headline.textContent}. ${most.textContent}`;
   }
-  const speak = () => status.say(`${headline.textContent}. ${most.textContent}`);
-  const alone = shareSelection(model, layers, heads);
-  const off = follow(model, ["selected", "profile", "method"], () => {
-    draw();
-    speak();
-  });
-  tooltip(root, (target, event) => {
-    if (grid.cellOf(target)) return target.getAttribute("aria-label");
+  const describe = (target, event) => {
     const track = tracks.positionOf(target, event);
     const entry = track ? track.position : strip.entryOf(target);
     return entry === null || entry === undefined
       ? null
       : `entry ${count(entry)} “${tokens[entry].trim()}”: weight ${look[entry].toFixed(3)}`;
-  });
-  draw();
-  if (facts.length) requestAnimationFrame(() => strip.show(facts[0][0]));
-  return () => {
-    alone();
-    off();
-    status.stop();
   };
+  if (facts.length) requestAnimationFrame(() => strip.show(facts[0][0]));
+  return live(root, model, ["selected", "profile", "method"], draw, {
+    describe,
+    stops: [shareSelection(model, layers, heads)],
+  });
 }
 
 export default { render };

@@ -130,8 +130,6 @@ export function linePlot({ label, onpick }) {
       paths.forEach((path, k) => path.classList.toggle("hk-of-chosen", k === i));
       labels.forEach((name, k) => name.setAttribute("aria-pressed", String(k === i)));
     },
-    /** The words of the point under the pointer. */
-    describe: (target) => (target.dataset?.at ? target.getAttribute("aria-label") : null),
   };
 }
 

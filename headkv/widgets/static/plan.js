@@ -36,14 +36,20 @@ function poolScores(row, kind, kernel) {
   if (kind === "none" || kernel === 1) return row;
   const half = kernel >> 1;
   const out = new Float32Array(row.length);
+  let top = -1; // where the greatest of the window stands: looked for anew only once it has left
   for (let i = 0; i < row.length; i++) {
     const from = Math.max(0, i - half);
     const to = Math.min(row.length, i + half + 1);
-    let value = kind === "max" ? row[from] : 0;
-    for (let j = from; j < to; j++) {
-      value = kind === "max" ? Math.max(value, row[j]) : Math.fround(value + row[j]);
+    if (kind === "avg") {
+      let sum = 0;
+      for (let j = from; j < to; j++) sum = Math.fround(sum + row[j]);
+      out[i] = sum / kernel;
+    } else {
+      const old = top < from;
+      if (old) top = from;
+      for (let j = old ? from : to - 1; j < to; j++) if (row[j] > row[top]) top = j;
+      out[i] = row[top];
     }
-    out[i] = kind === "max" ? value : Math.fround(value / kernel);
   }
   return out;
 }

@@ -1,18 +1,6 @@
 // QualityMap: answers against bytes, a line a method; the point that is chosen says what it is the mean of.
 
-import {
-  announcer,
-  bytesText,
-  choice,
-  count,
-  follow,
-  h,
-  percent,
-  picker,
-  times,
-  tooltip,
-  widgetRoot,
-} from "./toolkit.js";
+import { bytesText, choice, count, h, live, percent, picker, times, widgetRoot } from "./toolkit.js";
 import { figureTable, foldedTable, linePlot } from "./lines.js";
 
 /** @import { Model } from "./toolkit.js" */
@@ -69,7 +57,6 @@ function render({ model, el }) {
   const figures = h("p.map-figures");
   const behind = h("div.map-behind");
   const folded = foldedTable("All figures of this picture");
-  const status = announcer();
   const root = widgetRoot(
     "quality-map",
     get("title"),
@@ -78,7 +65,6 @@ function render({ model, el }) {
     plot.el,
     h("div.map-point", {}, headline, figures, behind),
     folded.el,
-    status.el,
   );
   el.append(root);
 
@@ -115,7 +101,8 @@ function render({ model, el }) {
       headline.textContent = "Nothing was measured here.";
       figures.textContent = "";
       behind.replaceChildren();
-      return folded.update([], []);
+      folded.update([], []);
+      return headline.textContent;
     }
     const line = Math.max(0, lines.findIndex((one) => one.method === method));
     const nearest = (one) => {
@@ -174,6 +161,7 @@ function render({ model, el }) {
         }),
       ]).filter((row) => row.slice(1).some(Boolean)),
     );
+    return headline.textContent;
   }
 
   /** The same method and budget, in each task, way to ask, length and model: [label, rows]. */
@@ -195,16 +183,7 @@ function render({ model, el }) {
     ].filter(([, rows]) => rows.length > 1);
   }
 
-  const off = follow(model, ["model", "question", "task", "length", "method", "budget"], () => {
-    draw();
-    status.say(headline.textContent);
-  });
-  tooltip(root, (target) => plot.describe(target));
-  draw();
-  return () => {
-    off();
-    status.stop();
-  };
+  return live(root, model, ["model", "question", "task", "length", "method", "budget"], draw);
 }
 
 /** What the right answer was worth to the model, where that was measured. */

@@ -237,7 +237,7 @@ function render({ model, el }) {
     status.el,
   );
   el.append(root);
-  tooltip(root, (target) => target.closest?.("[data-tip]")?.dataset.tip);
+  tooltip(root);
   reset();
   return () => {
     controls.pause();

@@ -1,6 +1,6 @@
 // Roofline: measured times against the limit, the longer of reading the bytes and doing the arithmetic.
 
-import { announcer, bytesText, choice, count, follow, h, percent, tooltip, widgetRoot } from "./toolkit.js";
+import { bytesText, choice, count, h, live, percent, widgetRoot } from "./toolkit.js";
 import { foldedTable, linePlot } from "./lines.js";
 
 /** @import { Model } from "./toolkit.js" */
@@ -66,7 +66,6 @@ function render({ model, el }) {
     return { fill, amount, el: h("div.tally", {}, h("span", {}, name), amount, h("div.tally-bar", {}, fill)) };
   });
   const folded = foldedTable("All figures of this picture");
-  const status = announcer();
   const root = widgetRoot(
     "roofline",
     get("title"),
@@ -76,7 +75,6 @@ function render({ model, el }) {
     h("div.map-point", {}, headline, h("div.tallies", {}, ...bars.map((bar) => bar.el)), figures),
     folded.el,
     ...(get("machine") ? [h("p.caption.roof-machine", {}, get("machine"))] : []),
-    status.el,
   );
   el.append(root);
 
@@ -172,18 +170,10 @@ function render({ model, el }) {
       chosen: [way, chosen.at],
       past: chosen.took / chosen.limit,
     });
+    return headline.textContent;
   }
 
-  const off = follow(model, ["way", "case", "view"], () => {
-    draw();
-    status.say(headline.textContent);
-  });
-  tooltip(root, (target) => plot.describe(target));
-  draw();
-  return () => {
-    off();
-    status.stop();
-  };
+  return live(root, model, ["way", "case", "view"], draw);
 }
 
 /** Least and most, with some room. @param {number[]} values @param {number} room @returns {[number, number]} */

@@ -1,17 +1,6 @@
 // SideBySide: the same bytes, split over the heads in several ways, and what the model answers with each.
 
-import {
-  announcer,
-  bytesText,
-  count,
-  follow,
-  h,
-  percent,
-  shareSelection,
-  slider,
-  tooltip,
-  widgetRoot,
-} from "./toolkit.js";
+import { bytesText, count, h, live, percent, shareSelection, slider, widgetRoot } from "./toolkit.js";
 import { againstKey, headGrid, paintAgainst } from "./grid.js";
 import { textStrip } from "./strip.js";
 
@@ -63,7 +52,6 @@ function render({ model, el }) {
       choose,
     })
   );
-  const status = announcer();
   const root = widgetRoot(
     "side-by-side",
     get("title"),
@@ -73,7 +61,6 @@ function render({ model, el }) {
     h("div.controls", {}, budget.el),
     h("div.columns", {}, ...columns.map((one) => one.el)),
     againstKey(),
-    status.el,
   );
   budget.el.classList.add("hk-whole");
   el.append(root);
@@ -84,24 +71,9 @@ function render({ model, el }) {
     budget.set(step);
     columns.forEach((one) => one.draw(step, layer, head));
     root.dataset.state = JSON.stringify({ at: step, selected: [layer, head] });
+    return `${percent(shares[step])} kept. ${columns.map((one) => one.words(step)).join(" ")}`;
   }
-  const speak = () =>
-    status.say(`${percent(shares[get("at")])} kept. ${columns.map((one) => one.words(get("at"))).join(" ")}`);
-  const alone = shareSelection(model, layers, heads);
-  const off = follow(model, ["at", "selected"], () => {
-    draw();
-    speak();
-  });
-  tooltip(root, (target) => {
-    const cell = target.closest?.(".hk-cell");
-    return cell ? cell.getAttribute("aria-label") : target.closest?.("[data-tip]")?.dataset.tip;
-  });
-  draw();
-  return () => {
-    alone();
-    off();
-    status.stop();
-  };
+  return live(root, model, ["at", "selected"], draw, { stops: [shareSelection(model, layers, heads)] });
 }
 
 /** One way: its answer, how often it was right, its grid, and the fact as the chosen head keeps it. */

@@ -1,19 +1,6 @@
 // SparsityDial: how many heads keep all, by which list; which they are, what it costs, and what the model still answers.
 
-import {
-  announcer,
-  bytesText,
-  choice,
-  count,
-  follow,
-  h,
-  percent,
-  picker,
-  shareSelection,
-  slider,
-  tooltip,
-  widgetRoot,
-} from "./toolkit.js";
+import { bytesText, choice, count, h, live, percent, picker, shareSelection, slider, widgetRoot } from "./toolkit.js";
 import { headGrid } from "./grid.js";
 import { billBar } from "./bill.js";
 import { foldedTable, linePlot } from "./lines.js";
@@ -111,7 +98,6 @@ function render({ model, el }) {
     },
   });
   const figures = foldedTable("All figures of this picture");
-  const status = announcer();
   const root = widgetRoot(
     "sparsity-dial",
     get("title"),
@@ -135,7 +121,6 @@ function render({ model, el }) {
       h("div", {}, edge, chosen, plot.el),
     ),
     figures.el,
-    status.el,
   );
   el.append(root);
 
@@ -197,28 +182,11 @@ function render({ model, el }) {
       right: right(p, step),
       full: full(),
     });
+    return `${names[p]}, ${counts[step]} heads keep all, ${percent(stored(step))} of the bytes: ${answers(p, step)}.`;
   }
-  const speak = () =>
-    status.say(
-      `${names[get("profile")]}, ${counts[get("at")]} heads keep all, ${percent(stored(get("at")))} of the bytes: ` +
-        `${answers(get("profile"), get("at"))}.`,
-    );
-  const alone = shareSelection(model, layers, heads);
-  const off = follow(model, ["at", "profile", "length", "kind", "selected"], () => {
-    draw();
-    speak();
+  return live(root, model, ["at", "profile", "length", "kind", "selected"], draw, {
+    stops: [shareSelection(model, layers, heads)],
   });
-  tooltip(
-    root,
-    (target) =>
-      plot.describe(target) ?? (grid.cellOf(target) ? target.getAttribute("aria-label") : target.dataset?.tip),
-  );
-  draw();
-  return () => {
-    alone();
-    off();
-    status.stop();
-  };
 }
 
 /** Some four steps of a round size. @param {number} most @returns {[number, string][]} */

@@ -65,8 +65,9 @@ let idsGiven = 0;
 /** @param {string} stem */
 export const freshId = (stem) => `hk-${stem}-${mine}-${++idsGiven}`;
 
+const wholeNumber = new Intl.NumberFormat("en-US"); // to make one takes longer than a hundred numbers
 /** @param {number} x */
-export const count = (x) => Math.round(x).toLocaleString("en-US");
+export const count = (x) => wholeNumber.format(Math.round(x));
 /** @param {number} x @param {string} one */
 export const times = (x, one, many = `${one}s`) => `${count(x)} ${x === 1 ? one : many}`;
 /** @param {number} x */
@@ -115,20 +116,21 @@ export function slider({ label, min, max, step, value, format, oninput, name }) 
  */
 export function choice({ label, options, value, onchange, name }) {
   const group = freshId("choice");
-  const inputs = options.map(([key]) =>
+  const inputs = options.map(([key, , hint]) =>
     h("input", {
       type: "radio",
       name: group,
       value: key,
       id: `${group}-${key}`,
       "data-control": name,
+      "aria-description": hint ?? null,
       onchange: () => onchange(key),
     })
   );
   const segments = options.map(([key, text, hint], i) =>
     h(
       "span.segment",
-      { title: hint ?? null },
+      { "data-tip": hint ?? null },
       inputs[i],
       h("label", { for: `${group}-${key}`, "data-text": text }, text),
     )
@@ -166,17 +168,24 @@ export function picker({ label, options, value, onchange, name }) {
 export const button = (text, onclick, attributes = {}) =>
   h("button.button", { type: "button", onclick, ...attributes }, text);
 
+/** What a thing of the picture says: its own words for a tooltip, or those that are read out. @param {any} target */
+const toldBy = (target) => {
+  const told = target.closest?.("[data-tip], .hk-cell, .hk-dot");
+  return told?.dataset.tip ?? told?.getAttribute("aria-label");
+};
+
 /**
- * One tooltip for a whole widget: `describe(target)` gives the text of what the pointer is over, or null.
+ * One tooltip for a whole widget: `describe(target)` gives the text of what the pointer is over, or null. A finger does
+ * not hover: what it taps is described until it touches anything else.
  * @param {HTMLElement} root
  * @param {(target: any, event: PointerEvent) => string | null | undefined} describe
  */
-export function tooltip(root, describe) {
+export function tooltip(root, describe = () => null) {
   const tip = h("div.tip", { role: "presentation", hidden: true });
   root.append(tip);
   const hide = () => (tip.hidden = true);
-  root.addEventListener("pointermove", (event) => {
-    const text = describe(event.target, event);
+  const show = (/** @type {PointerEvent} */ event) => {
+    const text = describe(event.target, event) ?? toldBy(event.target);
     if (!text) return hide();
     tip.textContent = text;
     tip.hidden = false;
@@ -185,10 +194,16 @@ export function tooltip(root, describe) {
     const above = event.clientY - box.top - tip.offsetHeight - 12;
     tip.style.left = `${Math.max(4, left)}px`;
     tip.style.top = `${above < 0 ? event.clientY - box.top + 22 : above}px`;
+  };
+  const touches = (/** @type {PointerEvent} */ event) => event.pointerType === "touch";
+  root.addEventListener("pointermove", (event) => !touches(event) && show(event));
+  root.addEventListener("pointerleave", (event) => !touches(event) && hide());
+  root.addEventListener("pointerup", (event) => {
+    if (!touches(event)) return;
+    show(event);
+    document.addEventListener("pointerdown", hide, { once: true });
   });
-  root.addEventListener("pointerleave", hide);
   root.addEventListener("keydown", hide);
-  return hide;
 }
 
 /** A sentence for screen readers, said once things have settled. */
@@ -249,6 +264,24 @@ export function follow(model, names, handler) {
   const events = names.map((name) => `change:${name}`);
   events.forEach((event) => model.on(event, handler));
   return () => events.forEach((event) => model.off(event, handler));
+}
+
+/**
+ * What most widgets end with: draw, now and whenever one of `names` changes; what `draw` answers is then said to screen
+ * readers. Answers how to close the view.
+ * @param {HTMLElement} root
+ * @param {Model} model
+ * @param {string[]} names
+ * @param {() => string} draw
+ * @param {{ describe?: Parameters<typeof tooltip>[1], stops?: (() => void)[] }} options
+ */
+export function live(root, model, names, draw, { describe, stops = [] } = {}) {
+  const status = announcer();
+  root.append(status.el);
+  tooltip(root, describe);
+  const off = follow(model, names, () => status.say(draw()));
+  draw();
+  return () => [off, status.stop, ...stops].forEach((stop) => stop());
 }
 
 /**

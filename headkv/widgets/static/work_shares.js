@@ -1,19 +1,6 @@
 // WorkShares: multiprocessors over time. One program a row against equal shares, cut as the Triton kernel cuts them if there is no gap between rows.
 
-import {
-  announcer,
-  choice,
-  count,
-  follow,
-  h,
-  percent,
-  s,
-  slider,
-  throttle,
-  times,
-  tooltip,
-  widgetRoot,
-} from "./toolkit.js";
+import { choice, count, h, live, percent, s, slider, throttle, times, widgetRoot } from "./toolkit.js";
 
 const UNIT = 4; // shares are whole units of entries
 const MOST = 132;
@@ -132,7 +119,6 @@ function render({ model, el }) {
     };
   });
   const story = h("p.story");
-  const status = announcer();
   const root = widgetRoot(
     "work-shares",
     get("title"),
@@ -147,7 +133,6 @@ function render({ model, el }) {
       h("span.key-item.key-waits", {}, "waits for the slowest"),
       h("span.key-item.key-ended", {}, "launch ended"),
     ),
-    status.el,
   );
   el.append(root);
 
@@ -164,26 +149,16 @@ function render({ model, el }) {
     story.textContent =
       `${times(lengths.length, "row")}, ${count(total)} entries. Equal shares end ${gain.toFixed(gain < 10 ? 1 : 0)} ` +
       "times sooner: the longest row alone decides above, the sum of all below.";
-    status.say(
-      `${number} multiprocessors. ${
-        panels.map((p) => `${p.name}: ${p.facts.textContent}`).join(" ")
-      } ${story.textContent}`,
-    );
     model.set("state", { lengths, rows: ways[0], shares: ways[1], ends });
     root.dataset.state = JSON.stringify({ lengths, ends });
     processors.set(number);
     skew.set(get("skew"));
     sync();
+    const facts = panels.map((p) => `${p.name}: ${p.facts.textContent}`).join(" ");
+    return `${number} multiprocessors. ${facts} ${story.textContent}`;
   }
 
-  const off = follow(model, ["lengths", "multiprocessors", "skew"], draw);
-  tooltip(root, (target) => target.closest?.("[data-tip]")?.dataset.tip);
-  draw();
-  return () => {
-    off();
-    status.stop();
-    sync.cancel();
-  };
+  return live(root, model, ["lengths", "multiprocessors", "skew"], draw, { stops: [sync.cancel] });
 }
 
 /** One strip: a lane for each multiprocessor, `width` entries wide, of which the launch takes the first `end`. */
