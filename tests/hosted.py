@@ -77,9 +77,16 @@ class Shown:
 
 
 @contextmanager
-def shown(chromium: Any, widget: Any, *, width: int = 1000, theme: str = "light") -> Iterator[Shown]:
-    """Host `widget`; fails on any console error and on any request that leaves the page."""
-    page = chromium.new_page(viewport={"width": width, "height": 900}, reduced_motion="no-preference")
+def shown(
+    chromium: Any, widget: Any, *, width: int = 1000, theme: str = "light", touch: bool = False
+) -> Iterator[Shown]:
+    """Host `widget`; fails on any console error and on any request that leaves the page. `touch`: as on a phone."""
+    page = chromium.new_page(
+        viewport={"width": width, "height": 900},
+        reduced_motion="no-preference",
+        has_touch=touch,
+        is_mobile=touch,
+    )
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: message.type == "error" and wrong.append(message.text))

@@ -190,6 +190,7 @@ function render({ model, el }) {
     newNote.textContent = fresh
       ? `new pool: ${count(poolSlots(shown))} slots`
       : `the pool: ${count(poolSlots(shown))} slots, ${count(poolStored(shown))} entries`;
+    if (!marked.size && document.activeElement === steps[1]) steps[0].focus(); // what is disabled loses the focus
     steps[1].disabled = !marked.size;
     const amounts = [moved * entryBytes, copied * entryBytes];
     tallies.forEach(({ fill, number }, i) => {

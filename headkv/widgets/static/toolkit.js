@@ -96,9 +96,17 @@ export function slider({ label, min, max, step, value, format, oninput, name }) 
     input.setAttribute("aria-valuetext", text);
     input.style.setProperty("--hk-at", `${(100 * (x - min)) / (Number(input.max) - min || 1)}%`);
   };
-  input.addEventListener("input", () => {
+  const turn = () => {
     show(Number(input.value));
     oninput(Number(input.value));
+  };
+  input.addEventListener("input", turn);
+  // A finger that scrolls the page from here has turned the slider before the page moves: it goes back.
+  let held = input.value;
+  input.addEventListener("pointerdown", () => (held = input.value));
+  input.addEventListener("pointercancel", () => {
+    input.value = held;
+    turn();
   });
   const set = (/** @type {number} */ x) => {
     input.value = String(x);
