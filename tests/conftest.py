@@ -17,6 +17,15 @@ WIDGETS_READY = """() => {
   return [...views].every(view => ['ready', 'failed'].includes(view.nextElementSibling?.dataset.state));
 }"""
 
+FIRST_READY = """() => document.readyState !== "loading" &&
+  ['ready', 'failed', undefined].includes(document.querySelector(".widget-host")?.dataset.state)"""
+
+
+def computed(session: Any) -> float:
+    """Seconds that a page's main thread has computed: script, layout, painting, whatever else the machine does."""
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    return next(one["value"] for one in metrics if one["name"] == "TaskDuration")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason shown, where there is no CUDA device or no Triton."""
@@ -75,15 +84,22 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
     """`with page_checker(address, "cost.html") as page:` opens a page, widgets ready, and hands it over.
 
     On leaving, the test fails for any request that left the local server, any answer of 400 or more, any
-    console error and any uncaught exception, all from the first byte on. `theme` is "light" or "dark".
+    console error and any uncaught exception, all from the first byte on, and for a first picture that takes a second of
+    computing. `theme` is "light" or "dark"; `touch` makes it a phone.
     """
 
     @contextmanager
     def check(
-        address: str, path: str = "index.html", *, width: int = 1280, theme: str = "light"
+        address: str,
+        path: str = "index.html",
+        *,
+        width: int = 1280,
+        theme: str = "light",
+        touch: bool = False,
     ) -> Iterator[Any]:
         faults: list[str] = []
-        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        screen = {"viewport": {"width": width, "height": 900}, "has_touch": touch, "is_mobile": touch}
+        context = chromium.new_context(**screen, color_scheme=theme)
         context.route("**/*", lambda route: _only_local(route, address, faults))
         page = context.new_page()
         page.set_default_timeout(10_000)
@@ -91,8 +107,14 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
         page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
         page.on("response", lambda r: faults.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
         page.on("requestfailed", lambda r: faults.append(f"failed: {r.url}"))
+        session = context.new_cdp_session(page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
         try:
-            page.goto(f"{address}/{path}", wait_until="networkidle")
+            page.goto(f"{address}/{path}", wait_until="commit")
+            page.wait_for_function(FIRST_READY)
+            if (seconds := computed(session)) > 1:
+                faults.append(f"{seconds:.2f} s of computing until the first picture")
+            page.wait_for_load_state("networkidle")
             page.wait_for_function(WIDGETS_READY)
             yield page
             page.wait_for_load_state("networkidle")

@@ -8,7 +8,7 @@ from typing import Any
 HANDS = """() => {
   const CONTROLS = "input, select, button, summary, [role=gridcell]";
   const tried = new Set();
-  let control, root, before;
+  let control, checked, root, before, value;
 
   const nameOf = (node) => {
     const spoken = node.matches("summary, .hk-button") ? node.textContent : null;
@@ -47,13 +47,14 @@ HANDS = """() => {
     tried.add(name);
     const same = open.filter((node) => nameOf(node) === name);
     const roving = same.find((node) => node.tabIndex === 0 && node.matches("[role=gridcell], .hk-dot"));
+    checked = same.find((node) => node.checked);
     control = finger
       ? same.find((node) => !chosen(node) && uncovered(node)) ?? same[0]
       : roving ?? same.find((node) => (node.type === "radio") === Boolean(node.checked) && node.ariaPressed !== "true") ?? same[0];
     root = control.closest(".hk");
     const at = middle(control);
     if (!finger) control.focus();
-    before = look();
+    [before, value] = [look(), control.value];
     const { left, width } = control.getBoundingClientRect();
     return {
       name: `${root.className} ${name}`, kind: control.type ?? control.localName, at, keys: keysFor(control),
@@ -72,6 +73,11 @@ HANDS = """() => {
   window.choose = (value) => {
     control.value = value;
     control.dispatchEvent(new Event("change", { bubbles: true }));
+  };
+  /** What was chosen may leave others without an effect. */
+  window.goBack = () => {
+    if (control.type === "radio") checked?.click();
+    if (control.localName === "select") choose(value);
   };
 }"""
 
@@ -113,8 +119,7 @@ def try_controls(page: Any, *, finger: bool = False) -> list[str]:
         if not finger:
             if not page.evaluate("focusIsSeen()"):
                 silent.append(f"{control['name']}: the focus is lost")
-            if control["kind"] == "radio":
-                page.keyboard.press("ArrowLeft")  # back, as some choices disable other controls
+        page.evaluate("goBack()")
     return silent
 
 

@@ -16,7 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import axe
 import pytest
+import readers
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 BUILT = BOOK / "_build" / "html"
@@ -276,6 +278,11 @@ FAULTS = {
     "console error": ("console.error('broken')", "console: broken"),
     "exception": ("setTimeout(() => { throw Error('thrown') })", "uncaught: thrown"),
 }
+OUT_OF_REACH = {
+    "no name": ("document.body.append(document.createElement('button'))", "button-name"),
+    "too faint": ("document.querySelector('article p').style.color = '#999'", "color-contrast"),
+    "too pale": ("document.querySelector('article p').style.opacity = 0.4", '"Run this page'),
+}
 
 
 @pytest.mark.parametrize(("script", "complaint"), FAULTS.values(), ids=FAULTS.keys())
@@ -285,6 +292,15 @@ def test_the_checker_complains(
     with pytest.raises(AssertionError, match=complaint), page_checker(small_address) as page:
         page.evaluate(f"() => {{ {script}; }}")
         page.wait_for_timeout(300)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nobody_is_kept_out(small_address: str, page_checker: Callable[..., Any], theme: str) -> None:
+    with page_checker(small_address, "probe.html", theme=theme) as page:
+        assert axe.findings(page) == axe.faint(page, ".bd-article") == []
+        for script, complaint in OUT_OF_REACH.values():
+            page.evaluate(f"() => {{ {script}; }}")
+            assert complaint in "\n".join(axe.findings(page) + axe.faint(page, ".bd-article"))
 
 
 class Links(HTMLParser):
@@ -322,12 +338,18 @@ def test_no_link_is_broken() -> None:
 @pytest.mark.parametrize(("width", "theme"), SCREENS.values(), ids=SCREENS.keys())
 @pytest.mark.parametrize("name", PAGES)
 def test_page(name: str, width: int, theme: str, book_address: str, page_checker: Callable[..., Any]) -> None:
-    with page_checker(book_address, name, width=width, theme=theme) as page:
+    phone = width < 1000
+    with page_checker(book_address, name, width=width, theme=theme, touch=phone) as page:
         assert page.locator('.widget-host:not([data-state="ready"])').count() == 0, "a widget was not drawn"
         assert page.locator("mjx-merror").count() == 0, "a formula could not be read"
         assert page.evaluate(SHIFT) < 0.05, "the text jumps"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
-        if width < 1000:
+        assert axe.faint(page, ".bd-article") == []
+        if phone:
             assert page.evaluate(WIDE) == [], "a table that does not fit a phone"
+            assert readers.try_controls(page, finger=True) == []
         else:
             assert page.evaluate(CUT) == [], "code or output that does not fit the column"
+        if (width, theme) == SCREENS["desktop light"]:
+            assert axe.findings(page, contrast=False) == []
+            assert readers.try_controls(page) == []

@@ -34,6 +34,7 @@ from headkv.widgets.work_shares import equal_shares  # noqa: E402
 
 import axe  # noqa: E402 isort:skip
 import readers  # noqa: E402 isort:skip
+from conftest import computed  # noqa: E402 isort:skip
 from hosted import Shown, shown  # noqa: E402 isort:skip
 from measured import head_map, quality_map, roofline, sparsity_dial  # noqa: E402 isort:skip
 
@@ -132,11 +133,11 @@ PLAN = """async ({ source, cases }) => {
 }"""
 
 
-def test_thousands_of_random_plans_are_the_packages(chromium):
+def test_a_thousand_random_plans_are_the_packages(chromium):
     """One layer each: few heads and entries, many ties, windows wider than the budget, every setting."""
     rng = np.random.default_rng(11)
     cases, expected = [], []
-    for _ in range(2500):
+    for _ in range(1000):
         shape = (1, int(rng.integers(1, 6)), int(rng.integers(1, 41)))
         scores = rng.exponential(size=shape) ** rng.choice([0.5, 1, 4])
         if rng.random() < 0.5:
@@ -708,33 +709,6 @@ MAKERS = {
     "SparsityDial": sparsity_dial,
     "WorkShares": lambda: WorkShares([9000, 2000, 500, 1], title="Four rows"),
 }
-CONTRAST = """() => {
-  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-  const rgb = (color) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = color;
-    canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const linear = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
-  const ground = (node) => {
-    for (let at = node; at; at = at.parentElement) {
-      const color = rgb(getComputedStyle(at).backgroundColor);
-      if (color[3] === 255) return color;
-    }
-    return [255, 255, 255, 255];
-  };
-  const weak = [];
-  for (const node of document.querySelectorAll(".hk *")) {
-    const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-    if (!text || node.closest("script, option, [hidden], .hk-hidden")) continue;
-    const [a, b] = [light(rgb(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < 4.5) weak.push(`${node.className} "${node.textContent.slice(0, 20)}" ${ratio.toFixed(2)}`);
-  }
-  return weak;
-}"""
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -746,8 +720,7 @@ def test_fits_a_phone_and_can_be_read(chromium, make):
             page.page.evaluate("(theme) => (document.documentElement.dataset.theme = theme)", theme)
             assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
             assert page.page.locator(".hk").evaluate("(e) => getComputedStyle(e).colorScheme") == theme
-            # Axe judges all but signs, and text on what is striped.
-            assert axe.findings(page.page) == [] == page.page.evaluate(CONTRAST)
+            assert axe.findings(page.page) == axe.faint(page.page) == []
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -789,14 +762,7 @@ def test_the_readers_complain(chromium):
     page.close()
 
 
-def cost(session: Any) -> float:
-    """Seconds that the page's main thread has computed, in script, layout and painting."""
-    metrics = session.send("Performance.getMetrics")["metrics"]
-    return next(one["value"] for one in metrics if one["name"] == "TaskDuration")
-
-
-@pytest.mark.parametrize("label", ["Budget", "Kernel size"])
-def test_a_key_takes_less_than_a_tenth_of_a_second(chromium, label):
+def test_a_key_takes_less_than_a_tenth_of_a_second(chromium):
     """From the key to the painted picture, 90 heads of 4,000 entries: computing time, as other processes cost none."""
     tokens = [f" w{i}" for i in range(4000)]
     facts = [(1500, 1504), (2500, 2505)]
@@ -805,12 +771,12 @@ def test_a_key_takes_less_than_a_tenth_of_a_second(chromium, label):
     with shown(chromium, explorer) as page:
         session = page.page.context.new_cdp_session(page.page)
         session.send("Performance.enable", {"timeDomain": "threadTicks"})
-        page.page.get_by_label(label, exact=True).focus()
+        page.page.get_by_label("Budget", exact=True).focus()
         taken = []
         for _ in range(9):
-            before, drawn = cost(session), page.state()
+            before, drawn = computed(session), page.state()
             page.page.keyboard.press("ArrowRight")
             page.page.evaluate(frames)
-            taken.append(cost(session) - before)
+            taken.append(computed(session) - before)
             assert page.state() != drawn
         assert np.median(taken) < 0.1, taken
