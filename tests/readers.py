@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from playwright.sync_api import TimeoutError
+
 HANDS = """() => {
   const CONTROLS = "input, select, button, summary, [role=gridcell]";
   const tried = new Set();
@@ -85,7 +87,15 @@ PICTURES = (
     "bill-bar", "column", "curve", "grid", "lines-frame", "pool-slots", "range", "rank-plot", "strip", "timeline-rows",
     "track", "weight-set", "work-plot",
 )  # fmt: skip
-TOLD = ("[data-tip]", "[role=gridcell]", ".hk-dot", ".hk-track", "[data-rank]", ".hk-strip .hk-token", ".hk-segment")
+TOLD = (
+    "[data-tip]",
+    "[role=gridcell]",
+    ".hk-dot",
+    ".hk-track",
+    "[data-rank]",
+    ".hk-strip .hk-token",
+    ".hk-segment",
+)
 FIND = """async (which) => {
   const found = [...document.querySelectorAll(`.hk ${which}`)].find((node) => node.checkVisibility());
   if (!found) return null;
@@ -114,11 +124,10 @@ def try_controls(page: Any, *, finger: bool = False) -> list[str]:
         else:
             try:
                 page.wait_for_function("reacted()", timeout=1500)
-            except Exception:
+            except TimeoutError:
                 silent.append(f"{control['name']}: nothing changes")
-        if not finger:
-            if not page.evaluate("focusIsSeen()"):
-                silent.append(f"{control['name']}: the focus is lost")
+        if not finger and not page.evaluate("focusIsSeen()"):
+            silent.append(f"{control['name']}: the focus is lost")
         page.evaluate("goBack()")
     return silent
 
@@ -126,7 +135,10 @@ def try_controls(page: Any, *, finger: bool = False) -> list[str]:
 def _acts(page: Any, touch: Any, control: dict[str, Any]) -> list[Any]:
     """What may move a control, one after the other."""
     if control["kind"] == "select-one":
-        return [lambda value=value: page.evaluate("(value) => choose(value)", value) for value in control["options"]]
+        return [
+            lambda value=value: page.evaluate("(value) => choose(value)", value)
+            for value in control["options"]
+        ]
     if touch is None:
         return [lambda key=key: page.keyboard.press(key) for key in control["keys"]]
     x, y = control["at"]

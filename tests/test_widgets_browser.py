@@ -364,6 +364,19 @@ def test_head_grid_syncs_its_selection(chromium):
         assert page.get("selected") == [2, 1]
 
 
+def test_head_grid_ranks_and_sums_as_numpy_does(chromium):
+    scores = skewed(5, 4, 1, seed=3)[..., 0]
+    flat = scores.ravel()
+    with shown(chromium, HeadGrid(scores)) as page:
+        labels = page.page.locator("[role=gridcell]").evaluate_all(
+            "cells => cells.map((cell) => cell.ariaLabel)"
+        )
+        ranks = (-flat).argsort(kind="stable").argsort() + 1
+        assert [label.split(", ")[2] for label in labels] == [f"number {rank} of 20" for rank in ranks]
+        held = 100 * flat.max() / flat.sum()
+        assert f"The top 1 hold {held:.0f}% of the sum." in page.page.locator(".hk-rank").inner_text()
+
+
 def test_less_than_nothing_is_another_colour_and_hatched(chromium):
     with shown(chromium, HeadGrid([[-0.5, 0.2], [0.0, -0.1]])) as page:
         cells = page.page.locator("[role=gridcell]")
@@ -468,7 +481,9 @@ def test_ragged_pool_moves_as_the_cache_does(chromium):
         page.page.get_by_role("button", name="row 2, position 5").click()
         page.page.get_by_role("button", name="Evict marked").press("Enter")
         state = settled(page)
-        assert page.page.evaluate("document.activeElement.dataset.control") == "append", "the focus is not lost"
+        assert page.page.evaluate("document.activeElement.dataset.control") == "append", (
+            "the focus is not lost"
+        )
         keep = torch.ones(1, 3, 6, dtype=torch.bool)
         keep[0, 0, 1] = keep[0, 2, 5] = False
         layer.evict(keep, headroom=2)
