@@ -1,11 +1,10 @@
 """A method does not beat its baseline: is it the model? Its own idea, bounded, taken apart and turned around.
 
-    headkv documents --model smollm2-tuned --tasks niah_multikey_2 ruler_vt ruler_fwe --lengths 1024 --limit 30 --out ruler.jsonl.gz
     python benchmarks/turned_around.py --documents ruler.jsonl.gz
 
-The tuned SmolLM2 reads RULER documents. What the full cache answers, if it is right, is what every other cache should
-answer: its *nats* are the log-probability of that answer, a token, and it is *right* where each token is the first
-choice. *better : worse* counts the documents on which a method gives the answer more, or less, than the first of its
+The tuned SmolLM2 reads RULER documents, as `headkv documents` writes them. What the full cache answers, if it is right,
+is what every other cache should answer: its *nats* are the log-probability of that answer, a token, and it is *right*
+where each token is the first choice. *better : worse* counts the documents on which a method gives the answer more, or less, than the first of its
 table does, by more than a hundredth of a nat a token.
 """
 
@@ -14,9 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,24 +23,21 @@ import torch
 from measure import Row, add_json, finish
 from torch import Tensor
 from torch.nn import functional
+from whole_answers import Document, documents, judged
 
 import headkv
-from headkv.allocators import AdaptiveAllocator, Allocator, ProfileAllocator, UniformAllocator
+from headkv.allocators import AdaptiveAllocator, Allocator, ProfileAllocator
 from headkv.allocators.adaptive import global_top_counts
 from headkv.data.chat import REPEAT, chat_frame
 from headkv.data.needles import Needle, NeedleText
-from headkv.evaluation.documents import read_documents
 from headkv.evaluation.reading import Reading
 from headkv.evaluation.roster import EXPECTED, KEY_DIFF, SNAP, reader
-from headkv.evaluation.unseen import side_by_side
 from headkv.heads import HeadProfile
 from headkv.heads.ablation import ablate
 from headkv.heads.contexts import Stream
-from headkv.integrations.hook import NAME
 from headkv.methods import CriticalKV, ScoredMethod
 from headkv.methods.base import Keep
 from headkv.methods.selection import best, budget_entries, joint_budgets, scores_of
-from headkv.models.attention import chosen_attention
 from headkv.prefill import Prefill, Prompt
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, SnapKVScorer
 from headkv.scorers.base import PromptScorer
@@ -50,7 +45,6 @@ from headkv.scorers.defensive import DefensiveScorer
 
 TASKS = ("niah_multikey_2", "ruler_vt", "ruler_fwe")
 GROUPS = (1, 5, 30)  # layers whose heads share a budget
-MOST = 28  # tokens of an answer
 NOISE = 0.01  # nats a token
 SLOPES = (1.0, 0.05, 0.5, 1.5, 1.95)  # the last layer's budget over the mean; 1 is flat, .05 published
 Methods = dict[str, Any]
@@ -142,23 +136,21 @@ class Earlier:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """One document, read: what the studies are made of.
+    """One way to ask about a document: what the studies are made of.
 
     Attributes:
         reading: of what is compressed.
         asked: tokens of the question in it: 0 where it comes later.
         drops: what the answer loses without each head, `[L, H]`: nats, at least 0.
         profile: the same, of other texts.
-        again: KVzip's scorer.
     """
 
     reading: Reading
     asked: int
     drops: Tensor
     profile: Tensor
-    again: Any
 
-    @cached_property
+    @property
     def shape(self) -> tuple[int, int]:
         return self.drops.shape[0], self.drops.shape[1]
 
@@ -178,7 +170,9 @@ def heads(bench: Bench, share: float, scorer: Any) -> Methods:
     """Ada-KV: in a layer, over more layers, and with each layer's split, or all budgets, by what the answer needs."""
 
     def by(worth: Tensor) -> ScoredMethod:
-        return ScoredMethod(share, scorer, ProfileAllocator(worth, beta=1.25))  # a fifth is safe, as in Ada-KV
+        return ScoredMethod(
+            share, scorer, ProfileAllocator(worth, beta=1.25)
+        )  # a fifth is safe, as in Ada-KV
 
     num_layers, num_heads = bench.shape
     needed = bench.drops + 1e-9
@@ -219,7 +213,10 @@ def windows(bench: Bench, share: float, scorer: Any) -> Methods:
     """Expected Attention and KeyDiff: with a window, as StreamingLLM has, and with neighbours kept together."""
     del bench
     made: Methods = {"StreamingLLM": headkv.StreamingLLM(share), "SnapKV": headkv.SnapKV(share, scorer)}
-    windowed = {"Expected Attention": ExpectedAttentionScorer(epsilon=0.02, window=32), "KeyDiff": KeyDiffScorer(32)}
+    windowed = {
+        "Expected Attention": ExpectedAttentionScorer(epsilon=0.02, window=32),
+        "KeyDiff": KeyDiffScorer(32),
+    }
     for (name, with_window), plain in zip(windowed.items(), (EXPECTED, KEY_DIFF), strict=True):
         made[name] = ScoredMethod(share, plain)
         made[f"{name}, window 32"] = ScoredMethod(share, with_window)
@@ -258,26 +255,6 @@ def given_to_the_needed(bench: Bench, share: float, scorer: Any) -> tuple[float,
     return float(parts.amax(1).mean()), float(needed)
 
 
-@torch.inference_mode()
-def judged(reading: Reading, tokens: Tensor, answer: Tensor, methods: Methods) -> list[tuple[bool, float]]:
-    """For each method whether every token of `answer` `[1, a]` is its first choice, and the nats a token.
-
-    Args:
-        reading: of what is compressed.
-        tokens: `[1, m]`, what follows it, before the answer.
-        answer: what should come.
-        methods: by name.
-    """
-    cache = side_by_side(reading, list(methods.values())).cache
-    fed = torch.cat([tokens, answer[:, :-1]], 1).expand(len(methods), -1)
-    with chosen_attention(reading.model, NAME):
-        logits = reading.model(fed, past_key_values=cache, logits_to_keep=answer.shape[1]).logits
-    logs = logits.float().log_softmax(-1)
-    right = (logs.argmax(-1) == answer).all(1).tolist()
-    nats = logs.gather(-1, answer.expand(len(methods), -1)[..., None])[..., 0].mean(1).tolist()
-    return list(zip(right, nats, strict=True))
-
-
 class Found:
     """What was found of one study at one share: for each task and method `(right, nats)` a document."""
 
@@ -310,60 +287,60 @@ class Found:
 
 
 def measure(
-    model: Any,
-    tokenizer: Any,
-    samples: Sequence[Any],
+    some: Iterable[Document],
     profile: Tensor,
-    studies: Sequence[str],
-    shares: Sequence[float],
+    request: Sequence[int],
+    studies: Sequence[str] = tuple(STUDIES),
+    shares: Sequence[float] = (0.1,),
     seconds: float = float("inf"),
 ) -> dict[str, Found]:
-    """Every study at every share over all documents that the full cache answers right, by a title."""
+    """Every study at every share over all documents, by a title.
 
-    def ids(text: str) -> Tensor:
-        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-
+    Args:
+        some: documents.
+        profile: ablation scores `[L, H]` of other texts.
+        request: to repeat the text, for KVzip's scores.
+        studies: of `STUDIES`.
+        shares: of the entries that are kept.
+        seconds: no document is begun after so long.
+    """
     found: dict[str, Found] = {}
-    request = roster_request(tokenizer)
     begin = time.monotonic()
-    for number, sample in enumerate(samples):
-        if time.monotonic() - begin > seconds:
-            break
-        text, asked = ids(sample.context), ids(sample.question)
-        unseen = Reading(model, torch.cat([text, asked[:, :1]], 1))
-        seen = unseen.followed_by(asked[:, 1:])
-        answer = seen.answer(headkv.FullCache(), min(MOST, sample.max_new_tokens))[None]
-        ends = (answer[0] == tokenizer.eos_token_id).nonzero()
-        answer = answer[:, : int(ends[0])] if len(ends) else answer
-        if answer.shape[1] == 0 or sample.score(str(tokenizer.decode(answer[0]))) < 1:
-            continue
-        needle = NeedleText(text, (Needle(sample.task, asked, answer),))
-        drops, again = ablate(model, [needle], Stream())[0], reader(request)
-        ways = {
-            "seen": (Bench(seen, asked.shape[1], drops, profile, again), seen.last),
-            "unseen": (Bench(unseen, 0, drops, profile, again), asked),
-        }
+    for number, document in enumerate(some, 1):
+        needle = Needle(document.task, document.question, document.answer)
+        drops = ablate(document.seen.model, [NeedleText(document.text, (needle,))], Stream())[0]
+        again = reader(request)
         for name in studies:
             study, by, way = STUDIES[name]
-            bench, tokens = ways[way]
-            scorer = again if by == "KVzip" else SNAP
+            reading, tokens = document.way(way)
+            asked = document.question.shape[1] if way == "seen" else 0
+            bench, scorer = Bench(reading, asked, drops, profile), again if by == "KVzip" else SNAP
             for share in shares:
                 here = found.setdefault(f"{name}, {share:.0%}", Found())
                 methods = study(bench, share, scorer)
-                here.add(sample.task, methods, judged(bench.reading, tokens, answer, methods))
+                here.add(document.task, methods, judged(reading, tokens, document.answer, methods))
                 if study is heads and float(drops.sum()) > 0:
                     here.parts.append(given_to_the_needed(bench, share, scorer))
         took = time.monotonic() - begin
-        print(
-            f"{sample.task}, document {number + 1} of {len(samples)}: {took:.0f} s", file=sys.stderr, flush=True
-        )
+        print(f"document {number}, {document.task}: {took:.0f} s", file=sys.stderr, flush=True)
+        if took > seconds:
+            break
     return found
 
 
-def roster_request(tokenizer: Any) -> list[int]:
-    """KVzip's request to repeat the text."""
-    request: list[int] = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
-    return request
+def shown(found: Mapping[str, Found]) -> dict[str, list[Row]]:
+    """A table a study, and one of what each layer's head gets that the answer needs."""
+    tables = {title: one.rows() for title, one in found.items()}
+    parts: list[Row] = [
+        {
+            "": title,
+            "to the largest head": f"{mean(largest for largest, _ in one.parts):.2f}",
+            "to the head that the answer needs": f"{mean(needed for _, needed in one.parts):.2f}",
+        }
+        for title, one in found.items()
+        if one.parts
+    ]
+    return tables | ({"Of a layer's slots, by the scores alone": parts} if parts else {})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -376,26 +353,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=1024, help="of the documents")
     parser.add_argument("--count", type=int, default=10, help="documents of each task")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1])
-    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES), metavar="NAME",
-                        help=f"of {', '.join(STUDIES)}")
+    parser.add_argument(
+        "--studies",
+        nargs="+",
+        default=list(STUDIES),
+        choices=list(STUDIES),
+        metavar="NAME",
+        help=f"of {', '.join(STUDIES)}",
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no document after so long")
     add_json(parser)
     given = parser.parse_args(arguments)
     model, tokenizer = headkv.load_smollm2(tuned=True)
-    give = read_documents(given.documents, tokenizer)
-    each = [give(task, given.length, 0, given.count) for task in given.tasks]
-    samples = [sample for some in zip(*each, strict=True) for sample in some]
+    some = documents(model, tokenizer, given.documents, given.tasks, given.length, given.count)
     profile = HeadProfile.for_model(model, "ablation").scores.clamp(min=0)
-    found = measure(model, tokenizer, samples, profile, given.studies, given.shares, given.seconds)
-    tables = {title: one.rows() for title, one in found.items()}
-    shown = [
-        {"": title, "to the largest head": f"{mean(a for a, _ in one.parts):.2f}",
-         "to the head that the answer needs": f"{mean(b for _, b in one.parts):.2f}"}
-        for title, one in found.items() if one.parts
-    ]
-    if shown:
-        tables["Of a layer's slots, by the scores alone"] = shown
-    finish(given.json, tables, [])
+    request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    finish(given.json, shown(measure(some, profile, request, given.studies, given.shares, given.seconds)), [])
 
 
 if __name__ == "__main__":
