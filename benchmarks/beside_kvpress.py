@@ -60,6 +60,22 @@ class WindowFirst(CriticalKV):
         return torch.where(rank < fixed[:, None], again.max() + 1, again)
 
 
+def pyramid_sizes(kept: float, n: int, window: int, num_layers: int) -> list[int]:
+    """Entries a head in each layer of kvpress's pyramid: the window is in them, and a narrow one is none.
+
+    headkv, and the paper's code, make a pyramid of the entries beside the window. Where the last layer would have less
+    than the window, which at small shares it has, kvpress falls back to equal budgets.
+    """
+    low = kept / BETA
+    high = 2 * kept - low
+    if high >= n - window:
+        high, low = n - window, 2 * kept - (n - window)
+    if not n >= high >= low >= window:
+        return [max(1, round(kept))] * num_layers
+    step = (high - low) / max(1, num_layers - 1)
+    return [round(high - i * step) for i in range(num_layers)]
+
+
 def alike(share: float, n: int, num_layers: int, num_heads: int) -> dict[str, Any]:
     """headkv's methods, set as kvpress has them; a comment says where headkv differs."""
     ratio = 1 - share
@@ -67,18 +83,17 @@ def alike(share: float, n: int, num_layers: int, num_heads: int) -> dict[str, An
     snap = SnapKVScorer(WINDOW, KERNEL, pooling="avg")
     # The window counts in a head's safe fifth, which it fills.
     ada = headkv.AdaKV(entries, snap, safeguard=0)
-    # A last layer of less than the window makes kvpress fall back to equal budgets, at most lengths and shares.
-    flat = headkv.SnapKV(max(1, round(n * (1 - ratio))), snap)
-    low = n * (1 - ratio) / BETA
-    step = (2 * n * (1 - ratio) - 2 * low) / max(1, num_layers - 1)
-    # The budgets of a pyramid hold the window, where headkv, and the paper's code, make one of the rest.
-    sizes = [round(2 * n * (1 - ratio) - low - i * step) - 4 for i in range(num_layers)]
-    steep = FixedAllocator([[max(0, size)] * num_heads for size in sizes])
+    kept = (WINDOW + n * (1 - ratio)) - WINDOW
+
+    def pyramid(window: int) -> ScoredMethod:
+        sizes = [[max(0, size - window)] * num_heads for size in pyramid_sizes(kept, n, window, num_layers)]
+        return ScoredMethod(entries, SnapKVScorer(window, KERNEL, pooling="avg"), FixedAllocator(sizes))
+
     return {
         "StreamingLLM": headkv.StreamingLLM(entries),
         "SnapKV": headkv.SnapKV(entries, snap),
-        "PyramidKV": flat,
-        "PyramidKV, window 4": ScoredMethod(entries, SnapKVScorer(4, KERNEL, pooling="avg"), steep),
+        "PyramidKV": pyramid(WINDOW),
+        "PyramidKV, window 4": pyramid(4),
         "AdaKV": ada,
         "AdaKV, question at once": ada,
         "CriticalKV": WindowFirst(entries, snap),

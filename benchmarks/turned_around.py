@@ -4,8 +4,8 @@
 
 The tuned SmolLM2 reads RULER documents, as `headkv documents` writes them. What the full cache answers, if it is right,
 is what every other cache should answer: its *nats* are the log-probability of that answer, a token, and it is *right*
-where each token is the first choice. *better : worse* counts the documents on which a method gives the answer more, or less, than the first of its
-table does, by more than a hundredth of a nat a token.
+where each token is the first choice. *better : worse* counts the documents on which a method gives the answer more, or
+less, than the first of its table does, by more than a hundredth of a nat a token.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, SnapKVScorer
 from headkv.scorers.base import PromptScorer
 from headkv.scorers.defensive import DefensiveScorer
 
-TASKS = ("niah_multikey_2", "ruler_vt", "ruler_fwe")
+TASKS = ("niah_multikey_2", "ruler_fwe")
 GROUPS = (1, 5, 30)  # layers whose heads share a budget
 NOISE = 0.01  # nats a token
 SLOPES = (1.0, 0.05, 0.5, 1.5, 1.95)  # the last layer's budget over the mean; 1 is flat, .05 published
