@@ -28,7 +28,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def turned(monkeypatch: Any) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("turned_around")
-    for name in ("turned_around", "whole_answers", "measure"):
+    for name in ("turned_around", "turned_methods", "whole_answers", "measure"):
         sys.modules.pop(name, None)
 
 
