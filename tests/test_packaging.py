@@ -255,6 +255,7 @@ PLACES = {
 
 WITH_KVPRESS = (
     *("tests/kvpress_cases.py", "tests/test_kvpress.py", "tests/test_kvpress_realize.py"),
+    "benchmarks/kvpress_presses.py",  # run in an environment of kvpress's own
     "book/faking_it.md",  # in code that is shown, not run
 )
 RIVALS = {("benchmarks/rivals.py", module) for module in ("fastdms", "flash_attn", "flashinfer")}
