@@ -114,6 +114,7 @@ function render({ model, el }) {
   el.append(root);
 
   let look = lookOf(...get("selected"));
+  let shownHead = "";
   function draw() {
     const [l, k] = get("selected");
     const method = get("method");
@@ -132,6 +133,8 @@ function render({ model, el }) {
     const order = Array.from(look.keys()).sort((a, b) => look[b] - look[a] || a - b).slice(0, MOST);
     headline.textContent = `Layer ${l}, head ${k}: where ${get("looking")} looks`;
     most.textContent = "Most: " + order.map((i) => `“${tokens[i].trim() || "↵"}” ${look[i].toFixed(2)}`).join(", ");
+    if (shownHead !== `${l},${k}`) requestAnimationFrame(() => strip.show(order.find((i) => i > 0) ?? 0));
+    shownHead = `${l},${k}`;
     root.dataset.state = JSON.stringify({ most: order, lengths, held: held.map((x) => Number(x.toFixed(4))) });
     return `${headline.textContent}. ${most.textContent}`;
   }
@@ -142,7 +145,6 @@ function render({ model, el }) {
       ? null
       : `entry ${count(entry)} “${tokens[entry].trim()}”: weight ${look[entry].toFixed(3)}`;
   };
-  if (facts.length) requestAnimationFrame(() => strip.show(facts[0][0]));
   return live(root, model, ["selected", "profile", "method"], draw, {
     describe,
     stops: [shareSelection(model, layers, heads)],

@@ -130,7 +130,7 @@ function render({ model, el }) {
       x: {
         title: `bytes, as a share of the full cache's ${
           bytesText(chosen.full)
-        }; each step to the right costs the same factor`,
+        }; each step to the right is the same factor`,
         min: least - 0.15,
         max: 0,
         ticks: ticks.map((share) => /** @type {[number, string]} */ ([Math.log2(share), percent(share)])),

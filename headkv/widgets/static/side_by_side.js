@@ -168,7 +168,11 @@ function column(
       whole.textContent = `${sizes}. The answer is kept whole by ${wholeHeads(step)} of ${layers * heads} heads.`;
       speed.textContent = speedWords(step);
       bars.forEach((bar, i) => bar.classList.toggle("hk-now", i === step));
-      often.textContent = right.length ? `Right on ${right[step]} of ${asked} such texts.` : "";
+      often.textContent = right.length
+        ? `Right on ${right[step]} of ${asked} such texts. Bars: ${percent(shares[0])} to ${
+          percent(shares.at(-1))
+        } kept.`
+        : "";
       grid.paintAll();
       grid.select(layer, head);
       line.textContent = `The line in layer ${layer}, head ${head}:`;

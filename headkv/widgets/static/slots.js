@@ -67,7 +67,7 @@ export function slotRace({ heads, headNames, m }) {
   const legend = h(
     "p.key",
     {},
-    h("span", {}, "Pooled scores, best first, logarithmic height:"),
+    h("span", {}, "Scores, best first, logarithmic height:"),
     h("span.key-item.key-taken", {}, "slot given"),
     h("span.key-item.key-level", {}, "sinking level"),
     h("span.key-item.key-even", {}, "uniform budget"),
