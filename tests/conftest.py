@@ -112,7 +112,7 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
         try:
             page.goto(f"{address}/{path}", wait_until="commit")
             page.wait_for_function(FIRST_READY)
-            if (seconds := computed(session)) > 1:
+            if page.locator(".widget-host").count() and (seconds := computed(session)) > 1:
                 faults.append(f"{seconds:.2f} s of computing until the first picture")
             page.wait_for_load_state("networkidle")
             page.wait_for_function(WIDGETS_READY)

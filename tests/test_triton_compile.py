@@ -119,7 +119,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# An older card compiles the same code with less room: two of the cases show that it does.
+ON = [(90, case) for case in CASES] + [(80, case) for case in (CASES[1], CASES[3])]
+
+
+@pytest.mark.parametrize(("launches", "case"), ON, ids=str, indirect=["launches"])
 def test_compiles(case: Case, launches: dict[str, Compiler]) -> None:
     for tokens in (1, 3, 100):
         q, layer = replace(case, tokens=min(tokens, 3)).build()

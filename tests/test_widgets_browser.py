@@ -618,16 +618,16 @@ def test_side_by_side_shows_what_was_measured(chromium):
 def test_side_by_side_shows_how_long_a_step_takes(chromium):
     with shown(chromium, two_ways()) as page:
         columns = page.page.locator(".hk-column")
-        for at, times in enumerate([("9.88", "9.5"), ("12.3", "12"), ("30", "31.3")]):
+        for at, times in enumerate([("9.88", "9.50"), ("12.3", "12.0"), ("30.0", "31.3")]):
             page.set(at=at)
             for c in (0, 1):
-                assert f"{times[c]} ms a step, full cache 31 ms." in columns.nth(c).inner_text()
+                assert f"{times[c]} ms a step, full cache 31.0 ms." in columns.nth(c).inner_text()
         page.page.get_by_label("Kept of the cache").press("Home")
         said = page.page.locator("[aria-live]")
         page.page.wait_for_function(
-            "document.querySelector('[aria-live]').textContent.includes('9.5 ms a step')"
+            "document.querySelector('[aria-live]').textContent.includes('9.50 ms a step')"
         )
-        assert "9.88 ms a step, full cache 31 ms." in said.first.text_content()
+        assert "9.88 ms a step, full cache 31.0 ms." in said.first.text_content()
     with shown(chromium, two_ways(timed=False)) as page:
         assert " ms" not in page.page.locator(".hk").inner_text()
 

@@ -182,7 +182,7 @@ function column(
 }
 
 /** Milliseconds, to three digits. */
-const ms = (x) => `${Number(x.toPrecision(3))} ms`;
+const ms = (x) => `${x < 100 ? x.toPrecision(3) : count(x)} ms`;
 
 /** Bits of all masks; answers those of one head as bytes of 0 and 1. */
 function maskReader(view, [steps, layers, heads, m]) {
