@@ -352,6 +352,6 @@ def test_page(name: str, width: int, book_address: str, page_checker: Callable[.
             assert page.evaluate(CUT) == [], "code or output that does not fit the column"
             assert axe.findings(page, colours=False) == []
             assert readers.try_controls(page) == []
-        page.emulate_media(color_scheme="dark")
+        page.emulate_media(color_scheme="dark", reduced_motion="reduce")  # no colour is on its way
         page.locator("html[data-theme=dark]").wait_for()
         assert axe.faint(page, ".bd-article") == []
