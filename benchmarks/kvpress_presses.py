@@ -92,8 +92,8 @@ def pressed(
                 left = press.compress(module, hidden, keys.clone(), values.clone(), weights, kwargs)
                 cache.update(*left, i)
                 kept.append(kept_mask(module, keys, left[0]))
-            alike = name == AT_ONCE or all(x.masked_key_indices is None for x in attentions)
-            alike = alike and len({int(x[0].sum()) for x in kept}) == 1 or name == AT_ONCE
+            gone = all(x.masked_key_indices is None for x in attentions)
+            alike = name == AT_ONCE or (gone and len({int(x[0].sum()) for x in kept}) == 1)
             found: dict[str, Any] = {"kept": torch.stack(kept)}
             try:
                 step = prompt["tokens"].shape[1] + prompt["answer"].shape[1] if alike else 1

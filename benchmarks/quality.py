@@ -18,7 +18,7 @@ import torch
 
 import headkv
 from headkv.data import needle_texts
-from headkv.data.chat import REPEAT, chat_frame
+from headkv.data.chat import repeat_request
 from headkv.evaluation.compare import compare, smollm2_methods
 from headkv.evaluation.roster import reader
 
@@ -31,8 +31,7 @@ def quality(kind: str, texts: int, device: str) -> dict[str, Any]:
     """Right answers of every method at every share, of one model ("plain" or "tuned")."""
     model, tokenizer = headkv.load_smollm2(tuned=kind == "tuned")
     model.to(device)
-    request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
-    again = reader(request)
+    again = reader(repeat_request(tokenizer))
     entries = {
         f"{name} @{share}": entry
         for share in SHARES

@@ -28,7 +28,7 @@ from whole_answers import Document, documents, judged
 import headkv
 from headkv.allocators import AdaptiveAllocator, ProfileAllocator
 from headkv.allocators.adaptive import global_top_counts
-from headkv.data.chat import REPEAT, chat_frame
+from headkv.data.chat import repeat_request
 from headkv.data.needles import Needle, NeedleText
 from headkv.evaluation.reading import Reading
 from headkv.evaluation.roster import EXPECTED, KEY_DIFF, SNAP, reader
@@ -219,11 +219,10 @@ def measure(
         seconds: no document is begun after so long.
     """
     found: dict[str, Found] = {}
-    begin = time.monotonic()
+    begin, again = time.monotonic(), reader(request)
     for number, document in enumerate(some, 1):
         needle = Needle(document.task, document.question, document.answer)
         drops = ablate(document.seen.model, [NeedleText(document.text, (needle,))], Stream())[0]
-        again = reader(request)
         for name in studies:
             study, by, way = STUDIES[name]
             reading, tokens = document.way(way)
@@ -281,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = headkv.load_smollm2(tuned=True)
     some = documents(model, tokenizer, given.documents, given.tasks, given.length, given.count)
     profile = HeadProfile.for_model(model, "ablation").scores.clamp(min=0)
-    request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    request = repeat_request(tokenizer)
     finish(given.json, shown(measure(some, profile, request, given.studies, given.shares, given.seconds)), [])
 
 

@@ -24,7 +24,7 @@ import torch
 
 import headkv
 from headkv.allocators import AdaptiveAllocator, ProfileAllocator, UniformAllocator
-from headkv.data.chat import REPEAT, chat_frame
+from headkv.data.chat import repeat_request
 from headkv.data.needles import needle_texts
 from headkv.evaluation.documents import read_documents
 from headkv.evaluation.harness import OFFLINE
@@ -168,8 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, _, file = entry.partition("=")
         profiles[name] = HeadProfile.load(file) if file else HeadProfile.builtin(name)
     profiles = {name: profile.renamed(model.config._name_or_path) for name, profile in profiles.items()}
-    request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
-    zips = readers(request)
+    zips = readers(repeat_request(tokenizer))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stored: dict[str, list[float]] = defaultdict(list)
     begin, asked = time.monotonic(), 0

@@ -194,7 +194,7 @@ def demo(options: argparse.Namespace) -> None:
     """`headkv demo`."""
     from tqdm import tqdm
 
-    from headkv.data.chat import REPEAT, chat_frame
+    from headkv.data.chat import repeat_request
     from headkv.data.needles import needle_texts
     from headkv.evaluation.compare import compare, smollm2_methods, steps
     from headkv.evaluation.plots import plot_lengths
@@ -206,9 +206,7 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError(f"--texts must be at least 1, got {options.texts}")
     tuned = options.model == "tuned"
     model, tokenizer = headkv.load_smollm2(tuned=tuned)
-    request = REPEAT + chat_frame(tokenizer)[1]
-    again = reader(tokenizer(request, add_special_tokens=False)["input_ids"])
-    entries = smollm2_methods(options.share, again, tuned=tuned)
+    entries = smollm2_methods(options.share, reader(repeat_request(tokenizer)), tuned=tuned)
     if unknown := set(options.methods or ()) - set(entries):
         raise ValueError(f"--methods must be of {', '.join(entries)}, got {', '.join(sorted(unknown))}")
     entries = {name: x for name, x in entries.items() if not options.methods or name in options.methods}

@@ -33,6 +33,16 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return header, footer
 
 
+def repeat_request(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that ask to repeat a text, up to where the answer begins: for `KVzipScorer`.
+
+    Raises:
+        ValueError: as `chat_frame`.
+    """
+    ids: list[int] = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def next_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """What stands between the model's reply and the user's next message: the end of the one, the head of the other.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headkv import _checks
 from headkv._config import kv_heads
 from headkv.allocators import AdaptiveAllocator
-from headkv.data.chat import REPEAT, chat_frame
+from headkv.data.chat import repeat_request
 from headkv.evaluation.remembered import Remembered, RememberedLayers
 from headkv.heads import HeadProfile
 from headkv.methods import (
@@ -91,8 +91,7 @@ def roster(
         if (found := known.get(name.casefold())) is None:
             raise ValueError(f"method must be one of {', '.join(NAMES)}, got {name!r}")
         if found in READERS and again is None:
-            request = tokenizer(REPEAT + chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
-            again = reader(request)
+            again = reader(repeat_request(tokenizer))
         made[found] = by_name(found, partial(HeadProfile.for_model, model), again, num_kv_heads)
     return made
 
