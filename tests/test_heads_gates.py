@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from headkv.heads.gates import Mixer, frozen, passkey_text, profile_gates, schedule
+from headkv.heads.gates import Mixer, frozen, passkey_text, profile_gates, schedule, windowed
 from headkv.heads.observe import exchanged_attention
 from headkv.models import load_smollm2, tiny_model
 
@@ -34,15 +34,41 @@ def test_open_gates_leave_the_model_as_it_is(family: str) -> None:
     )
 
 
+def near_or_first(length: int, sinks: int, recent: int) -> torch.Tensor:
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    return (back >= 0) & ((back < recent) | (torch.arange(length) < sinks))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_closed_gates_are_windowed_attention(family: str) -> None:
     model = tiny_model(family)
-    back = torch.arange(40)[:, None] - torch.arange(40)
-    seen = (back >= 0) & ((back < 5) | (torch.arange(40) < 2))
-    bias = torch.zeros(1, 1, 40, 40).masked_fill(~seen, torch.finfo(torch.float32).min)
+    bias = torch.zeros(1, 1, 40, 40).masked_fill(~near_or_first(40, 2, 5), torch.finfo(torch.float32).min)
     expected = model(TEXT, attention_mask=bias).logits
     found = mixed(model, Mixer(nn.Parameter(torch.zeros(3, 2)), 2, 5, ROWS))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "sinks", "recent"),
+    [(1, 0, 1), (40, 0, 1), (40, 3, 1), (40, 0, 7), (40, 2, 5), (41, 16, 8), (5, 8, 8), (63, 1, 64)],
+)
+def test_blocks_of_queries_are_windowed_attention(length: int, sinks: int, recent: int) -> None:
+    source = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(1, 3, length, 8, generator=source, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    ]
+    mask = near_or_first(length, sinks, recent)
+    expected = nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, scale=0.3)
+    found = windowed(*states, sinks, recent, 0.3)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(expected.shape, generator=source, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), states),
+        torch.autograd.grad((expected * weights).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_gradient_reaches_every_gate() -> None:

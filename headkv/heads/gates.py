@@ -163,19 +163,56 @@ class Mixer:
             raise ValueError("model must have neither sliding-window layers nor soft caps nor sinks")
         layer, group = int(module.layer_idx), query.shape[1] // key.shape[1]  # type: ignore[arg-type]
         key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
-        seen = None
-        if self._mixing:
-            at = torch.arange(query.shape[2], device=query.device)
-            back = at[:, None] - at
-            seen = (back >= 0) & ((back < self.recent) | (at < self.sinks))
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, scale=scaling
-        ).transpose(1, 2)
         if not self._mixing:
+            attention = nn.functional.scaled_dot_product_attention
+            output = attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
             self.full[layer] = output.detach()
             return output, None
+        output = windowed(query, key, value, self.sinks, self.recent, scaling).transpose(1, 2)
         gate = self.gates[self.rows[layer]].repeat_interleave(group).to(output.dtype)[:, None]
         return gate * self.full[layer] + (1 - gate) * output, None
+
+
+def windowed(
+    query: Tensor, key: Tensor, value: Tensor, sinks: int, recent: int, scaling: float | None = None
+) -> Tensor:
+    """Attention to the first `sinks` tokens and the last `recent`, in O(n) and with a gradient.
+
+    Queries are taken `recent` at a time: such a block sees the sinks, the block before, and its own.
+
+    Args:
+        query, key, value: [1, HQ, n, D].
+        sinks, recent: what a query sees, itself included.
+        scaling: of the logits; default: 1 / sqrt(D).
+
+    Returns:
+        [1, HQ, n, D].
+    """
+    length, device = query.shape[2], query.device
+    blocks = -(-length // recent)
+
+    def cut(states: Tensor, before: int) -> Tensor:  # [HQ, before + blocks, recent, D]
+        missing = blocks * recent - length
+        padded = nn.functional.pad(states[0], (0, 0, before * recent, missing))
+        return padded.unflatten(1, (-1, recent))
+
+    def seen_by_blocks(states: Tensor) -> Tensor:  # [HQ, blocks, sinks + 2 * recent, D]
+        first, near = states[0, :, None, :sinks].expand(-1, blocks, -1, -1), cut(states, 1)
+        return torch.cat([first, near[:, :-1], near[:, 1:]], dim=2)
+
+    at = torch.arange(blocks * recent, device=device).view(blocks, recent, 1)
+    begin = (torch.arange(blocks, device=device)[:, None, None] - 1) * recent  # of the block before
+    near = begin + torch.arange(2 * recent, device=device)
+    far = torch.arange(min(sinks, length), device=device) < begin  # sinks that are not near
+    visible = (near >= 0) & (near <= at) & ((at - near < recent) | (near < sinks))
+    output = nn.functional.scaled_dot_product_attention(
+        cut(query, 0),
+        seen_by_blocks(key),
+        seen_by_blocks(value),
+        attn_mask=torch.cat([far.expand(-1, recent, -1), visible], dim=2),
+        scale=scaling,
+    )
+    return output.flatten(1, 2)[None, :, :length]
 
 
 def passkey_text(
