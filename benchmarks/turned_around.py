@@ -36,9 +36,8 @@ from headkv.heads import HeadProfile
 from headkv.heads.ablation import ablate
 from headkv.heads.contexts import Stream
 from headkv.methods import CriticalKV, ScoredMethod
-from headkv.methods.selection import budget_entries
+from headkv.methods.selection import budget_entries, prompt_scores
 from headkv.scorers import ExpectedAttentionScorer, KeyDiffScorer, SnapKVScorer
-from headkv.scorers.base import PromptScorer
 from headkv.scorers.defensive import DefensiveScorer
 
 TASKS = ("niah_multikey_2", "ruler_fwe")
@@ -157,10 +156,7 @@ def given_to_the_needed(bench: Bench, share: float, scorer: Any) -> tuple[float,
 
     The second is a mean over layers, each weighed by what its heads are worth; a third is chance among three.
     """
-    if isinstance(scorer, PromptScorer):
-        scores = scorer.score_prompt(bench.reading.prompt)
-    else:
-        scores = [scorer.score(layer) for layer in bench.reading.observed(scorer.observed_queries)]
+    scores = prompt_scores(bench.reading.prompt, scorer)
     n, num_heads = bench.reading.cache.seen, bench.shape[1]
     total = num_heads * (budget_entries(share, n) - scorer.window)
     parts = torch.stack([global_top_counts(x, total) / total for x in scores]).float()

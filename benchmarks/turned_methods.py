@@ -11,9 +11,8 @@ from torch.nn import functional
 from headkv.allocators import AdaptiveAllocator, Allocator
 from headkv.methods import CriticalKV
 from headkv.methods.base import Keep
-from headkv.methods.selection import best, budget_entries, joint_budgets, scores_of
+from headkv.methods.selection import best, budget_entries, joint_budgets, prompt_scores
 from headkv.prefill import Prefill, Prompt
-from headkv.scorers.base import PromptScorer
 from headkv.scorers.defensive import DefensiveScorer
 
 
@@ -39,10 +38,7 @@ class Together:
     def plan_prompt(self, prompt: Prompt) -> list[Keep]:
         """Keep the best entries of all layers."""
         entries = budget_entries(self.budget, prompt.length) - self.scorer.window
-        if isinstance(self.scorer, PromptScorer):
-            scores = list(self.scorer.score_prompt(prompt))
-        else:
-            scores = [scores_of(prompt.layer(i), self.scorer) for i in range(prompt.num_layers)]
+        scores = prompt_scores(prompt, self.scorer)
         parts = [scores[i : i + self.layers] for i in range(0, len(scores), self.layers)]
         budgets = [x for part in parts for x in joint_budgets(part, self.allocator, entries, least=0)]
         return [best(*row, prompt.length, "Together") for row in zip(scores, budgets, strict=True)]

@@ -23,8 +23,8 @@ from headkv.methods.selection import (
     for_budget,
     joint_budgets,
     plan_by_scores,
+    prompt_scores,
     scores_matter,
-    scores_of,
     stored_share,
 )
 from headkv.prefill import Prefill, Prompt
@@ -95,11 +95,7 @@ class ScoredMethod(Explained):
         entries = budget_entries(self.budget, n)
         if not scores_matter(entries, window, n):
             return [by_age(prompt.layer(i), entries) for i in layers]
-        scorer = for_budget(self.scorer, entries)
-        if isinstance(scorer, PromptScorer):
-            scores = scorer.score_prompt(prompt)
-        else:
-            scores = [scores_of(prompt.layer(i), scorer) for i in layers]
+        scores = prompt_scores(prompt, for_budget(self.scorer, entries))
         budgets = self._budgets(scores, entries - window)
         source = type(self.allocator).__name__
         return [best(scores[i], budgets[i], n, f"{source} in layer {i}") for i in layers]

@@ -13,8 +13,9 @@ from headkv import _checks
 from headkv.allocators import Allocator
 from headkv.allocators.rounding import largest_remainder
 from headkv.methods.base import Keep
-from headkv.prefill import Prefill
+from headkv.prefill import Prefill, Prompt
 from headkv.scorers import Scorer
+from headkv.scorers.base import PromptScorer
 
 S = TypeVar("S")
 
@@ -176,6 +177,13 @@ def scores_of(prefill: Prefill, scorer: Scorer) -> Tensor:
     shape = (prefill.num_kv_heads, prefill.length - scorer.window)
     check_scores(scores, shape, f"{type(scorer).__name__} in layer {prefill.layer_idx}")
     return scores
+
+
+def prompt_scores(prompt: Prompt, scorer: Scorer | PromptScorer) -> Sequence[Tensor]:
+    """Scores `[H, n - window]` of all layers, from a scorer of either kind."""
+    if isinstance(scorer, PromptScorer):
+        return scorer.score_prompt(prompt)
+    return [scores_of(prompt.layer(i), scorer) for i in range(prompt.num_layers)]
 
 
 def best(scores: Tensor, budgets: Tensor, n: int, source: str) -> Keep:
