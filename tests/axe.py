@@ -16,6 +16,13 @@ RUN = """async ([leaveOut, leftOut]) => {
   return violations.filter(({ impact }) => impact === "serious" || impact === "critical")
     .flatMap(({ id, help, nodes }) => nodes.map(({ target, html }) => `${id}: ${help}: ${target} ${html.slice(0, 120)}`));
 }"""
+# Colours that are on their way from one theme to another are judged where they end.
+ARRIVE = """() => {
+  const ends = (one) => one.playState === "running" && one.effect.getComputedTiming().endTime < Infinity;
+  for (let round = 0, moving; round < 9 && (moving = document.getAnimations().filter(ends)).length; round++) {
+    for (const one of moving) one.finish(); // which may set out what inherits the colour
+  }
+}"""
 FAINT = """(within) => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const known = new Map();
@@ -53,9 +60,11 @@ def findings(page: Any, *, colours: bool = True) -> list[str]:
     """Findings of impact serious or critical; without `colours` in a third of the time."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE_SCRIPT)
+    page.evaluate(ARRIVE)
     return page.evaluate(RUN, [LEAVE_OUT, MODERATE if colours else COLOURS + MODERATE])
 
 
 def faint(page: Any, within: str = "body") -> list[str]:
     """Text with a contrast below 4.5 to the colour behind it: signs too, and on stripes, which axe does not judge."""
+    page.evaluate(ARRIVE)
     return page.evaluate(FAINT, within)
