@@ -63,7 +63,7 @@ def found_cells() -> list[list[Any]]:
     return cells
 
 
-def quality_map(**options: Any) -> QualityMap:
+def quality_map(cells: list[list[Any]] | None = None, **options: Any) -> QualityMap:
     found = {
         "models": ["tiny"],
         "questions": ["unseen", "second"],
@@ -71,7 +71,7 @@ def quality_map(**options: Any) -> QualityMap:
         "lengths": list(LENGTHS),
         "methods": list(METHODS),
         "budgets": list(BUDGETS),
-        "cells": found_cells(),
+        "cells": found_cells() if cells is None else cells,
     }
     return QualityMap(found, **{"title": "Answers and bytes", "uniform": ["SnapKV"], **options})
 

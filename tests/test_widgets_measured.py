@@ -284,6 +284,18 @@ def test_the_map_shows_what_was_measured(chromium: Any) -> None:
             assert found == [f"{one[9]:.2f}" for one in own]
 
 
+def test_a_choice_takes_the_others_to_what_was_measured_with_it(chromium: Any) -> None:
+    cells = [
+        cell for cell in found_cells() if cell[1] == 0 or (cell[2], cell[3]) == (1, 1)
+    ]  # second: lists, 2,000
+    with shown(chromium, quality_map(cells=cells)) as page:
+        page.page.get_by_role("radio", name="a second one").check()
+        assert [page.get(name) for name in ("question", "task", "length")] == [1, 1, 1]
+        page.page.get_by_label("Tokens", exact=True).select_option("1,000")
+        assert [page.get(name) for name in ("question", "task", "length")] == [0, 1, 0]
+        assert page.page.locator(".hk-map-says").inner_text().startswith("KVzip")
+
+
 def test_the_map_goes_by_keys_and_by_pointer(chromium: Any) -> None:
     with shown(chromium, quality_map()) as page:
         point = page.page.locator(".hk-dot[aria-pressed=true]")

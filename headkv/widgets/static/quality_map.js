@@ -6,16 +6,13 @@ import { figureTable, foldedTable, linePlot } from "./lines.js";
 /** @import { Model } from "./toolkit.js" */
 
 const [MODEL, QUESTION, TASK, LENGTH, METHOD, BUDGET] = [0, 1, 2, 3, 4, 5];
+const PLACES = ["model", "question", "task", "length", "method", "budget"];
 const ALL = "all tasks";
 const SHARES = [0.05, 0.1, 0.2, 0.5, 1];
 
 /** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
   const get = (name) => model.get(name);
-  const put = (name, value) => {
-    model.set(name, value);
-    model.save_changes();
-  };
   const [models, questions, lengths, methods, budgets] = ["models", "questions", "lengths", "methods", "budgets"].map(
     get,
   );
@@ -25,23 +22,33 @@ function render({ model, el }) {
     return { at: cell, bytes, full, entries, score, low, high, logp, divergence, documents };
   });
   const byPlace = new Map(cells.map((cell) => [cell.at.slice(0, 6).join(), cell]));
-  const view = () => ["model", "question", "task", "length", "method", "budget"].map(get);
+  const view = () => PLACES.map(get);
   const find = (changes) => byPlace.get(view().map((at, i) => changes[i] ?? at).join());
   const there = (i, at) => cells.some((cell) => cell.at[i] === at);
 
-  const select = (label, name, options) =>
-    picker({ label, name, options, value: get(name), onchange: (at) => put(name, Number(at)) });
+  /** What was picked, and of the other choices as many as were measured with it. */
+  function pick(i, at) {
+    const now = view();
+    const alike = (cell) => cell.at.slice(0, METHOD).filter((x, j) => x === now[j]).length;
+    const open = cells.filter((cell) => cell.at[i] === at);
+    const best = open.reduce((one, other) => (alike(other) > alike(one) ? other : one));
+    for (let j = 0; j < METHOD; j++) model.set(PLACES[j], best.at[j]);
+    model.save_changes();
+  }
+
+  const select = (label, i, options) =>
+    picker({ label, name: PLACES[i], options, value: view()[i], onchange: (at) => pick(i, Number(at)) });
   const ways = choice({
     label: "The question is",
     name: "question",
     options: questions.map((name, i) => [String(i), { second: "a second one" }[name] ?? name]),
     value: String(get("question")),
-    onchange: (i) => put("question", Number(i)),
+    onchange: (at) => pick(QUESTION, Number(at)),
   });
   const pickers = {
-    model: select("Model", "model", models.map((name, i) => [i, name])),
-    task: select("Task", "task", tasks.map((name, i) => [i, name]).filter(([i]) => there(TASK, i))),
-    length: select("Tokens", "length", lengths.map((n, i) => [i, count(n)])),
+    model: select("Model", MODEL, models.map((name, i) => [i, name])),
+    task: select("Task", TASK, tasks.map((name, i) => [i, name]).filter(([i]) => there(TASK, i))),
+    length: select("Tokens", LENGTH, lengths.map((n, i) => [i, count(n)])),
   };
   const open = Object.values(pickers).filter((one) => one.el.querySelectorAll("option").length > 1);
   const plot = linePlot({
@@ -50,7 +57,8 @@ function render({ model, el }) {
       const shown = linesNow()[line];
       if (!shown) return;
       model.set("budget", shown.cells[point].at[BUDGET]);
-      put("method", shown.method);
+      model.set("method", shown.method);
+      model.save_changes();
     },
   });
   const headline = h("p.map-says");
@@ -183,7 +191,7 @@ function render({ model, el }) {
     ].filter(([, rows]) => rows.length > 1);
   }
 
-  return live(root, model, ["model", "question", "task", "length", "method", "budget"], draw);
+  return live(root, model, PLACES, draw);
 }
 
 /** What the right answer was worth to the model, where that was measured. */
