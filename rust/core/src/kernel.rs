@@ -266,9 +266,12 @@ unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize) -> S::Vecto
 /// Multiplies what belongs to an entry of the block by one of its scales.
 #[inline(always)]
 fn scale(weights: &mut [f32; BLOCK * LANE_QUERIES], scales: &Scales, block: Span, side: Side) {
-    for (weights, entry) in weights.as_chunks_mut::<LANE_QUERIES>().0.iter_mut().zip(block.begin..block.end) {
-        let scale = scales.get(entry, side);
-        weights.iter_mut().for_each(|weight| *weight *= scale);
+    let mut steps = [0.0f32; BLOCK];
+    scales.copy_to(block.begin, side, &mut steps[..block.len()]);
+    for (weights, step) in weights.as_chunks_mut::<LANE_QUERIES>().0.iter_mut().zip(steps) {
+        for weight in weights {
+            *weight *= step;
+        }
     }
 }
 

@@ -42,12 +42,27 @@ impl<'a> Scales<'a> {
     }
 
     pub(crate) fn get(&self, entry: usize, side: Side) -> f32 {
-        let at = 2 * entry + side as usize;
+        let mut one = [0.0];
+        self.copy_to(entry, side, &mut one);
+        one[0]
+    }
+
+    /// Writes one side's, of the entries from `begin` on, to `target`.
+    #[inline(always)]
+    pub(crate) fn copy_to(&self, begin: usize, side: Side, target: &mut [f32]) {
         match self {
-            Scales::F32(scales) => scales[at],
-            Scales::Bf16(scales) => scales[at].to_f32(),
-            Scales::F16(scales) => scales[at].to_f32(),
+            Scales::F32(scales) => one_side(scales, begin, side, target),
+            Scales::Bf16(scales) => one_side(scales, begin, side, target),
+            Scales::F16(scales) => one_side(scales, begin, side, target),
         }
+    }
+}
+
+#[inline(always)]
+fn one_side<T: Element>(scales: &[T], begin: usize, side: Side, target: &mut [f32]) {
+    let pairs = scales[2 * begin..].as_chunks::<2>().0;
+    for (target, pair) in target.iter_mut().zip(pairs) {
+        *target = Element::to_f32(pair[side as usize]);
     }
 }
 
