@@ -1,12 +1,15 @@
 """Twice the entries in 8 bits, or half as many in 16: which answers better from as many bytes?
 
-    python benchmarks/equal_bytes.py
+    python benchmarks/equal_bytes.py [--simulate]
 
 The tuned SmolLM2 in bfloat16 reads texts in which words and numbers are hidden, once for all. Each method compresses
 them without knowing the questions, to a share of the entries in bfloat16, and to as many more in int8 as have the same
 bytes; the full cache is stored in both. An answer is right if every token of it is the most likely one. KL is that of
 the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over tokens of questions and
 answers. Bytes are those of entries: keys, values, scales, positions.
+
+`--simulate` asks the same of fewer bits still, and of bits by head, which headkv does not store: keys and values are
+rounded, with a scale for every 32 rotated channels, and kept in bfloat16; their bytes are counted, not measured.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from measure import Row, add_json, finish
 from torch import Tensor
 
 import headkv
+from headkv.cache.quantised import rotated
 from headkv.data import needle_texts
 from headkv.data.needles import Needle
 from headkv.evaluation.reading import Reading
@@ -30,12 +34,61 @@ from headkv.models.attention import chosen_attention
 
 METHODS = ("AdaKV", "HeadKV", "KVzip")
 FULL = "full cache"
+BFLOAT16, INT8 = (16, 16), (8, 8)
+Bits = tuple[int, int]  # of keys and of values
+# Bits in the third of the heads that the ablation profile ranks first, and in the others.
+STORED: dict[str, tuple[Bits, Bits]] = {"bfloat16": (BFLOAT16, BFLOAT16), "int8": (INT8, INT8)}
+SIMULATED: dict[str, tuple[Bits, Bits]] = {
+    "K8 V4": ((8, 4), (8, 4)),
+    "K4 V8": ((4, 8), (4, 8)),
+    "K4 V4": ((4, 4), (4, 4)),
+    "K8 V3": ((8, 3), (8, 3)),
+    "K3 V3": ((3, 3), (3, 3)),
+    "first third int8, others K4 V4": (INT8, (4, 4)),
+    "first third K4 V4, others int8": ((4, 4), INT8),
+    "first third K4 V4, others K3 V3": ((4, 4), (3, 3)),
+}
+GROUP = 32  # channels that share a scale, below 8 bits
 
 
-def entry_bytes(storage: str, dim: int, dtype: torch.dtype) -> int:
+def entry_bytes(bits: Bits, dim: int) -> float:
     """What one entry of one KV head takes."""
-    one = dim * dtype.itemsize if storage == "model" else dim + dtype.itemsize
-    return 2 * one + torch.int32.itemsize
+    scales = {16: 0, 8: 1}
+    return sum(dim * one / 8 + 2 * scales.get(one, dim // GROUP) for one in bits) + 4
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """`x` `[m, D]` as it would be read from codes of so many bits."""
+    most = 2 ** (bits - 1) - 1
+    turned = rotated(x.float()).unflatten(-1, (-1, x.shape[-1] if bits == 8 else GROUP))
+    scale = (turned.abs().amax(-1, keepdim=True) / most).to(x.dtype).float().clamp(min=1e-30)
+    return rotated(((turned / scale).round() * scale).flatten(-2)).to(x.dtype)
+
+
+def store(cache: headkv.RaggedCache, bits: list[list[Bits]]) -> None:
+    """Round what a cache of bfloat16 entries holds, each head of each layer to its bits."""
+    for layer, of_heads in zip(cache.attending, bits, strict=True):
+        rows = layer.filled()
+        if set(of_heads) == {INT8}:
+            rows.quantise()
+            continue
+        for begin, length, sides in zip(rows.start, rows.length, of_heads, strict=True):
+            here = slice(int(begin), int(begin + length))
+            for pool, one in zip((rows.keys, rows.values), sides, strict=True):
+                if one < 16:
+                    pool[here] = rounded(pool[here], one)
+
+
+def compressed(
+    reading: Reading, make: Any, share: float, sizes: Tensor, wanted: float
+) -> tuple[headkv.RaggedCache, float]:
+    """A method's cache of about `wanted` bytes, and its bytes; `sizes` `[layers, H]`: of an entry of each head."""
+    for _ in range(4):
+        share = min(share, 1.0)
+        cache = reading.compressed(make(share, reading.cache.seen + 1))
+        found = float((cache.lengths()[:, 0] * sizes).sum())
+        share *= wanted / found
+    return cache, found
 
 
 def logits_of(reading: Reading, cache: headkv.RaggedCache, needle: Needle) -> Tensor:
@@ -47,57 +100,65 @@ def logits_of(reading: Reading, cache: headkv.RaggedCache, needle: Needle) -> Te
 
 
 @torch.inference_mode()
-def measure(texts: int, tokens: int, shares: Sequence[float]) -> list[Row]:
-    """Every method at every share, in both storages."""
+def measure(
+    texts: int, tokens: int, shares: Sequence[float], stored: dict[str, tuple[Bits, Bits]]
+) -> list[Row]:
+    """Every method at every share of the entries in bfloat16, and in the other storages at as many bytes."""
     model, tokenizer = headkv.load_smollm2(tuned=True)
     model = model.to(torch.bfloat16)
-    make = roster(METHODS, model, tokenizer)  # those that read a text again do it once
+    make: dict[str, Any] = dict(roster(METHODS, model, tokenizer))  # those that read a text again do it once
+    make[FULL] = lambda share, length: headkv.FullCache()
+    worth = headkv.HeadProfile.for_model(model, "ablation").scores
+    first = worth.flatten().argsort(descending=True).argsort().view_as(worth) < worth.numel() // 3
     dim = model.config.head_dim
-    wide, narrow = (entry_bytes(kind, dim, torch.bfloat16) for kind in ("model", "int8"))
-    cells = [(FULL, 1.0, "model"), (FULL, 1.0, "int8")]
-    for name in METHODS:
-        for share in shares:
-            cells += [(name, share, "model"), (name, share * wide / narrow, "int8")]
-    found: dict[tuple[str, float, str], list[tuple[float, bool, int]]] = {cell: [] for cell in cells}
+    bits = {name: [[pair[not x] for x in row] for row in first.tolist()] for name, pair in stored.items()}
+    sizes = {
+        name: torch.tensor([[entry_bytes(x, dim) for x in row] for row in rows])
+        for name, rows in bits.items()
+    }
+    cells = [(FULL, 1.0, name) for name in stored]
+    cells += [(method, share, name) for method in METHODS for share in shares for name in stored]
+    found: dict[tuple[str, float, str], list[tuple[float, bool, float, float]]] = {cell: [] for cell in cells}
     hidden = needle_texts(
         tokenizer, texts=texts, lengths=[tokens], kinds=("words", "numbers"), split="validation"
     )
     for text in hidden:
-        first = text.needles[0].question_ids[:, :1]
-        reading = Reading(model, torch.cat([text.context_ids, first], 1))
+        first_token = text.needles[0].question_ids[:, :1]
+        reading = Reading(model, torch.cat([text.context_ids, first_token], 1))
         truth: list[Tensor] = []
+        everything = reading.cache.seen * worth.numel()
         for cell in cells:
-            name, share, storage = cell
-            method: Any = headkv.FullCache()
-            if name != FULL:
-                method = make[name](share, text.context_ids.shape[1])
-            cache = reading.compressed(method)
-            size = int(cache.lengths().sum()) * (wide if storage == "model" else narrow)
-            if storage == "int8":
-                for layer in cache.attending:
-                    layer.filled().quantise()
+            method, share, name = cell
+            size = sizes[name]
+            wanted = everything * (
+                float(size.mean()) if method == FULL else share * entry_bytes(BFLOAT16, dim)
+            )
+            guess = share * entry_bytes(BFLOAT16, dim) / float(size.mean())
+            cache, held = compressed(reading, make[method], guess, size, wanted)
+            entries = float(cache.lengths().sum()) / everything
+            store(cache, bits[name])
             saved = cache.snapshot()
             for number, needle in enumerate(text.needles):
                 cache.restore(saved)
                 logits = logits_of(reading, cache, needle)
                 if cell == cells[0]:
                     truth.append(logits.log_softmax(-1))
-                log, wanted = logits.log_softmax(-1), truth[number]
-                kl = float((wanted.exp() * (wanted - log)).sum(-1).mean())
+                log, expected = logits.log_softmax(-1), truth[number]
+                kl = float((expected.exp() * (expected - log)).sum(-1).mean())
                 answer = needle.answer_ids[0]
                 right = bool((logits[-answer.numel() :].argmax(-1) == answer).all())
-                found[cell].append((kl, right, size))
+                found[cell].append((kl, right, held, entries))
         print(f"text {len(found[cells[0]]) // len(text.needles)} of {texts}", flush=True)
     return [
         {
-            "entries chosen by": name,
-            "stored in": "bfloat16" if storage == "model" else "int8",
-            "entries": f"{share:.1%}",
-            "MB": round(mean(size for *_, size in one) / 1e6, 2),
-            "right": f"{mean(right for _, right, _ in one):.2f}",
+            "entries chosen by": method,
+            "stored in": name,
+            "entries": f"{mean(entries for *_, entries in one):.1%}",
+            "MB": round(mean(held for _, _, held, _ in one) / 1e6, 2),
+            "right": f"{mean(right for _, right, *_ in one):.2f}",
             "KL": f"{mean(kl for kl, *_ in one):.4f}",
         }
-        for (name, share, storage), one in found.items()
+        for (method, share, name), one in found.items()
     ]
 
 
@@ -111,9 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="of entries, in 16 bits"
     )
+    parser.add_argument("--simulate", action="store_true", help="fewer bits, and bits by head, too")
     add_json(parser)
     options = parser.parse_args(arguments)
-    rows = measure(options.texts, options.tokens, options.shares)
+    stored = STORED | (SIMULATED if options.simulate else {})
+    rows = measure(options.texts, options.tokens, options.shares, stored)
     finish(options.json, {f"{options.texts} texts of {options.tokens} tokens": rows}, [])
 
 

@@ -131,9 +131,7 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
         session = counting(page)
         try:
             seconds = _seconds_to_first_picture(page, session, f"{address}/{path}")
-            if (
-                seconds > 1
-            ):  # a busy machine's core computes at half its speed: the least of three visits counts
+            if seconds > 1:  # a busy core computes at half its speed: the least of three visits counts
                 seconds = min(seconds, *(_alone(chromium, screen, f"{address}/{path}") for _ in range(2)))
             if seconds > 1:
                 faults.append(f"{seconds:.2f} s of computing until the first picture")
