@@ -22,8 +22,8 @@ ALL = "all tasks"
 class QualityMap(Picture):
     """Quality against bytes, a line a method; a point opens what it is the mean of.
 
-    Nothing is computed in the page: `found` has the means, their intervals and the bytes that the allocator gave. What is
-    picked there takes the other choices along to where it was measured.
+    Nothing is computed in the page: `found` has the means, their intervals and the bytes that the allocator gave. What
+    is picked there takes the other choices along to where it was measured.
 
     Args:
         found: what `headkv report FILE... --cells` wrote: lists of `models`, `questions`, `tasks`, `lengths`, `methods`
