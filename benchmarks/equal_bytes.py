@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from math import isclose
 from statistics import mean
 from typing import Any
 
@@ -24,12 +25,13 @@ from measure import Row, add_json, finish
 from torch import Tensor
 
 import headkv
-from headkv.cache.quantised import rotated
+from headkv.cache.quantised import quantised, restored, rotated
 from headkv.data import needle_texts
 from headkv.data.needles import Needle
 from headkv.evaluation.reading import Reading
 from headkv.evaluation.roster import roster
 from headkv.integrations.hook import NAME
+from headkv.methods.selection import select
 from headkv.models.attention import chosen_attention
 
 METHODS = ("AdaKV", "HeadKV", "KVzip")
@@ -59,8 +61,10 @@ def entry_bytes(bits: Bits, dim: int) -> float:
 
 def rounded(x: Tensor, bits: int) -> Tensor:
     """`x` `[m, D]` as it would be read from codes of so many bits."""
+    if bits == 8:
+        return restored(*quantised(x)).to(x.dtype)
     most = 2 ** (bits - 1) - 1
-    turned = rotated(x.float()).unflatten(-1, (-1, x.shape[-1] if bits == 8 else GROUP))
+    turned = rotated(x.float()).unflatten(-1, (-1, GROUP))
     scale = (turned.abs().amax(-1, keepdim=True) / most).to(x.dtype).float().clamp(min=1e-30)
     return rotated(((turned / scale).round() * scale).flatten(-2)).to(x.dtype)
 
@@ -87,6 +91,8 @@ def compressed(
         share = min(share, 1.0)
         cache = reading.compressed(make(share, reading.cache.seen + 1))
         found = float((cache.lengths()[:, 0] * sizes).sum())
+        if isclose(found, wanted, rel_tol=1e-6):
+            break  # the next would be the same
         share *= wanted / found
     return cache, found
 
@@ -109,7 +115,7 @@ def measure(
     make: dict[str, Any] = dict(roster(METHODS, model, tokenizer))  # those that read a text again do it once
     make[FULL] = lambda share, length: headkv.FullCache()
     worth = headkv.HeadProfile.for_model(model, "ablation").scores
-    first = worth.flatten().argsort(descending=True).argsort().view_as(worth) < worth.numel() // 3
+    first = select(worth.view(1, -1), torch.tensor([worth.numel() // 3])).view_as(worth)
     dim = model.config.head_dim
     bits = {name: [[pair[not x] for x in row] for row in first.tolist()] for name, pair in stored.items()}
     sizes = {

@@ -285,9 +285,8 @@ def test_the_map_shows_what_was_measured(chromium: Any) -> None:
 
 
 def test_a_choice_takes_the_others_to_what_was_measured_with_it(chromium: Any) -> None:
-    cells = [
-        cell for cell in found_cells() if cell[1] == 0 or (cell[2], cell[3]) == (1, 1)
-    ]  # second: lists, 2,000
+    # The second turn was measured on lists of 2,000 tokens alone.
+    cells = [cell for cell in found_cells() if cell[1] == 0 or (cell[2], cell[3]) == (1, 1)]
     with shown(chromium, quality_map(cells=cells)) as page:
         page.page.get_by_role("radio", name="a second one").check()
         assert [page.get(name) for name in ("question", "task", "length")] == [1, 1, 1]
