@@ -69,6 +69,23 @@ def test_every_rotated_channel_is_off_by_at_most_half_a_scale(dim, dtype, make):
     assert bool(((back - x.double()).norm(dim=-1) <= scale.double() / 2 * dim**0.5 + slack[:, 0] * dim).all())
 
 
+@pytest.mark.parametrize("make", VECTORS.values(), ids=VECTORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [dim for dim in DIMS if dim % 2 == 0])
+def test_in_4_bits_every_rotated_channel_is_off_by_at_most_a_scale(dim, dtype, make):
+    """In float64; both ends of the 16 steps are used, two codes a byte."""
+    x = make(torch.randn(50, dim, generator=torch.Generator().manual_seed(dim))).to(dtype)
+    codes, scale = quantised(x, 4)
+    assert codes.dtype == torch.uint8 and scale.dtype == dtype and codes.shape == (50, dim // 2)
+    turned, matrix = x.double() @ hadamard(dim), hadamard(dim)
+    most = (turned.abs().amax(-1) / 15 * (1 + torch.finfo(dtype).eps)).clamp(min=torch.finfo(dtype).tiny)
+    assert bool((scale.double() <= most * (1 + 1e-6)).all())
+    # A scale that its dtype rounds down leaves the largest channel beyond the last step.
+    slack = (1e-6 + torch.finfo(dtype).eps) * turned.abs().amax(-1, keepdim=True)
+    back = restored(codes, scale).double()
+    assert bool(((back @ matrix - turned).abs() <= scale.double()[:, None] + slack).all())
+
+
 def test_a_large_channel_costs_the_others_little():
     """Why entries are rotated: without it one channel of a hundred leaves the others two steps."""
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,14 @@
-"""Entries in 8 bits: a rotation that spreads what few channels hold over all of them, one scale a vector, rounding.
+"""Entries in 8 bits, or in 4: a rotation that spreads what few channels hold over all of them, one scale a vector,
+rounding.
 
 Keys have channels that are ten times as large as the others, and one scale for a whole vector would leave those others
-few of the 255 steps. A Hadamard rotation turns each vector so that all channels are about as large (QuaRot, arXiv
+few of its steps. A Hadamard rotation turns each vector so that all channels are about as large (QuaRot, arXiv
 2404.00456). It is orthonormal: products of queries and keys stay as they are, and it is its own inverse. So a vector is
 quantised once, by itself, when it is stored; whatever moves it later (eviction, a new pool, a file) copies codes and
 scale as they are, and nothing is ever rounded twice.
+
+Codes of 8 bits are the 255 whole numbers from -127 to 127, those of 4 the 16 odd ones from -15 to 15: 0 is none of
+them, and both ends are used. Two of them share a byte, the even channel's in its lower half, as (code + 15) / 2.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from headkv.cache.rows import Pools
 
-STEPS = 127  # codes lie in [-127, 127]
+LARGEST = {8: 127, 4: 15}  # by the bits of a code
 PART = 1 << 14  # vectors quantised at a time, which bounds the float32 copies
 
 
@@ -45,24 +49,33 @@ def rotated(x: Tensor) -> Tensor:
     return x * width**-0.5
 
 
-def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors `[..., D]` as codes `[..., D]` int8 and scales `[...]` in the dtype of `x`.
+def quantised(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Vectors `[..., D]` as codes, `[..., D]` int8 or `[..., D // 2]` uint8, and scales `[...]` in the dtype of `x`.
 
-    A rotated channel is off by at most half a scale. A vector with an element that is no number has such a scale.
+    A rotated channel is off by at most half a scale in 8 bits, and by a scale in 4. A vector with an element that is no
+    number has such a scale. 4 bits take an even D.
     """
     turned = rotated(x.float())
-    scale = (turned.abs().amax(-1) / STEPS).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
-    codes = (turned / scale.float()[..., None]).round().clamp(-STEPS, STEPS)
-    return codes.nan_to_num(0.0).to(torch.int8), scale
+    largest = turned.abs().amax(-1)
+    # By a tensor: CUDA divides by a number as it multiplies by its inverse.
+    scale = (largest / torch.full_like(largest, LARGEST[bits])).to(x.dtype)
+    scale = scale.clamp(min=torch.finfo(x.dtype).tiny)
+    steps = turned / scale.float()[..., None]
+    if bits == 8:
+        return steps.round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8), scale
+    halves = (steps * 0.5 + 7.5).round().clamp(0, 15).nan_to_num(0.0).to(torch.uint8)
+    return halves[..., ::2] | halves[..., 1::2] << 4, scale
 
 
 def restored(codes: Tensor, scale: Tensor) -> Tensor:
-    """The vectors that codes `[..., D]` and scales `[...]` stand for, `[..., D]` float32.
+    """The vectors that `quantised` made codes and scales `[...]` of, as far as these tell, `[..., D]` float32.
 
     >>> x = torch.tensor([[3.0, -1.0, 0.5, 0.25]])
-    >>> float((restored(*quantised(x)) - x).abs().max()) < 0.02
-    True
+    >>> [float((restored(*quantised(x, bits)) - x).abs().max()) < error for bits, error in ((8, 0.02), (4, 0.3))]
+    [True, True]
     """
+    if codes.dtype == torch.uint8:
+        codes = 2 * torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 15
     return rotated(codes.float() * scale.float()[..., None])
 
 

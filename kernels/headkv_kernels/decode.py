@@ -60,7 +60,7 @@ class DecodeConfig:
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
-        entry = 2 * padded(rows.dim) * (4 if rows.dtype == torch.float32 else rows.keys.element_size())
+        entry = 2 * rows.dim_pad * (4 if rows.dtype == torch.float32 else rows.keys.element_size())
         programs, early, shared = device_traits(rows.keys.device)
         block = max(16, min(128, 32768 // entry))
         stages = 3 if block * entry <= 32768 else 2
@@ -186,7 +186,7 @@ def _launch(
     ticket: Tensor | None = None,
 ) -> Tensor:
     config = config or DecodeConfig.default(rows)
-    dim, group_pad, dim_pad = rows.dim, padded(group), padded(rows.dim)
+    dim, group_pad, dim_pad = rows.dim, padded(group), rows.dim_pad
     narrow = rows.keys.element_size() == 2 and q.dtype == rows.keys.dtype
     kernel, stages = decode_shares, config.stages
     if ring_serves(config, rows, narrow, group_pad, rule.sliding_window):

@@ -66,7 +66,7 @@ class ExtendConfig:
         """What fits into the registers, and cuts enough to fill the GPU; for queries `[B, HQ, T, D]`."""
         batch, heads, tokens, _ = q.shape
         group = padded(batch * heads // rows.number, 1)
-        wide, compensate, dim = rows.operand(q) == tl.float32, rows.count is not None, padded(rows.dim)
+        wide, compensate, dim = rows.operand(q) == tl.float32, rows.count is not None, rows.dim_pad
         # What a program holds must fit in its registers; float32 is multiplied without tensor cores.
         held = dim * (4 if wide else 1) * (2 if compensate else 1)
         block = 64 if held <= 128 else 32 if held <= 256 else 16
@@ -118,7 +118,7 @@ def ragged_extend(
     batch, _, tokens, dim = q.shape
     check_positions(query_positions, (batch, tokens), rows)
     config = config or ExtendConfig.default(q, rows)
-    heads_pad, dim_pad, parts = padded(group, 1), padded(dim), rows.number + config.cuts
+    heads_pad, dim_pad, parts = padded(group, 1), rows.dim_pad, rows.number + config.cuts
     if config.queries < heads_pad or (config.cuts and rows.count is not None):
         raise ValueError(
             f"config must have at least {heads_pad} queries and, with compensation entries, no cuts, got {config}"

@@ -100,6 +100,11 @@ class Rows:
         return self.keys.shape[1]
 
     @property
+    def dim_pad(self) -> int:
+        """The block of channels that holds D; of codes each half, which `tl.dot` takes from 16 on."""
+        return padded(self.dim, 16 if self.scales is None else 32)
+
+    @property
     def pools(self) -> Pools:
         """The flat storage, as kernels are given it."""
         return Pools(self.keys, self.values, self.positions, self.scales)
