@@ -156,7 +156,7 @@ def given_to_the_needed(bench: Bench, share: float, scorer: Any) -> tuple[float,
 
     The second is a mean over layers, each weighed by what its heads are worth; a third is chance among three.
     """
-    scores = prompt_scores(bench.reading.prompt, scorer)
+    scores = [x.cpu() for x in prompt_scores(bench.reading.prompt, scorer)]
     n, num_heads = bench.reading.cache.seen, bench.shape[1]
     total = num_heads * (budget_entries(share, n) - scorer.window)
     parts = torch.stack([global_top_counts(x, total) / total for x in scores]).float()
@@ -218,7 +218,7 @@ def measure(
     begin, again = time.monotonic(), reader(request)
     for number, document in enumerate(some, 1):
         needle = Needle(document.task, document.question, document.answer)
-        drops = ablate(document.seen.model, [NeedleText(document.text, (needle,))], Stream())[0]
+        drops = ablate(document.seen.model, [NeedleText(document.text, (needle,))], Stream())[0].cpu()
         for name in studies:
             study, by, way = STUDIES[name]
             reading, tokens = document.way(way)
@@ -271,9 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"of {', '.join(STUDIES)}",
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no document after so long")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     add_json(parser)
     given = parser.parse_args(arguments)
     model, tokenizer = headkv.load_smollm2(tuned=True)
+    model.to(given.device)
     some = documents(model, tokenizer, given.documents, given.tasks, given.length, given.count)
     profile = HeadProfile.for_model(model, "ablation").scores.clamp(min=0)
     request = repeat_request(tokenizer)

@@ -50,12 +50,12 @@ def read(model: Any, tokenizer: Any, sample: Any) -> Document | None:
     """Read a document, and have the full cache answer; None where it does not answer right."""
 
     def ids(text: str) -> Tensor:
-        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)
 
     text, question = ids(sample.context), ids(sample.question)
     unseen = Reading(model, torch.cat([text, question[:, :1]], 1))
     seen = unseen.followed_by(question[:, 1:])
-    answer = seen.answer(headkv.FullCache(), min(MOST, sample.max_new_tokens))[None]
+    answer = seen.answer(headkv.FullCache(), min(MOST, sample.max_new_tokens))[None].to(text.device)
     ends = (answer[0] == tokenizer.eos_token_id).nonzero()
     answer = answer[:, : int(ends[0])] if len(ends) else answer
     if answer.shape[1] == 0 or sample.score(str(tokenizer.decode(answer[0]))) < 1:
