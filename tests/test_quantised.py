@@ -111,7 +111,7 @@ def test_rust_rounds_to_the_same_bits(dim, dtype, make):
     keys, values = make(torch.randn(2, 40, dim, generator=torch.Generator().manual_seed(dim)).to(dtype))
     values[3, 0], values[4, -1] = torch.nan, torch.inf
     pools = Pools(keys, values, torch.arange(40, dtype=torch.int32))
-    for got, want in zip(rust.quantise(pools), quantised_pools(pools), strict=True):
+    for got, want in zip(rust.quantise(pools, (8, 8)), quantised_pools(pools, (8, 8)), strict=True):
         assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
 
 
