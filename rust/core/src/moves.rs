@@ -29,8 +29,7 @@ impl Pools<'_> {
 fn check_columns(widths: &[usize; 3], found: [usize; 3], count: usize, of: &str) -> Result<()> {
     for ((name, width), found) in NAMES.iter().zip(widths).zip(found) {
         let wanted = count.checked_mul(*width);
-        let wanted =
-            wanted.ok_or_else(|| Error::new(format!("{of}{name} must fit the address space")))?;
+        let wanted = wanted.ok_or_else(|| Error::new(format!("{of}{name} must fit the address space")))?;
         check_len(&format!("{of}{name}"), found, wanted)?;
     }
     Ok(())
@@ -135,7 +134,8 @@ pub fn gather(
     let share = source.len().div_ceil(if threads > 1 { threads * 4 } else { 1 });
     let mut rest = target.columns.each_mut().map(|x| &mut **x);
     let shares = source.chunks(share).zip(target.positions.chunks_mut(share));
-    let work = shares.map(|(source, to)| (source, split_all(&mut rest, &widths, 0, source.len()), to)).collect();
+    let work =
+        shares.map(|(source, to)| (source, split_all(&mut rest, &widths, 0, source.len()), to)).collect();
     threads::for_each(threads, work, |(source, mut new_columns, new_positions)| {
         for (slot, &from) in source.iter().enumerate() {
             let from = from.min(last) as usize;

@@ -187,20 +187,31 @@ mod tests {
         }
     }
 
-    #[test]
-    fn codes_are_off_by_at_most_half_a_scale() {
+    /// The largest error of codes `C` in scales, and the codes.
+    fn error<C: Code>() -> (f32, Vec<C>) {
         let x: Vec<bf16> = (0..128).map(|i| bf16::from_f32((i * 37 % 101) as f32 - 50.0)).collect();
-        let (mut codes, mut scales) = (vec![0; 128], vec![bf16::ZERO; 2]);
+        let (mut codes, mut scales) = (vec![C::default(); 128 / C::CHANNELS], vec![bf16::ZERO; 2]);
         quantise(64, &x, &mut codes, &mut scales).unwrap();
-        for ((x, codes), scale) in x.chunks(64).zip(codes.chunks(64)).zip(&scales) {
+        let mut worst = 0.0f32;
+        for ((x, codes), scale) in x.chunks(64).zip(codes.chunks(64 / C::CHANNELS)).zip(&scales) {
             let mut turned: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
             rotate(&mut turned);
-            let scale = scale.to_f32();
-            assert!(
-                turned.iter().zip(codes).all(|(x, &code)| (x - f32::from(code) * scale).abs() <= scale / 2.0)
-            );
+            for (i, x) in turned.iter().enumerate() {
+                let code = codes[i / C::CHANNELS].channel(i % C::CHANNELS);
+                worst = worst.max((x / scale.to_f32() - code).abs());
+            }
         }
         assert!(quantise(64, &x, &mut codes[1..], &mut scales).is_err());
         assert!(quantise(0, &x, &mut codes, &mut scales).is_err());
+        (worst, codes)
+    }
+
+    #[test]
+    fn codes_are_off_by_at_most_half_a_scale_or_a_whole_one_in_4_bits() {
+        assert!(error::<i8>().0 <= 0.5);
+        let (worst, bytes) = error::<u8>();
+        assert!(worst <= 1.0 + 15.0 / 256.0, "{worst}"); // the scale is rounded as well
+        assert!(bytes.iter().any(|byte| [0, 15].contains(&(byte & 15)) || [0, 15].contains(&(byte >> 4))));
+        assert!(quantise(5, &[0.0f32; 5], &mut [0u8; 2], &mut [0.0]).is_err());
     }
 }

@@ -6,8 +6,8 @@
 mod arrays;
 
 use headkv_core::{
-    Code, Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows, Scales,
-    Sums, bf16, f16,
+    Code, Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows,
+    Scales, Sums, bf16, f16,
 };
 use numpy::prelude::*;
 use pyo3::exceptions::{PyTypeError, PyValueError};
