@@ -12,6 +12,7 @@ from headkv_kernels.combine import combine_segments
 from headkv_kernels.rows import (
     FUSED,
     INTERPRETED,
+    PACKED,
     Rows,
     check_positions,
     check_queries,
@@ -60,12 +61,16 @@ class DecodeConfig:
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
-        entry = 2 * rows.dim_pad * (4 if rows.dtype == torch.float32 else rows.keys.element_size())
+        numbers = sum(pool.element_size() / PACKED.get(pool.dtype, 1) for pool in (rows.keys, rows.values))
+        entry = int(rows.dim_pad * (8 if rows.dtype == torch.float32 else numbers))
         programs, early, shared = device_traits(rows.keys.device)
-        block = max(16, min(128, 32768 // entry))
+        block = max(16, min(128, 1 << (32768 // entry).bit_length() - 1))
         stages = 3 if block * entry <= 32768 else 2
         ring = 4 if early and shared >= RING_BYTES else 0
         warps = 4 if rows.scales is None else 8  # codes are widened in registers
+        if rows.values.dtype == torch.uint8:
+            # A warp takes 8 channels of each quarter: more of them would do the same work twice.
+            programs, warps = 2 * programs, max(4, min(8, rows.dim_pad // 32))
         return cls(programs, block, stages, warps, early=early, ring=ring)
 
 
