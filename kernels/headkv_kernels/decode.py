@@ -68,9 +68,11 @@ class DecodeConfig:
         stages = 3 if block * entry <= 32768 else 2
         ring = 4 if early and shared >= RING_BYTES else 0
         warps = 4 if rows.scales is None else 8  # codes are widened in registers
-        if rows.values.dtype == torch.uint8:
-            # A warp takes 8 channels of each quarter: more of them would do the same work twice.
+        if rows.packed:
+            # A warp takes 8 channels of each quarter, and more warps would do the same work twice. So two programs keep
+            # a multiprocessor busy, with blocks that fit into their registers.
             programs, warps = 2 * programs, max(4, min(8, rows.dim_pad // 32))
+            block, stages = min(block, 64), 4 if rows.dim_pad <= 128 else 3
         return cls(programs, block, stages, warps, early=early, ring=ring)
 
 
