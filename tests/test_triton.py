@@ -82,15 +82,16 @@ WIDE = [
 WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
 
 
-def in_8_bits(cases, interpreted):
-    """Those cases over rows in 8 bits; of the interpreter's, which is slow, the ones named."""
+def as_codes(cases, storage, interpreted):
+    """Those cases over rows of codes; of the interpreter's, which is slow, the ones named."""
     assert interpreted <= {case.name for case in cases}
     chosen = [case for case in cases if not INTERPRETED or case.name in interpreted]
-    return [replace(case, name=f"{case.name}, 8 bits", storage="int8") for case in chosen]
+    return [replace(case, name=f"{case.name}, {storage}", storage=storage) for case in chosen]
 
 
-EIGHT = in_8_bits(
+CODED = as_codes(
     CASES + WIDE,
+    "int8",
     {"an empty row beside others", "one huge row beside empty ones", "D 40", "D 80 bf16", "D 128 fp16"}
     | {
         "windowed",
@@ -101,10 +102,22 @@ EIGHT = in_8_bits(
     }
     | {"sinks, extend, sliding", f"D 512, 3 tokens, {FP16}"},
 )
+CODED += as_codes(
+    CASES + WIDE,
+    "int4",
+    {"an empty row beside others", "D 40", "D 128 fp16", "compensation on some rows", "extend by 7"},
+)
+CODED += as_codes(CASES + WIDE, "k8v4", {"D 80 bf16", "sliding window and softcap", "extend, compensation"})
+# Whose bytes are no whole numbers of 16 bits.
+CODED += [
+    Case(f"D {dim}, {t} tokens, {storage}", ((33, 9),), dim=dim, tokens=t, storage=storage)
+    for dim, storage in ((5, "int8"), (6, "k8v4"), (6, "int4"), (2, "int4"))
+    for t in (1, 3)
+]
 
 
 @device
-@pytest.mark.parametrize("case", CASES + WIDE + EIGHT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + WIDE + CODED, ids=lambda case: case.name)
 def test_equals_truth(case):
     q, layer = case.build(DEVICE)
     got = attend(q, layer, **case.options(q))
@@ -310,7 +323,8 @@ def test_offsets_beyond_32_bits():
 
 # In the interpreter float32 is cut off to bfloat16, and scales are rounded.
 KINDS = [(FP32, "model"), (BF16, "model"), (FP16, "model"), (FP32, "int8"), (FP16, "int8")]
-KINDS += [] if INTERPRETED else [(BF16, "int8")]
+KINDS += [(FP32, "k8v4"), (FP16, "int4")]
+KINDS += [] if INTERPRETED else [(BF16, "int8"), (FP16, "k8v4"), (FP32, "int4"), (BF16, "int4")]
 
 
 @device
@@ -378,10 +392,13 @@ def test_steps_in_a_row():
 
 
 STEPS = [case for case in CASES + WIDE if case.tokens == 1]
-STEPS_IN_8_BITS = in_8_bits(
+STEPS_IN_CODES = as_codes(
     STEPS,
+    "int8",
     {"an empty row beside others", "D 128 fp16", "compensation on some rows"},
 )
+STEPS_IN_CODES += as_codes(STEPS, "int4", {"D 40"})
+STEPS_IN_CODES += as_codes(STEPS, "k8v4", {"windowed"})
 
 
 RINGS = [
@@ -396,7 +413,7 @@ RINGS = [case for case in RINGS if not case.compensate] + [
 
 
 @device
-@pytest.mark.parametrize("case", STEPS + STEPS_IN_8_BITS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", STEPS + STEPS_IN_CODES, ids=lambda case: case.name)
 def test_fused_steps(case):
     """Append and attention in one go, again and again until no row has room: as append, then the truth."""
     fused_steps(case, None)
