@@ -506,7 +506,11 @@ BAD = {
     "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
     "keys of D 513": (lambda k, q, r: replace(r, keys=torch.zeros(9, 513)), ValueError, "D from 1 to 512"),
     "codes without scales": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.char()), TypeError, "keys must be float32, bfloat16 or float16, got torch.int8"),
-    "scales without codes": (lambda k, q, r: replace(r, scales=r.keys[:, :2].contiguous()), TypeError, "keys must be int8 where there are scales, got torch.float32"),
+    "scales without codes": (lambda k, q, r: replace(r, scales=r.keys[:, :2].contiguous()), TypeError, "keys must be int8 or uint8 where there are scales, got torch.float32"),
+    "values that are no codes": (lambda k, q, r: replace(r, keys=r.keys.char(), scales=r.keys[:, :2].contiguous()), TypeError, "values must be int8 or uint8 where there are scales, got torch.float32"),
+    "values of as many bytes as channels": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.byte(), scales=r.keys[:, :2].contiguous()), ValueError, r"values must have shape \[20, 32\], got \[20, 64\]"),
+    "4 bits of an odd D": (lambda k, q, r: replace(r, keys=r.keys[:, :5].char(), values=r.values[:, :2].byte(), scales=r.keys[:, :2]), ValueError, "values must be int8 where D is odd, got torch.uint8 and D 5"),
+    "keys of D 514 in 4 bits": (lambda k, q, r: replace(r, keys=torch.zeros(9, 257, dtype=torch.uint8), scales=r.keys[:, :2]), ValueError, r"D from 1 to 512 \(in 4 bits \[slots, D // 2\]\), got \[9, 257\]"),
     "scales of float64": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.char(), scales=r.keys[:, :2].double()), TypeError, "scales must be float32, bfloat16 or float16, got torch.float64"),
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
     "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
@@ -603,7 +607,7 @@ def test_each_argument_is_checked_before_any_launch(launcher, name, fault):
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "of another D"])
 @pytest.mark.parametrize("name", ROWS)
 def test_each_tensor_of_the_rows_is_checked(name, fault):
-    rows = backend.rows_of(replace(WINDOWS, storage="int8").build(DEVICE)[1])
+    rows = backend.rows_of(replace(WINDOWS, storage="k8v4").build(DEVICE)[1])
     with pytest.raises((TypeError, ValueError), match=" must "):
         replace(rows, **{name: FAULTS[fault](getattr(rows, name))})
 
