@@ -204,18 +204,19 @@ def decode_shares(
                 new_value = new.value.data + batch * new.value.batch + head * new.value.head + d
                 new_value = tl.load(new_value, mask=d < D, other=0.0)
                 slot = base + segment.entries - 1
+                key, value = new_key, new_value
                 if pools.scale is None:
-                    key, value = new_key[None, :], new_value[None, :]
                     tl.store(pools.key + slot * D + d, new_key, mask=d < D)
                     tl.store(pools.value + slot * D + d, new_value, mask=d < D)
                 else:  # they are seen as they are stored
                     one = tl.arange(0, 1)
                     key = store_codes(new_key[None, :], pools.key, pools.scale, slot + one, one == 0, D)
                     value = store_codes(new_value[None, :], pools.value, pools.scale + 1, slot + one, one == 0, D)
+                    key, value = tl.reshape(key, [D_PAD]), tl.reshape(value, [D_PAD])
                 tl.store(pools.position + slot, tl.load(new.seen).to(tl.int32))
-                logit = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * rule.scale
+                logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * rule.scale
                 logit = base_two(logit, rule)
-                top, total, acc = add_entry(logit, value.to(tl.float32), top, total, acc)
+                top, total, acc = add_entry(logit, value.to(tl.float32)[None, :], top, total, acc)
         if rows.dropped is not None:
             dropped = tl.load(rows.dropped + row)
             if ends_row & (dropped >= 0):
