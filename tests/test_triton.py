@@ -166,6 +166,8 @@ EXTENDED = [
     replace(SINKS, lengths=((1, 300, 0, 33, 64), (3, 0, 5, 9, 40)), tokens=21),
     replace(CODES, tokens=9),
 ]
+if not INTERPRETED:
+    EXTENDED += [replace(CODES, name=kind, tokens=9, storage=kind) for kind in ("k8v4", "int4")]
 CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
 
@@ -462,9 +464,11 @@ def fused_steps(case, config):
 @device
 @pytest.mark.parametrize("programs", [1, 2, 5, 200])
 @pytest.mark.parametrize("block, warps", [(16, 1), (16, 4), (64, 2), (128, 8)])
-def test_any_cut_of_a_fused_step(programs, block, warps):
+@pytest.mark.parametrize("storage", ["model"] if INTERPRETED else ["model", "int8", "k8v4", "int4"])
+def test_any_cut_of_a_fused_step(storage, programs, block, warps):
     """The same, however the entries are cut."""
-    case = Case("cut", ((1, 700, 0, 33, 64), (40, 2, 1, 5, 9)), group=3, dtype=FP16, gaps=False)
+    lengths = (1, 700, 0, 33, 64), (40, 2, 1, 5, 9)
+    case = Case("cut", lengths, group=3, dtype=FP16, gaps=False, storage=storage)
     q, layer = case.build(DEVICE)
     kernels, rows = backend.kernels(), backend.rows_of(layer)
     config = kernels.DecodeConfig(programs, block, warps=warps)

@@ -56,8 +56,8 @@ class DecodeConfig:
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
-        """One program for each multiprocessor; 32 KiB of keys and values at a time (of codes for float32, once they are
-        that), through a ring on Hopper.
+        """One program for each multiprocessor, two where there are codes of 4 bits; up to 32 KiB of keys and values at a
+        time (of codes for float32, once they are that), through a ring on Hopper.
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """

@@ -1,7 +1,12 @@
-"""Entries in 8 or 4 bits, as `headkv.cache.quantised` specifies them: rotated, and rounded to steps of a scale a vector.
+"""Entries in 8 or 4 bits as `headkv.cache.quantised` specifies them: rotated, and rounded to steps of a scale a vector.
 
 A rotation leaves products as they are, so that attention happens among rotated vectors. Queries are rotated once, and
 meet codes; a key's scale multiplies the logit, a value's the weight; outputs are rotated back at the very end.
+A pool's dtype says its bits, int8 or uint8; keys need not have those of values.
+
+Codes travel as numbers of 16 bits, two or four neighbours each: hardware turns blocks of such numbers around on their
+way out of shared memory, but none of 8 bits. So a block of entries comes `apart`, as every other channel or every
+fourth.
 """
 
 import triton
@@ -102,8 +107,9 @@ def joined(parts):
 
 @triton.jit
 def load_apart(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND: tl.constexpr):
-    """Codes of the pool's slots `[N]`, 0 or -15 where not `here` and beyond D: of the even and of the odd channels,
-    `[N, D_PAD // 2]` each; in 4 bits, of channels 0, 4 and so on, 1, 5, 2, 6 and 3, 7, `[N, D_PAD // 4]` each."""
+    """Codes in the pool's slots `[N]`: of the even and of the odd channels, `[N, D_PAD // 2]` each; in 4 bits of the
+    channels 0, 4 and so on, of 1, 5, of 2, 6 and of 3, 7, `[N, D_PAD // 4]` each. 0 where not `here` and beyond D, in 4
+    bits -15, which is for scales, weights and queries of 0 to undo."""
     PACKED: tl.constexpr = pool.dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = D // 2 if PACKED else D
     w = tl.arange(0, D_PAD // 4 if PACKED else D_PAD // 2)[None, :]
@@ -124,7 +130,7 @@ def load_apart(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND:
 @triton.jit
 def load_vectors(pool, slots, here, D: tl.constexpr, D_PAD: tl.constexpr, OPERAND: tl.constexpr):
     """`[N, D_PAD]`: `load_entries`, where the pool has vectors or codes of any bits."""
-    if pool.dtype.element_ty == tl.uint8:
+    if pool.dtype.element_ty.is_int():
         return joined(load_apart(pool, slots, here, D, D_PAD, OPERAND))
     else:
         return load_entries(pool, slots, here, D, D_PAD, OPERAND)
@@ -256,17 +262,17 @@ def add_codes(
     base, top, total, shrink = raise_top(tl.max(logits, 1), top, total, 1.0)
     weights = tl.exp2(logits - base[:, None])
     total += tl.sum(weights, 1)
-    LIFTED: tl.constexpr = LIFT if OPERAND == tl.float16 else 1.0
-    shares = (weights * (value_scales * LIFTED)[None, :]).to(OPERAND)
-    grown = ()
+    if OPERAND == tl.float16:  # noqa: SIM300
+        value_scales *= LIFT
+    shares = (weights * value_scales[None, :]).to(OPERAND)
     for i in tl.static_range(len(values)):
-        part = acc[i] * shrink
-        if OPERAND == tl.float16:
+        part = acc[0] * shrink
+        if OPERAND == tl.float16:  # noqa: SIM300
             part += tl.dot(shares, values[i]) * (1.0 / LIFT)
         else:
             part = tl.dot(shares, values[i], part, input_precision="ieee")
-        grown = grown + (part,)
-    return top, total, grown
+        acc = acc[1:] + (part,)  # in the end each is in its place again
+    return top, total, acc
 
 
 @triton.jit

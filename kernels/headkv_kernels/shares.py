@@ -209,9 +209,9 @@ def decode_shares(
                     tl.store(pools.key + slot * D + d, new_key, mask=d < D)
                     tl.store(pools.value + slot * D + d, new_value, mask=d < D)
                 else:  # they are seen as they are stored
-                    one = tl.arange(0, 1)
-                    key = store_codes(new_key[None, :], pools.key, pools.scale, slot + one, one == 0, D)
-                    value = store_codes(new_value[None, :], pools.value, pools.scale + 1, slot + one, one == 0, D)
+                    into = slot + tl.arange(0, 1)
+                    key = store_codes(new_key[None, :], pools.key, pools.scale, into, into >= 0, D)
+                    value = store_codes(new_value[None, :], pools.value, pools.scale + 1, into, into >= 0, D)
                     key, value = tl.reshape(key, [D_PAD]), tl.reshape(value, [D_PAD])
                 tl.store(pools.position + slot, tl.load(new.seen).to(tl.int32))
                 logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * rule.scale
