@@ -22,10 +22,11 @@ from torch import Tensor
 
 import headkv
 from headkv.cache import RaggedLayer
+from headkv.cache.quantised import BITS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READ, RUST, GROUPED = "read (torch.sum)", "ragged_decode, rust", "torch SDPA, grouped"
-IN_8_BITS = "ragged_decode, rust, int8"
+CODES = {name: f"{RUST}, {name}" for name in BITS}  # the same rows in fewer bits
 FASTER = {"float32": 5, "bfloat16": 10}  # than torch's grouped attention, as a goal
 
 
@@ -43,7 +44,7 @@ def attention(
 ) -> tuple[list[Row], list[Goal]]:
     """Ragged decode (Rust) against torch's scaled_dot_product_attention, called both ways, and the read bandwidth.
 
-    Of 16-bit layers also over the same rows in 8 bits, whose bytes are codes and scales."""
+    Of 16-bit layers also over the same rows in 8 bits and in 4, whose bytes are codes and scales."""
     rows: list[Row] = []
     goals: list[Goal] = []
     memory = torch.randn(1 << 27)
@@ -68,11 +69,11 @@ def attention(
         }
         size = 2 * keys.numel() * keys.element_size()
         sizes = dict.fromkeys(calls, size)
-        if dtype.itemsize == 2:
+        for storage, call in CODES.items() if dtype.itemsize == 2 else ():
             small = copy.copy(layer)
-            small.quantise()
-            calls[IN_8_BITS] = lambda q=q, small=small: headkv.ragged_decode(q, small, backend="rust")
-            sizes[IN_8_BITS] = sum(x.nbytes for x in (small.keys, small.values, small.scales))
+            small.quantise(storage)
+            calls[call] = lambda q=q, small=small: headkv.ragged_decode(q, small, backend="rust")
+            sizes[call] = sum(x.nbytes for x in (small.keys, small.values, small.scales))
         seconds = in_turns(calls, rounds)
         read = memory.numel() * memory.element_size() / seconds[READ]
         for call, took in seconds.items():
@@ -88,17 +89,18 @@ def attention(
                 }
             )
         goals += decode_goals(name, *(size / seconds[call] / read for call in (RUST, GROUPED)))
-        if IN_8_BITS in seconds:
-            faster = seconds[RUST] / seconds[IN_8_BITS]
-            goals.append(
-                Goal(
-                    f"ragged decode, int8 against {name}",
-                    "1.6 x",
-                    f"{faster:.2f} x",
-                    faster >= 1.6,
-                    f"arithmetic: it reads {size / sizes[IN_8_BITS]:.2f} x fewer bytes",
+        for storage, call in CODES.items():
+            if call in seconds:
+                faster = seconds[RUST] / seconds[call]
+                goals.append(
+                    Goal(
+                        f"ragged decode, {storage} against {name}",
+                        "1.6 x",
+                        f"{faster:.2f} x",
+                        faster >= 1.6,
+                        f"arithmetic: it reads {size / sizes[call]:.2f} x fewer bytes",
+                    )
                 )
-            )
     return rows, goals
 
 

@@ -1,15 +1,15 @@
-"""Twice the entries in 8 bits, or half as many in 16: which answers better from as many bytes?
+"""Few entries in 16 bits, or more in 8 or 4: which answers better from as many bytes?
 
     python benchmarks/equal_bytes.py [--simulate]
 
 The tuned SmolLM2 in bfloat16 reads texts in which words and numbers are hidden, once for all. Each method compresses
-them without knowing the questions, to a share of the entries in bfloat16, and to as many more in int8 as have the same
-bytes; the full cache is stored in both. An answer is right if every token of it is the most likely one. KL is that of
+them without knowing the questions, to a share of the entries in bfloat16, and to as many more in each other storage of
+the cache as have the same bytes; the full cache is stored in all. An answer is right if every token of it is the most likely one. KL is that of
 the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over tokens of questions and
 answers. Bytes are those of entries: keys, values, scales, positions.
 
-`--simulate` asks the same of fewer bits still, and of bits by head, which headkv does not store: keys and values are
-rounded, with a scale for every 32 rotated channels, and kept in bfloat16; their bytes are counted, not measured.
+`--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values are rounded
+as it would and kept in bfloat16; their bytes are counted, not measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from measure import Row, add_json, finish
 from torch import Tensor
 
 import headkv
-from headkv.cache.quantised import quantised, restored, rotated
+from headkv.cache.quantised import BITS, quantised, restored, rotated
 from headkv.data import needle_texts
 from headkv.data.needles import Needle
 from headkv.evaluation.reading import Reading
@@ -36,45 +36,44 @@ from headkv.models.attention import chosen_attention
 
 METHODS = ("AdaKV", "HeadKV", "KVzip")
 FULL = "full cache"
-BFLOAT16, INT8 = (16, 16), (8, 8)
 Bits = tuple[int, int]  # of keys and of values
+BFLOAT16, INT8, INT4 = (16, 16), BITS["int8"], BITS["int4"]
 # Bits in the third of the heads that the ablation profile ranks first, and in the others.
-STORED: dict[str, tuple[Bits, Bits]] = {"bfloat16": (BFLOAT16, BFLOAT16), "int8": (INT8, INT8)}
+STORED: dict[str, tuple[Bits, Bits]] = {
+    "bfloat16": (BFLOAT16, BFLOAT16),
+    **{name: (bits, bits) for name, bits in BITS.items()},
+}
 SIMULATED: dict[str, tuple[Bits, Bits]] = {
-    "K8 V4": ((8, 4), (8, 4)),
     "K4 V8": ((4, 8), (4, 8)),
-    "K4 V4": ((4, 4), (4, 4)),
     "K8 V3": ((8, 3), (8, 3)),
     "K3 V3": ((3, 3), (3, 3)),
-    "first third int8, others K4 V4": (INT8, (4, 4)),
-    "first third K4 V4, others int8": ((4, 4), INT8),
-    "first third K4 V4, others K3 V3": ((4, 4), (3, 3)),
+    "first third int8, others int4": (INT8, INT4),
+    "first third int4, others int8": (INT4, INT8),
+    "first third int4, others K3 V3": (INT4, (3, 3)),
 }
-GROUP = 32  # channels that share a scale, below 8 bits
 
 
 def entry_bytes(bits: Bits, dim: int) -> float:
-    """What one entry of one KV head takes."""
-    scales = {16: 0, 8: 1}
-    return sum(dim * one / 8 + 2 * scales.get(one, dim // GROUP) for one in bits) + 4
+    """What one entry of one KV head takes: numbers, a scale for those that are codes, half a position each."""
+    return sum(dim * one / 8 + (2 if one < 16 else 0) + 2 for one in bits)
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """`x` `[m, D]` as it would be read from codes of so many bits."""
-    if bits == 8:
-        return restored(*quantised(x)).to(x.dtype)
-    most = 2 ** (bits - 1) - 1
-    turned = rotated(x.float()).unflatten(-1, (-1, GROUP))
-    scale = (turned.abs().amax(-1, keepdim=True) / most).to(x.dtype).float().clamp(min=1e-30)
-    return rotated(((turned / scale).round() * scale).flatten(-2)).to(x.dtype)
+    """`x` `[m, D]` as it would be read from codes of so many bits: those of 3 are the odd numbers from -7 to 7."""
+    if bits > 3:
+        return restored(*quantised(x, bits)).to(x.dtype)
+    turned = rotated(x.float())
+    scale = (turned.abs().amax(-1, keepdim=True) / 7).to(x.dtype).float().clamp(min=1e-30)
+    codes = 2 * (turned / scale * 0.5 + 3.5).round().clamp(0, 7) - 7
+    return rotated(codes * scale).to(x.dtype)
 
 
-def store(cache: headkv.RaggedCache, bits: list[list[Bits]]) -> None:
-    """Round what a cache of bfloat16 entries holds, each head of each layer to its bits."""
+def store(cache: headkv.RaggedCache, name: str, bits: list[list[Bits]]) -> None:
+    """Store what a cache of bfloat16 entries holds in another way, or round each head of each layer to its bits."""
     for layer, of_heads in zip(cache.attending, bits, strict=True):
         rows = layer.filled()
-        if set(of_heads) == {INT8}:
-            rows.quantise()
+        if name in BITS:
+            rows.quantise(name)
             continue
         for begin, length, sides in zip(rows.start, rows.length, of_heads, strict=True):
             here = slice(int(begin), int(begin + length))
@@ -142,7 +141,7 @@ def measure(
             guess = share * entry_bytes(BFLOAT16, dim) / float(size.mean())
             cache, held = compressed(reading, make[method], guess, size, wanted)
             entries = float(cache.lengths().sum()) / everything
-            store(cache, bits[name])
+            store(cache, name, bits[name])
             saved = cache.snapshot()
             for number, needle in enumerate(text.needles):
                 cache.restore(saved)

@@ -2,11 +2,12 @@
 
     PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--json FILE] [--profile NAME]
 
-Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16, and the same entries in 8 bits. The rows'
-lengths are skewed (Dirichlet 1), as head-specific budgets leave them; dense attention gets as many entries, in rows of
-equal length. Medians of CUDA graph replays over 16 layers of their own, so that no layer is found in the L2 cache; a
-step appends the new token, attends, and combines; of the others, those do whose name says so. What reads ragged rows is
-held against float64 before it is timed and after, but for torch's varlen attention as published code calls it.
+Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16, and the same entries as codes of 8 or 4 bits, by
+the names of their storages. The rows' lengths are skewed (Dirichlet 1), as head-specific budgets leave them; dense
+attention gets as many entries, in rows of equal length. Medians of CUDA graph replays over 16 layers of their own, so
+that no layer is found in the L2 cache; a step appends the new token, attends, and combines; of the others, those do
+whose name says so. What reads ragged rows is held against float64 before it is timed and after, but for torch's varlen
+attention as published code calls it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from headkv.cache.layout import rows_of_slots
+from headkv.cache.quantised import BITS, bits_of, quantised, quantised_pools, restored
 from headkv.cache.quantised import entries as entries_at
-from headkv.cache.quantised import quantised, quantised_pools, restored
 from headkv.cache.rows import Pools
 from headkv_kernels import DecodeConfig, Rows, new_ticket, ragged_step
 
@@ -81,9 +82,9 @@ def pools_of(layer: Layer) -> Pools:
     return Pools(layer.rows.keys, layer.rows.values, layer.rows.positions, layer.rows.scales)
 
 
-def in_8_bits(layer: Layer) -> Layer:
-    """The same entries in 8 bits, with a length of their own."""
-    pools = quantised_pools(pools_of(layer))._asdict()
+def as_codes(layer: Layer, storage: str) -> Layer:
+    """The same entries as codes, with a length of their own."""
+    pools = quantised_pools(pools_of(layer), BITS[storage])._asdict()
     rows = replace(layer.rows, **pools, length=layer.begun.clone())
     return replace(layer, rows=rows, ticket=new_ticket(rows))
 
@@ -119,7 +120,10 @@ def error(layer: Layer, step: Step) -> float:
         )
     stored = torch.stack(entries_at(pools_of(layer), layer.rows.start + before))
     new = layer.new[:, 0]
-    if not torch.equal(stored, new if layer.rows.scales is None else restored(*quantised(new))):
+    if layer.rows.scales is not None:
+        both = zip(new, bits_of(pools_of(layer)), strict=True)
+        new = torch.stack([restored(*quantised(x, bits)) for x, bits in both])
+    if not torch.equal(stored, new):
         raise AssertionError("a row did not get its new entry")
     return distance(got, truth(layer))
 
@@ -233,16 +237,14 @@ SEARCH = (
 )
 
 
-# The same of rows in 8 bits, which only the portable kernel reads.
+# The same of rows of codes, which only the portable kernel reads: entries a block, stages, warps, programs a SM.
 SEARCH_8 = (
-    (64, 4, 1),
-    (64, 4, 2),
-    (64, 8, 1),
-    (64, 8, 2),
-    (128, 4, 1),
-    (128, 8, 2),
-    (128, 16, 1),
-    (32, 4, 2),
+    *((64, 3, 4, 1), (64, 3, 4, 2), (64, 3, 8, 1), (64, 3, 8, 2)),
+    *((128, 3, 4, 1), (128, 3, 8, 2), (128, 3, 16, 1), (32, 3, 4, 2)),
+)
+SEARCH_4 = (
+    *((64, 3, 4, 1), (64, 6, 4, 1), (64, 3, 4, 2), (64, 6, 4, 2), (64, 4, 8, 1)),
+    *((128, 3, 4, 1), (128, 3, 4, 2), (128, 3, 8, 1), (128, 4, 8, 1), (32, 6, 4, 2)),
 )
 
 
@@ -262,14 +264,15 @@ def variants(search: bool) -> dict[str, Step]:
     return found
 
 
-def variants_in_8_bits(search: bool) -> dict[str, Step]:
-    """The same over rows in 8 bits."""
-    config = DecodeConfig.default(in_8_bits(make_layer(64, "cuda")).rows)
-    hopper = torch.cuda.get_device_capability()[0] >= 9
-    found = {"headkv, 8 bits": stepping(config, ahead=hopper)}
-    for block, warps, times in SEARCH_8 if search else ():
-        other = replace(config, block=block, warps=warps, programs=times * config.programs)
-        found[f"  8 bits, {block}, {warps} warps, {times} a SM"] = stepping(other, ahead=hopper)
+def variants_of_codes(storage: str, search: bool) -> dict[str, Step]:
+    """The same over rows of codes."""
+    rows = as_codes(make_layer(64, "cuda"), storage).rows
+    config, hopper = DecodeConfig.default(rows), torch.cuda.get_device_capability()[0] >= 9
+    found = {f"headkv, {storage}": stepping(config, ahead=hopper)}
+    processors = torch.cuda.get_device_properties(rows.keys.device).multi_processor_count
+    for block, stages, warps, times in (SEARCH_4 if 4 in BITS[storage] else SEARCH_8) if search else ():
+        other = replace(config, block=block, stages=stages, warps=warps, programs=times * processors)
+        found[f"  {storage}, {block} x {stages}, {warps} warps, {times} a SM"] = stepping(other, ahead=hopper)
     return found
 
 
@@ -343,10 +346,12 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
             print(f"  {rivals.__name__} is not installed: {missing}", flush=True)
     for name, step in variants(options.search).items():
         attempt(name, measure_ours, name, step)
-    layers = [in_8_bits(layer) for layer in layers]
-    note("a launch that only reads 8 bits", time_read(layers, options.replays))
-    for name, step in variants_in_8_bits(options.search).items():
-        attempt(name, measure_ours, name, step)
+    plain = layers
+    for storage in BITS:
+        layers = [as_codes(layer, storage) for layer in plain]
+        note(f"a launch that only reads {storage}", time_read(layers, options.replays))
+        for name, step in variants_of_codes(storage, options.search).items():
+            attempt(name, measure_ours, name, step)
     return column
 
 
@@ -355,8 +360,9 @@ def profile(name: str) -> None:
     for entries in ENTRIES:
         layers = [make_layer(entries, "cuda") for _ in range(4)]
         steps = variants(search=True)
-        if name not in steps:
-            steps, layers = variants_in_8_bits(search=True), [in_8_bits(layer) for layer in layers]
+        for storage in BITS:
+            if name not in steps and name in (coded := variants_of_codes(storage, search=True)):
+                steps, layers = coded, [as_codes(layer, storage) for layer in layers]
         for layer in layers:
             steps[name](layer)
         torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """The compiled extension. Arrays are C-contiguous; those of bfloat16 and float16 hold the bits, as uint16.
 
-Keys and values in 8 bits are int8 arrays; what the codes stand for, `scales` say.
+Keys and values in 8 bits are int8 arrays, in 4 bits uint8 ones of half the width; what the codes stand for, `scales` say.
+What is only moved is given as uint8 arrays of its bytes.
 """
 
 from typing import Literal, Protocol, TypeAlias
@@ -11,21 +12,25 @@ from numpy.typing import NDArray
 __all__ = ["append", "attend", "gather", "instruction_sets", "quantise"]
 
 _Float: TypeAlias = NDArray[float32] | NDArray[uint16]
-_Stored: TypeAlias = _Float | NDArray[int8]
+_Codes: TypeAlias = NDArray[int8] | NDArray[uint8]
 
-class _EntryArrays(Protocol):
+class _PoolArrays(Protocol):
     @property
-    def keys(self) -> _Stored: ...  # [slots, D]
+    def keys(self) -> NDArray[uint8]: ...  # [slots, bytes of a key]
     @property
-    def values(self) -> _Stored: ...  # [slots, D]
+    def values(self) -> NDArray[uint8]: ...  # [slots, bytes of a value]
     @property
     def positions(self) -> NDArray[int32]: ...  # [slots]
-
-class _PoolArrays(_EntryArrays, Protocol):
     @property
     def scales(self) -> NDArray[uint8] | None: ...  # [slots, bytes of two scales]
 
-class _LayerArrays(_EntryArrays, Protocol):
+class _LayerArrays(Protocol):
+    @property
+    def keys(self) -> _Float | _Codes: ...  # [slots, D], [slots, D // 2] in 4 bits
+    @property
+    def values(self) -> _Float | _Codes: ...  # [slots, D], [slots, D // 2] in 4 bits
+    @property
+    def positions(self) -> NDArray[int32]: ...  # [slots]
     @property
     def scales(self) -> _Float | None: ...  # [slots, 2]
     @property
@@ -64,8 +69,8 @@ def append(
     start: NDArray[int64],  # [rows]
     length: NDArray[int64],  # [rows]
     capacity: NDArray[int64],  # [rows]
-    keys: _Stored,  # [B, H, T, D]
-    values: _Stored,  # [B, H, T, D]
+    keys: NDArray[uint8],  # [B, H, T, bytes of a key]
+    values: NDArray[uint8],  # [B, H, T, bytes of a value]
     scales: NDArray[uint8] | None,  # [B, H, T, bytes of two scales]
     valid: NDArray[bool_] | None,  # [B, T]
     first_position: int,
@@ -80,7 +85,7 @@ def gather(
 def quantise(
     vectors: _Float,  # [m, D]
     dtype: Literal["float32", "bfloat16", "float16"],  # what they hold
-    codes: NDArray[int8],  # [m, D], written
+    codes: _Codes,  # [m, D], [m, D // 2] in 4 bits, written
     scales: _Float,  # [m], written
 ) -> None: ...
 def instruction_sets() -> list[str]: ...

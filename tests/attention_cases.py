@@ -35,7 +35,7 @@ class Case:
     storage: Storage = "model"
 
     def build(self, device: str = "cpu") -> tuple[Tensor, RaggedLayer]:
-        """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN, in 8 bits as their scales."""
+        """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN, those of codes as their scales."""
         generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
         batch, heads, longest = len(self.lengths), len(self.lengths[0]), max(map(max, self.lengths))
         seen = max(longest * 2 if self.gaps else longest, self.tokens)
@@ -62,11 +62,11 @@ class Case:
         free = torch.ones(layer.keys.shape[0], dtype=torch.bool)
         for r in range(layer.rows):
             free[int(layer.start[r]) : int(layer.start[r] + layer.length[r])] = False
-        if self.storage == "int8":
-            layer.quantise()
-            layer.scales[free] = float("nan")
-        else:
+        layer.quantise(self.storage)
+        if self.storage == "model":
             layer.keys[free], layer.values[free] = float("nan"), float("nan")
+        else:
+            layer.scales[free] = float("nan")
         if self.compensate:
             layer.count = torch.where(layer.recent > 0, torch.arange(layer.rows) * 3, -1)
             sums = (

@@ -48,7 +48,7 @@ class OracleLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         if self.plan is not None and self.rounding is not None:
-            keys, values = self.rounding(keys), self.rounding(values)
+            keys, values = self.rounding(keys, values)
         super().update(keys, values)
         return Handle(self), Handle(self)
 
@@ -75,7 +75,7 @@ class OracleLayer(DynamicLayer):
         keep |= (recent > 0)[..., None] & valid[:, None]
         self.plan = [keep, sinks, recent, compensate]
         if self.rounding is not None:
-            self.keys, self.values = self.rounding(self.keys), self.rounding(self.values)
+            self.keys, self.values = self.rounding(self.keys, self.values)
 
     def prefill(self, b, real):
         """One sequence of the prompt, without its padding."""

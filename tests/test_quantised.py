@@ -1,4 +1,4 @@
-"""Rows in 8 bits: what rounding may cost, moves that change no code, attention over them, generation with them."""
+"""Rows in 8 or 4 bits: what rounding may cost, moves that change no code, attention over them, generation with them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 import masked_oracle
 import pytest
 import torch
-from attention_cases import CASES, truth
+from attention_cases import CASES, Case, truth
 from generation_cases import METHODS, prompts
 
 import headkv
 from headkv.attention import rust as rust_attention
 from headkv.cache import RaggedLayer, files, layout, moves, rust
-from headkv.cache.quantised import quantised, quantised_pools, restored, rotated, rotation_width
+from headkv.cache.quantised import BITS, quantised, quantised_pools, restored, rotated, rotation_width
 from headkv.cache.rows import Pools
 from headkv.integrations.decoding import DecodeBudget
 from headkv.logits import Rule
@@ -23,9 +23,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIMS = [1, 5, 16, 24, 64, 80, 96, 128, 256]
 
 
-def rounded(x):
-    """What `x` is once it was stored in 8 bits."""
-    return restored(*quantised(x))
+def rounded(x, bits=8):
+    """What `x` is once it was stored in so many bits."""
+    return restored(*quantised(x, bits))
+
+
+def rounding(storage):
+    """What keys and values are once they were stored so."""
+    return lambda *both: tuple(rounded(x, bits) for x, bits in zip(both, BITS[storage], strict=True))
 
 
 def hadamard(dim):
@@ -96,12 +101,13 @@ def test_a_large_channel_costs_the_others_little():
     assert errors[0] < 0.5 * errors[1], errors
 
 
-def test_what_is_no_number_stays_with_its_vector():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_no_number_stays_with_its_vector(bits):
     x = torch.randn(4, 16)
     x[1, 3], x[2, 0] = torch.nan, torch.inf
-    got = rounded(x)
+    got = rounded(x, bits)
     assert got.isfinite().all(1).tolist() == [True, False, False, True]
-    assert torch.equal(got[[0, 3]], rounded(x[[0, 3]]))
+    assert torch.equal(got[[0, 3]], rounded(x[[0, 3]], bits))
 
 
 @pytest.mark.parametrize("make", VECTORS.values(), ids=VECTORS)
@@ -111,12 +117,14 @@ def test_rust_rounds_to_the_same_bits(dim, dtype, make):
     keys, values = make(torch.randn(2, 40, dim, generator=torch.Generator().manual_seed(dim)).to(dtype))
     values[3, 0], values[4, -1] = torch.nan, torch.inf
     pools = Pools(keys, values, torch.arange(40, dtype=torch.int32))
-    for got, want in zip(rust.quantise(pools), quantised_pools(pools), strict=True):
-        assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
+    for bits in [(8, 8), (8, 4), (4, 4)] if dim % 2 == 0 else [(8, 8)]:
+        for got, want in zip(rust.quantise(pools, bits), quantised_pools(pools, bits), strict=True):
+            assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
 
 
-def test_rust_moves_the_same_bits():
-    layer, _ = pair()
+@pytest.mark.parametrize("storage", BITS)
+def test_rust_moves_the_same_bits(storage):
+    layer, _ = pair(storage)
     source = torch.randint(0, layer.keys.shape[0] + 5, (333,))
     for got, want in zip(rust.gather(layer.pools, source), layout.gather(layer.pools, source), strict=True):
         assert torch.equal(got, want)
@@ -137,8 +145,10 @@ def test_rust_moves_the_same_bits():
 
 
 def assert_same(layer, twin):
-    """A layer in 8 bits holds what its twin, in full precision, holds of entries that were rounded before."""
-    assert layer.storage == "int8" and layer.keys.dtype == torch.int8 and twin.storage == "model"
+    """A layer of codes holds what its twin, in full precision, holds of entries that were rounded before."""
+    dtypes = [{8: torch.int8, 4: torch.uint8}[bits] for bits in BITS[layer.storage]]
+    assert [layer.keys.dtype, layer.values.dtype] == dtypes and twin.storage == "model"
+    assert layer.head_dim == twin.head_dim and layer.dtype == twin.dtype
     assert layer.seen == twin.seen and torch.equal(layer.lengths(), twin.lengths())
     for b in range(layer.batch_size):
         for h in range(layer.num_kv_heads):
@@ -152,14 +162,15 @@ def assert_same(layer, twin):
             torch.testing.assert_close(getattr(layer, name), getattr(twin, name), rtol=1e-5, atol=1e-5)
 
 
-def pair(batch=2, heads=3, n=40, dim=24, **window):
+def pair(storage="int8", batch=2, heads=3, n=40, dim=24, **window):
     torch.manual_seed(n)
-    keys, values = rounded(torch.randn(2, batch, heads, n, dim))
+    stored = rounding(storage)
+    keys, values = stored(*torch.randn(2, batch, heads, n, dim))
     keep = torch.rand(batch, heads, n) < 0.7
     keep[..., -12:] = True
     # A rounded vector is rounded to itself or not: the twin gets what the codes stand for.
-    layer = RaggedLayer.from_dense(keys, values, keep=keep, headroom=3, storage="int8", **window)
-    twin = RaggedLayer.from_dense(rounded(keys), rounded(values), keep=keep, headroom=3, **window)
+    layer = RaggedLayer.from_dense(keys, values, keep=keep, headroom=3, storage=storage, **window)
+    twin = RaggedLayer.from_dense(*stored(keys, values), keep=keep, headroom=3, **window)
     if twin.count is not None:
         layer.key_sum, layer.value_sum = twin.key_sum.clone(), twin.value_sum.clone()
     return layer, twin
@@ -168,7 +179,7 @@ def pair(batch=2, heads=3, n=40, dim=24, **window):
 def append(layers, tokens, valid=None):
     keys, values = torch.randn(2, layers[0].batch_size, layers[0].num_kv_heads, tokens, layers[0].head_dim)
     layers[0].append(keys, values, valid)
-    layers[1].append(rounded(keys), rounded(values), valid)
+    layers[1].append(*rounding(layers[0].storage)(keys, values), valid)
 
 
 def both(name, *args, **kwargs):
@@ -208,10 +219,13 @@ CHANGES = {
 }
 
 
+PAIRS = [*(("int8", window) for window in WINDOWS), ("int4", "windowed"), ("k8v4", "compensating")]
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_moves_change_no_code(window, change):
-    layers = pair(**window)
+@pytest.mark.parametrize("storage, window", PAIRS)
+def test_moves_change_no_code(storage, window, change):
+    layers = pair(storage, **WINDOWS[window])
     assert_same(*layers)
     change(layers)
     assert_same(*layers)
@@ -219,33 +233,41 @@ def test_moves_change_no_code(window, change):
     assert_same(*layers)
 
 
-def test_select_join_and_dense():
-    layers = pair()
+@pytest.mark.parametrize("storage", BITS)
+def test_select_join_and_dense(storage):
+    layers = pair(storage)
     ones = [[layer.select(torch.tensor([b])) for b in range(2)] for layer in layers]
     assert_same(*ones[0][:1], *ones[1][:1])
     assert_same(*(RaggedLayer.join(parts) for parts in ones))
     for got, want in zip(*(layer.to_dense() for layer in layers), strict=True):
         assert got is want is None or got.shape == want.shape and got.dtype == want.dtype
-    with pytest.raises(ValueError, match="storage"):
-        RaggedLayer.join([ones[0][0], ones[1][0]])
+    for other in {*BITS, "model"} - {storage}:
+        alone = pair(other)[0].select(torch.tensor([0])) if other in BITS else ones[1][0]
+        with pytest.raises(ValueError, match="alike in .* storage"):
+            RaggedLayer.join([ones[0][0], alone])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes_fall_by_the_storage_that_is_held(dtype):
-    """D codes, a scale and half a position in place of D numbers: of every slot, and nothing else is held."""
+@pytest.mark.parametrize("storage, size", [("int8", 64 + 64), ("k8v4", 64 + 32), ("int4", 32 + 32)])
+def test_bytes_fall_by_the_storage_that_is_held(storage, size, dtype):
+    """Codes, a scale and half a position in place of D numbers: of every slot, and nothing else is held."""
     keys, values = torch.randn(2, 1, 4, 2000, 64).to(dtype)
-    full, small = (RaggedLayer.from_dense(keys, values, storage=kind) for kind in ("model", "int8"))
+    full, small = (RaggedLayer.from_dense(keys, values, storage=kind) for kind in ("model", storage))
     slots, rest = small.keys.shape[0], sum(x.nbytes for _, x in full.tensors() if x.shape[0] == 4)
     assert full.nbytes == slots * (2 * 64 * dtype.itemsize + 4) + rest
-    assert small.nbytes == slots * (2 * (64 + dtype.itemsize) + 4) + rest
+    assert small.nbytes == slots * (size + 2 * dtype.itemsize + 4) + rest
     before = small.keys
-    small.quantise()
-    assert small.keys is before, "a layer in 8 bits stays as it is"
+    small.quantise(storage)
+    assert small.keys is before, "a layer that is stored so stays as it is"
+    for other in {*BITS, "model"} - {storage}:
+        with pytest.raises(ValueError, match=f"storage must be '{storage}', as .* rounded once, got '{other}'"):
+            small.quantise(other)
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_a_file_holds_codes_and_scales(tmp_path, window):
-    layer, twin = pair(**window)
+@pytest.mark.parametrize("storage", BITS)
+def test_a_file_holds_codes_and_scales(tmp_path, storage, window):
+    layer, twin = pair(storage, **window)
     files.write(tmp_path / "cache", [layer, twin], {})
     (got, other), _ = files.read(tmp_path / "cache", lambda about: None, [torch.device("cpu")] * 2)
     assert_same(got, other)
@@ -254,17 +276,32 @@ def test_a_file_holds_codes_and_scales(tmp_path, window):
     assert_same(got, other)
 
 
+def test_a_file_of_values_that_fit_no_key_is_refused(tmp_path):
+    layer, _ = pair("k8v4")
+    layer.keys = layer.keys[:, ::2].contiguous()
+    files.write(tmp_path / "cache", [layer], {})
+    with pytest.raises(ValueError, match="keys and values of one storage and width"):
+        files.read(tmp_path / "cache", lambda about: None, [torch.device("cpu")])
+
+
 # -- attention --------------------------------------------------------------------------------------------------------
 
 RULE = ("scale", "sliding_window", "softcap", "sink_logits")
-BACKENDS = ["reference", "rust"]
+WAYS_TO_ATTEND = [("reference", "int8"), ("rust", "int8"), ("rust", "int4")]
+
+
+def built(case, storage):
+    """Its queries and layer, stored so: scales of what is not a number are no numbers either."""
+    q, layer = case.build()
+    layer.quantise(storage)
+    return q, layer
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_is_that_of_the_restored_entries(case, backend):
+@pytest.mark.parametrize("backend, storage", WAYS_TO_ATTEND)
+def test_attention_is_that_of_the_restored_entries(case, backend, storage):
     """Against float64 over what the codes stand for: as much error as over rows in full precision."""
-    q, layer = dataclasses.replace(case, storage="int8").build()
+    q, layer = built(case, storage)
     want, options = truth(case, q, layer), case.options(q)
     if case.tokens == 1:
         got = headkv.ragged_decode(q[:, :, 0], layer, backend=backend, **options)[:, :, None]
@@ -275,10 +312,14 @@ def test_attention_is_that_of_the_restored_entries(case, backend):
     assert bool(((got.double() - want).abs() <= rounding).all()), float((got.double() - want).abs().max())
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.tokens == 1], ids=lambda case: case.name)
-@pytest.mark.parametrize("isa", rust.extension().instruction_sets()[1:])
-def test_every_instruction_set(case, isa):
-    q, layer = dataclasses.replace(case, storage="int8").build()
+NARROW = [Case(f"D {dim}", ((9, 40),), group=5, dim=dim) for dim in (2, 6, 34, 66, 130)]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.tokens == 1] + NARROW, ids=lambda case: case.name)
+@pytest.mark.parametrize("isa", rust.extension().instruction_sets())
+@pytest.mark.parametrize("storage", BITS)
+def test_every_instruction_set(case, storage, isa):
+    q, layer = built(case, storage)
     options, last = case.options(q), torch.full((q.shape[0], 1), layer.seen - 1)
     rule = Rule.of(layer.head_dim, *(options.get(name) for name in RULE))
     got = rust_attention.extend(q, layer, rule, query_positions=last, isa=isa)
@@ -286,14 +327,15 @@ def test_every_instruction_set(case, isa):
     torch.testing.assert_close(got, want, rtol=4 * torch.finfo(case.dtype).eps + 1e-5, atol=1e-5)
 
 
-def test_attention_is_close_to_that_of_full_precision():
-    """What 8 bits cost: under a hundredth of the output's size, with keys whose channels differ as models' do."""
+@pytest.mark.parametrize("storage, most", [("int8", 0.02), ("k8v4", 0.15), ("int4", 0.5)])
+def test_attention_is_close_to_that_of_full_precision(storage, most):
+    """What few bits cost, as a share of the output's size, with keys whose channels differ as models' do."""
     torch.manual_seed(0)
     keys, values, q = torch.randn(1, 2, 900, 64), torch.randn(1, 2, 900, 64), torch.randn(1, 6, 64)
     keys[..., ::16] *= 8
-    full, small = (RaggedLayer.from_dense(keys, values, storage=kind) for kind in ("model", "int8"))
+    full, small = (RaggedLayer.from_dense(keys, values, storage=kind) for kind in ("model", storage))
     got, want = (headkv.ragged_decode(q, layer) for layer in (small, full))
-    assert float((got - want).norm() / want.norm()) < 0.02
+    assert float((got - want).norm() / want.norm()) < most
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -354,14 +396,17 @@ class Watched:
         self.valid = self.valid[index]
 
 
-def as_masked(model, method, way="greedy", tokens=24, tolerance=2e-5, rounding=rounded, decode=None, **more):
-    """Generate by a cache in 8 bits; every answer of every layer is compared, and each that a step gives."""
-    oracle = masked_oracle.oracle_cache(model, method, "prefill_chunk_size" in WAYS[way][1], decode, rounding)
-    cache = headkv.RaggedCache.for_model(model, method, storage="int8", **more)
+def as_masked(
+    model, method, way="greedy", tokens=24, tolerance=2e-5, storage="int8", rounds=True, decode=None, **more
+):
+    """Generate by a cache of codes; every answer of every layer is compared, and each that a step gives."""
+    chunked, made = "prefill_chunk_size" in WAYS[way][1], rounding(storage) if rounds else None
+    oracle = masked_oracle.oracle_cache(model, method, chunked, decode, made)
+    cache = headkv.RaggedCache.for_model(model, method, storage=storage, **more)
     layers = [Watched(*both, tolerance) for both in zip(cache.layers, oracle.layers, strict=True)]
     generate(model, way, cache, tokens)
     assert all(watched.answers > tokens // 4 for watched in layers)
-    assert all(layer.ragged.storage == "int8" for layer in cache.layers)
+    assert all(layer.ragged.storage == storage for layer in cache.layers)
     return cache
 
 
@@ -377,14 +422,23 @@ def test_every_answer_is_that_of_a_masked_full_cache_of_rounded_entries(method, 
     )
 
 
+@pytest.mark.parametrize("method, way", [("AdaKV", "beam search"), ("DuoAttention", "prompt lookup")])
+@pytest.mark.parametrize("storage", ["k8v4", "int4"])
+def test_every_answer_in_4_bits(method, way, storage):
+    as_masked(tiny_model("llama"), METHODS[method], way, storage=storage)
+
+
 def test_the_oracle_tells_rounded_entries_from_others():
     with pytest.raises(AssertionError, match="not close"):
-        as_masked(tiny_model("llama"), METHODS["AdaKV"], rounding=None)
+        as_masked(tiny_model("llama"), METHODS["AdaKV"], rounds=False)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "qwen3", "gpt_oss"])
-def test_families(family):
-    as_masked(tiny_model(family), METHODS["AdaKV"])
+@pytest.mark.parametrize(
+    "family, storage",
+    [("gemma2", "int8"), ("mistral-sliding", "int8"), ("qwen3", "int4"), ("gpt_oss", "int8"), ("gpt_oss", "k8v4")],
+)
+def test_families(family, storage):
+    as_masked(tiny_model(family), METHODS["AdaKV"], storage=storage)
 
 
 @pytest.mark.parametrize("method", ["AdaKV", "DuoAttention"])
@@ -408,18 +462,20 @@ def test_generate_inside_compress():
     assert session.cache.nbytes < 0.5 * full.cache.nbytes
 
 
-def test_heads_that_stream_while_the_prompt_is_read_are_quantised_with_the_others():
+@pytest.mark.parametrize("storage", ["int8", "k8v4"])
+def test_heads_that_stream_while_the_prompt_is_read_are_quantised_with_the_others(storage):
     model = tiny_model("llama")
     method = dataclasses.replace(METHODS["DuoAttention"], streaming_prefill=True)
-    with headkv.compress(model, method, storage="int8") as session:
+    with headkv.compress(model, method, storage=storage) as session:
         generate(model, "chunked prefill")
-    assert all(layer.ragged.storage == "int8" for layer in session.cache.layers)
+    assert all(layer.ragged.storage == storage for layer in session.cache.layers)
 
 
-def test_conversation_saved_and_copied(tmp_path):
+@pytest.mark.parametrize("storage", ["int8", "k8v4"])
+def test_conversation_saved_and_copied(tmp_path, storage):
     """Snapshot, file and copy go on with the bits that the cache itself goes on with."""
     model, inputs = tiny_model("llama"), prompts(2)
-    cache = headkv.RaggedCache.for_model(model, METHODS["RazorAttention"], storage="int8")
+    cache = headkv.RaggedCache.for_model(model, METHODS["RazorAttention"], storage=storage)
     more = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 3]]), "logits_to_keep": 3}
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
@@ -429,12 +485,28 @@ def test_conversation_saved_and_copied(tmp_path):
         cache.restore(snapshot)
         assert torch.equal(model(**more, past_key_values=cache).logits, want)
         loaded = headkv.RaggedCache.load(tmp_path / "cache", model)
-        assert loaded.layers[0].ragged.storage == "int8"
+        assert loaded.layers[0].ragged.storage == storage
         assert torch.equal(model(**more, past_key_values=loaded).logits, want)
         cache.crop(-3)
         assert torch.equal(model(**more, past_key_values=cache).logits, want)
 
 
 def test_another_storage_is_refused_on_entry():
-    with pytest.raises(ValueError, match="storage must be one of 'model', 'int8', got 'int4'"):
-        headkv.compress(tiny_model("llama"), METHODS["AdaKV"], storage="int4")
+    with pytest.raises(ValueError, match="storage must be one of 'model', 'int8', 'k8v4', 'int4', got 'int2'"):
+        headkv.compress(tiny_model("llama"), METHODS["AdaKV"], storage="int2")
+
+
+@pytest.mark.parametrize("storage", ["k8v4", "int4"])
+def test_4_bits_of_an_odd_width_are_refused_on_entry(storage):
+    model, message = tiny_model("llama"), f"where head_dim is odd, .* got '{storage}' and 5"
+    model.config.head_dim = 5
+    for make in (headkv.compress, headkv.RaggedCache.for_model):
+        with pytest.raises(ValueError, match=message):
+            make(model, METHODS["AdaKV"], storage=storage)
+    entries = torch.randn(1, 1, 3, 5)
+    with pytest.raises(ValueError, match=message):
+        RaggedLayer.from_dense(entries, entries, storage=storage)
+    layer = RaggedLayer.from_dense(entries, entries)
+    with pytest.raises(ValueError, match=message):
+        layer.quantise(storage)
+    assert layer.storage == "model" and torch.equal(layer.row(0, 0).keys, entries[0, 0])

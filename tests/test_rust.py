@@ -182,6 +182,7 @@ def rows(*numbers):
 
 ONE, TWO = torch.zeros(1, 8), torch.zeros(2, 8)
 CODES = {name: torch.zeros(10, 8, dtype=torch.int8) for name in ("keys", "values")}
+BYTES = {name: torch.zeros(10, 8, dtype=torch.uint8) for name in ("keys", "values")} | {"scales": torch.zeros(10, 2)}
 FAR, LAST = 2**62, 2**63 - 1
 BAD = {
     "length past the capacity": (dict(length=rows(3, 6)), ValueError, "row 1 must lie within the 10 slots"),
@@ -206,9 +207,11 @@ BAD = {
     "int32 lengths": (dict(length=rows(3, 3).int()), TypeError, "length must be a numpy array of int64"),
     "no array": (dict(keys=[1.0]), TypeError, "keys must be a numpy array of float32"),
     "half of the sums": (dict(count=rows(0, 0)), ValueError, "must be given together"),
-    "codes without scales": (CODES, ValueError, "scales must be given with int8 keys, and with no others"),
-    "scales without codes": (dict(scales=torch.zeros(10, 2)), ValueError, "scales must be given with int8 keys"),
+    "codes without scales": (CODES, ValueError, "scales must be given with int8 or uint8 keys, and"),
+    "scales without codes": (dict(scales=torch.zeros(10, 2)), ValueError, "scales must be given with int8 or uint8 keys"),
     "values that are no codes": (CODES | dict(values=torch.zeros(10, 8)), TypeError, "values must be a numpy array of int8"),
+    "wide bytes of 4 bits": (BYTES, ValueError, "keys must have the width of q 8, got 16"),
+    "values of more bits than keys": (BYTES | CODES | dict(keys=torch.zeros(10, 4, dtype=torch.uint8)), TypeError, "values must be a numpy array of uint8, got int8"),
     "short scales": (CODES | dict(scales=torch.zeros(9, 2)), ValueError, "scales must hold 20 elements, got 18"),
     "scales of float64": (CODES | dict(scales=torch.zeros(10, 2).double()), TypeError, "scales must be a numpy array of float32"),
     "short sums": (dict(count=rows(0, 0), key_sum=ONE, value_sum=TWO), ValueError, "key_sum must hold 16"),

@@ -82,15 +82,16 @@ WIDE = [
 WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
 
 
-def in_8_bits(cases, interpreted):
-    """Those cases over rows in 8 bits; of the interpreter's, which is slow, the ones named."""
+def as_codes(cases, storage, interpreted):
+    """Those cases over rows of codes; of the interpreter's, which is slow, the ones named."""
     assert interpreted <= {case.name for case in cases}
     chosen = [case for case in cases if not INTERPRETED or case.name in interpreted]
-    return [replace(case, name=f"{case.name}, 8 bits", storage="int8") for case in chosen]
+    return [replace(case, name=f"{case.name}, {storage}", storage=storage) for case in chosen]
 
 
-EIGHT = in_8_bits(
+CODED = as_codes(
     CASES + WIDE,
+    "int8",
     {"an empty row beside others", "one huge row beside empty ones", "D 40", "D 80 bf16", "D 128 fp16"}
     | {
         "windowed",
@@ -101,10 +102,22 @@ EIGHT = in_8_bits(
     }
     | {"sinks, extend, sliding", f"D 512, 3 tokens, {FP16}"},
 )
+CODED += as_codes(
+    CASES + WIDE,
+    "int4",
+    {"an empty row beside others", "D 40", "D 128 fp16", "compensation on some rows", "extend by 7"},
+)
+CODED += as_codes(CASES + WIDE, "k8v4", {"D 80 bf16", "sliding window and softcap", "extend, compensation"})
+# Whose bytes are no whole numbers of 16 bits.
+CODED += [
+    Case(f"D {dim}, {t} tokens, {storage}", ((33, 9),), dim=dim, tokens=t, storage=storage)
+    for dim, storage in ((5, "int8"), (6, "k8v4"), (6, "int4"), (2, "int4"))
+    for t in (1, 3)
+]
 
 
 @device
-@pytest.mark.parametrize("case", CASES + WIDE + EIGHT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + WIDE + CODED, ids=lambda case: case.name)
 def test_equals_truth(case):
     q, layer = case.build(DEVICE)
     got = attend(q, layer, **case.options(q))
@@ -153,6 +166,8 @@ EXTENDED = [
     replace(SINKS, lengths=((1, 300, 0, 33, 64), (3, 0, 5, 9, 40)), tokens=21),
     replace(CODES, tokens=9),
 ]
+if not INTERPRETED:
+    EXTENDED += [replace(CODES, name=kind, tokens=9, storage=kind) for kind in ("k8v4", "int4")]
 CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
 
@@ -310,7 +325,8 @@ def test_offsets_beyond_32_bits():
 
 # In the interpreter float32 is cut off to bfloat16, and scales are rounded.
 KINDS = [(FP32, "model"), (BF16, "model"), (FP16, "model"), (FP32, "int8"), (FP16, "int8")]
-KINDS += [] if INTERPRETED else [(BF16, "int8")]
+KINDS += [(FP32, "k8v4"), (FP16, "int4")]
+KINDS += [] if INTERPRETED else [(BF16, "int8"), (FP16, "k8v4"), (FP32, "int4"), (BF16, "int4")]
 
 
 @device
@@ -378,10 +394,13 @@ def test_steps_in_a_row():
 
 
 STEPS = [case for case in CASES + WIDE if case.tokens == 1]
-STEPS_IN_8_BITS = in_8_bits(
+STEPS_IN_CODES = as_codes(
     STEPS,
+    "int8",
     {"an empty row beside others", "D 128 fp16", "compensation on some rows"},
 )
+STEPS_IN_CODES += as_codes(STEPS, "int4", {"D 40"})
+STEPS_IN_CODES += as_codes(STEPS, "k8v4", {"windowed"})
 
 
 RINGS = [
@@ -396,7 +415,7 @@ RINGS = [case for case in RINGS if not case.compensate] + [
 
 
 @device
-@pytest.mark.parametrize("case", STEPS + STEPS_IN_8_BITS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", STEPS + STEPS_IN_CODES, ids=lambda case: case.name)
 def test_fused_steps(case):
     """Append and attention in one go, again and again until no row has room: as append, then the truth."""
     fused_steps(case, None)
@@ -445,9 +464,11 @@ def fused_steps(case, config):
 @device
 @pytest.mark.parametrize("programs", [1, 2, 5, 200])
 @pytest.mark.parametrize("block, warps", [(16, 1), (16, 4), (64, 2), (128, 8)])
-def test_any_cut_of_a_fused_step(programs, block, warps):
+@pytest.mark.parametrize("storage", ["model"] if INTERPRETED else ["model", "int8", "k8v4", "int4"])
+def test_any_cut_of_a_fused_step(storage, programs, block, warps):
     """The same, however the entries are cut."""
-    case = Case("cut", ((1, 700, 0, 33, 64), (40, 2, 1, 5, 9)), group=3, dtype=FP16, gaps=False)
+    lengths = (1, 700, 0, 33, 64), (40, 2, 1, 5, 9)
+    case = Case("cut", lengths, group=3, dtype=FP16, gaps=False, storage=storage)
     q, layer = case.build(DEVICE)
     kernels, rows = backend.kernels(), backend.rows_of(layer)
     config = kernels.DecodeConfig(programs, block, warps=warps)
@@ -489,7 +510,11 @@ BAD = {
     "keys of float64": (lambda k, q, r: replace(r, keys=r.keys.double()), TypeError, "keys must be float32, bfloat16 or float16"),
     "keys of D 513": (lambda k, q, r: replace(r, keys=torch.zeros(9, 513)), ValueError, "D from 1 to 512"),
     "codes without scales": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.char()), TypeError, "keys must be float32, bfloat16 or float16, got torch.int8"),
-    "scales without codes": (lambda k, q, r: replace(r, scales=r.keys[:, :2].contiguous()), TypeError, "keys must be int8 where there are scales, got torch.float32"),
+    "scales without codes": (lambda k, q, r: replace(r, scales=r.keys[:, :2].contiguous()), TypeError, "keys must be int8 or uint8 where there are scales, got torch.float32"),
+    "values that are no codes": (lambda k, q, r: replace(r, keys=r.keys.char(), scales=r.keys[:, :2].contiguous()), TypeError, "values must be int8 or uint8 where there are scales, got torch.float32"),
+    "values of as many bytes as channels": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.byte(), scales=r.keys[:, :2].contiguous()), ValueError, r"values must have shape \[20, 32\], got \[20, 64\]"),
+    "4 bits of an odd D": (lambda k, q, r: replace(r, keys=r.keys[:, :5].char(), values=r.values[:, :2].byte(), scales=r.keys[:, :2]), ValueError, "values must be int8 where D is odd, got torch.uint8 and D 5"),
+    "keys of D 514 in 4 bits": (lambda k, q, r: replace(r, keys=torch.zeros(9, 257, dtype=torch.uint8), scales=r.keys[:, :2]), ValueError, r"D from 1 to 512 \(in 4 bits \[slots, D // 2\]\), got \[9, 257\]"),
     "scales of float64": (lambda k, q, r: replace(r, keys=r.keys.char(), values=r.values.char(), scales=r.keys[:, :2].double()), TypeError, "scales must be float32, bfloat16 or float16, got torch.float64"),
     "keys strided": (lambda k, q, r: replace(r, keys=r.keys.repeat(1, 2)[:, :64]), ValueError, "keys must be contiguous"),
     "values of another dtype": (lambda k, q, r: replace(r, values=r.values.half()), TypeError, "values must be a tensor of torch.float32"),
@@ -586,7 +611,7 @@ def test_each_argument_is_checked_before_any_launch(launcher, name, fault):
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "of another D"])
 @pytest.mark.parametrize("name", ROWS)
 def test_each_tensor_of_the_rows_is_checked(name, fault):
-    rows = backend.rows_of(replace(WINDOWS, storage="int8").build(DEVICE)[1])
+    rows = backend.rows_of(replace(WINDOWS, storage="k8v4").build(DEVICE)[1])
     with pytest.raises((TypeError, ValueError), match=" must "):
         replace(rows, **{name: FAULTS[fault](getattr(rows, name))})
 

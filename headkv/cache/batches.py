@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headkv.cache import checks, layout, moves
+from headkv.cache.quantised import storage_of
 from headkv.cache.rows import SUMS, Pools, Rows
 from headkv.cache.windows import Sums
 
@@ -48,7 +49,7 @@ def joined(layers: Sequence[Rows]) -> dict[str, Tensor]:
     Raises:
         ValueError: layers that do not fit together.
     """
-    alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, x.keys.dtype, x.device) for x in layers}
+    alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, storage_of(x.pools), x.device) for x in layers}
     if len(alike) != 1:
         raise ValueError(
             f"layers must be alike in heads, tokens seen, D, dtype, storage and device, got {list(alike)}"

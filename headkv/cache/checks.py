@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
+from headkv.cache.quantised import BITS
 from headkv.cache.rows import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,16 @@ def appendable(layer: Rows, keys: Tensor, values: Tensor) -> None:
         raise TypeError(f"keys must have the layer's dtype {layer.dtype}, got {keys.dtype}")
     if keys.device != layer.device:
         raise ValueError(f"keys must be on the layer's device {layer.device}, got {keys.device}")
+
+
+def storage(given: Any, allowed: Sequence[str], head_dim: int) -> None:
+    """How vectors of `head_dim` channels are stored."""
+    _checks.one_of("storage", given, allowed)
+    if head_dim % 2 and 4 in BITS.get(given, ()):
+        raise ValueError(
+            f"storage must be 'model' or 'int8' where head_dim is odd, as 4 bits take two channels a byte, "
+            f"got {given!r} and {head_dim}"
+        )
 
 
 def mask(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor
 from headkv._files import replacing
 from headkv.cache import layout, moves
 from headkv.cache.checks import DTYPES
+from headkv.cache.quantised import BITS
+from headkv.cache.quantised import DTYPES as CODES
 from headkv.cache.ragged import RaggedLayer
-from headkv.cache.rows import SUMS, Pools
+from headkv.cache.rows import SUMS, Pools, channels
 
 FORMAT = "headkv-cache"
 VERSION = 1
@@ -156,22 +158,26 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
     for key in _FACTS:
         if not isinstance(facts.get(key), int) or facts[key] < 0:
             raise ValueError(f"{key} of {name} must be an int of at least 0, got {facts.get(key)!r}")
-    keys, length = tensors.get("keys"), tensors.get("length")
+    keys, values, length = (tensors.get(key) for key in ("keys", "values", "length"))
     scales = tensors.get("scales")
-    stored = DTYPES if scales is None else (torch.int8,)
-    if keys is None or keys.ndim != 2 or keys.dtype not in stored or length is None:
-        raise ValueError(f"{name} must have keys [slots, D] and lengths [rows]")
-    slots, rows = list(keys.shape), [length.numel()]
+    if keys is None or values is None or length is None or not keys.ndim == values.ndim == 2:
+        raise ValueError(f"{name} must have keys [slots, D], values [slots, D] and lengths [rows]")
+    stored = [(x, x) for x in DTYPES] if scales is None else [(CODES[k], CODES[v]) for k, v in BITS.values()]
+    if (keys.dtype, values.dtype) not in stored or channels(keys) != channels(values):
+        got = f"{keys.dtype} {list(keys.shape)} and {values.dtype} {list(values.shape)}"
+        raise ValueError(f"{name} must have keys and values of one storage and width, got {got}")
+    slots, rows = [keys.shape[0]], [length.numel()]
     shapes: dict[str, tuple[list[int], torch.dtype]] = {
-        **{key: (slots, keys.dtype) for key in ("keys", "values")},
-        "positions": (slots[:1], torch.int32),
+        "keys": ([*slots, keys.shape[1]], keys.dtype),
+        "values": ([*slots, values.shape[1]], values.dtype),
+        "positions": (slots, torch.int32),
         **{key: (rows, torch.int64) for key in _NUMBERS},
     }
     if scales is not None:
         dtype = scales.dtype if scales.dtype in DTYPES else torch.float32
-        shapes["scales"] = [slots[0], 2], dtype
+        shapes["scales"] = [*slots, 2], dtype
     if set(SUMS) & tensors.keys():
-        sums = [*rows, slots[1]], torch.float32
+        sums = [*rows, channels(keys)], torch.float32
         shapes |= {"key_sum": sums, "value_sum": sums, "count": (rows, torch.int64)}
     found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}
     if found != shapes:

@@ -16,11 +16,11 @@ def gather(pools: Pools, source: Tensor) -> Pools:
     return layout.gather(pools, source)
 
 
-def quantise(pools: Pools) -> Pools:
-    """Pools of float entries in 8 bits; see `quantised.quantised_pools`."""
+def quantise(pools: Pools, bits: tuple[int, int]) -> Pools:
+    """Pools of float entries as codes of so many bits; see `quantised.quantised_pools`."""
     if pools.keys.device.type == "cpu" and rust.available():
-        return rust.quantise(pools)
-    return quantised.quantised_pools(pools)
+        return rust.quantise(pools, bits)
+    return quantised.quantised_pools(pools, bits)
 
 
 def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
@@ -46,7 +46,7 @@ def append_reference(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | N
     end = rows.start + rows.length
     new = Pools(keys.reshape(-1, head_dim), values.reshape(-1, head_dim), positions.repeat(rows.rows))
     if rows.scales is not None:
-        new = quantised.quantised_pools(new)
+        new = quantised.quantised_pools(new, quantised.bits_of(rows.pools))
     if valid is None:
         slots = (end[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
         layout.scatter(rows.pools, slots, new)

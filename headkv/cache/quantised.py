@@ -18,6 +18,9 @@ from torch import Tensor
 
 from headkv.cache.rows import Pools
 
+# Of each storage but "model": the bits of a key's codes, and of a value's.
+BITS = {"int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4)}
+DTYPES = {8: torch.int8, 4: torch.uint8}  # of pools, by the bits of a code
 LARGEST = {8: 127, 4: 15}  # by the bits of a code
 PART = 1 << 14  # vectors quantised at a time, which bounds the float32 copies
 
@@ -79,21 +82,35 @@ def restored(codes: Tensor, scale: Tensor) -> Tensor:
     return rotated(codes.float() * scale.float()[..., None])
 
 
-def quantised_pools(pools: Pools) -> Pools:
-    """Pools of float entries in 8 bits; `scales` `[slots, 2]` are those of the keys, and of the values."""
-    slots, head_dim = pools.keys.shape
-    codes = [torch.empty(slots, head_dim, dtype=torch.int8, device=pools.keys.device) for _ in range(2)]
-    scales = pools.keys.new_empty(slots, 2)
-    for side, (vectors, target) in enumerate(zip((pools.keys, pools.values), codes, strict=True)):
-        for begin in range(0, slots, PART):
+def empty_codes(vectors: Tensor, bits: int) -> Tensor:
+    """Room for the codes of vectors `[..., D]`, `[..., D]` int8 or `[..., D // 2]` uint8."""
+    return vectors.new_empty(*vectors.shape[:-1], vectors.shape[-1] * bits // 8, dtype=DTYPES[bits])
+
+
+def bits_of(pools: Pools) -> tuple[int, int]:
+    """Bits of the codes of keys, and of values."""
+    by_dtype = {dtype: bits for bits, dtype in DTYPES.items()}
+    return by_dtype[pools.keys.dtype], by_dtype[pools.values.dtype]
+
+
+def storage_of(pools: Pools) -> str:
+    """The name of how these entries are stored: "model" where they are no codes."""
+    return "model" if pools.scales is None else {bits: name for name, bits in BITS.items()}[bits_of(pools)]
+
+
+def quantised_pools(pools: Pools, bits: tuple[int, int]) -> Pools:
+    """Pools of float entries in so many bits a key's and a value's channel; `scales` `[slots, 2]` are theirs."""
+    codes = [empty_codes(vectors, one) for vectors, one in zip(pools[:2], bits, strict=True)]
+    scales = pools.keys.new_empty(pools.keys.shape[0], 2)
+    for side, one in enumerate(bits):
+        for begin in range(0, scales.shape[0], PART):
             part = slice(begin, begin + PART)
-            target[part], scales[part, side] = quantised(vectors[part])
-    keys, values = codes
-    return Pools(keys, values, pools.positions, scales)
+            codes[side][part], scales[part, side] = quantised(pools[side][part], one)
+    return Pools(*codes, pools.positions, scales)
 
 
 def entries(pools: Pools, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
-    """Keys and values at `slots`, `[m, D]` each: as they are stored, or float32 where they are in 8 bits."""
+    """Keys and values at `slots`, `[m, D]` each: as they are stored, or float32 where that is as codes."""
     keys, values = pools.keys[slots], pools.values[slots]
     if pools.scales is None:
         return keys, values

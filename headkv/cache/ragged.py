@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from headkv.cache import batches, checks, layout, moves, quantised, windows
 from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
 from headkv.cache.windows import Gone, Sums
 
-Storage = Literal["model", "int8"]
-STORAGES = ("model", "int8")
+Storage = Literal["model", "int8", "k8v4", "int4"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 MIN_HEADROOM = 64  # free slots a row gets at least when its pool is rewritten
 HEADROOM_SHARE = 1 / 16  # and this share of the mean row, so that rewriting costs O(1) a token, amortised
 
@@ -103,7 +103,7 @@ class RaggedLayer(Rows):
             compensate: `[B, H]` bool, rows that remember the mean of what they drop.
             headroom: free slots behind each row.
             rollback: see the class.
-            storage: "model": entries are stored as they come; "int8": in 8 bits, see `quantise`.
+            storage: "model": entries are stored as they come; or what `quantise` takes.
 
         Raises:
             ValueError, TypeError: on tensors that do not fit together, or on a row that would be left empty.
@@ -114,7 +114,7 @@ class RaggedLayer(Rows):
         valid = checks.valid(valid, keys)
         keep = checks.keep(keep, (*grid, n), keys.device)
         headroom, rollback = _checks.whole("headroom", headroom), _checks.whole("rollback", rollback)
-        _checks.one_of("storage", storage, STORAGES)
+        checks.storage(storage, STORAGES, keys.shape[-1])
         checks.window_tensors(sinks, recent, compensate, grid, keys.device)
         everything = keys.new_ones((), dtype=torch.bool) if valid is None else valid[:, None]
         everything = everything.expand(*grid, n).reshape(rows, n)
@@ -137,8 +137,7 @@ class RaggedLayer(Rows):
         # Which of what is gone a window hides, and which was evicted, nobody says: age decides.
         behind = (n - rollback - layer.recent + 1).clamp(min=0)
         layer.trimmed_end = torch.where(layer.recent > 0, torch.minimum(layer.evicted_end, behind), 0)
-        if storage == "int8":
-            layer.quantise()
+        layer.quantise(storage)
         return layer
 
     @classmethod
@@ -182,8 +181,8 @@ class RaggedLayer(Rows):
 
     @property
     def storage(self) -> Storage:
-        """How entries are stored: "model", as they come, or "int8"."""
-        return "model" if self.scales is None else "int8"
+        """How entries are stored: "model", as they come, or as `quantise` did it."""
+        return cast(Storage, quantised.storage_of(self.pools))
 
     @property
     def nbytes(self) -> int:
@@ -275,15 +274,27 @@ class RaggedLayer(Rows):
         pools = moves.gather(self.pools, source)
         self._become(**pools._asdict(), start=start, length=length, capacity=capacity, _free=free)
 
-    def quantise(self) -> None:
-        """Store entries in 8 bits from now on, those that are there and those that come: half the bytes of 16 bits.
+    def quantise(self, storage: Storage = "int8") -> None:
+        """Store entries in few bits from now on, those that are there and those that come.
 
-        Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to 255 steps
-        of a scale that each vector has for itself, in the layer's dtype (`headkv.cache.quantised`). What is returned,
-        as by `row`, and what attention sees, is what the codes stand for. A layer in 8 bits stays as it is.
+        Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to steps of a
+        scale that each vector has for itself, in the layer's dtype (`headkv.cache.quantised`). What is returned, as by
+        `row`, and what attention sees, is what the codes stand for.
+
+        Args:
+            storage: "int8": 255 steps, half the bytes of 16 bits; "int4": 16 steps, about a quarter; "k8v4": keys in 8
+                bits, values in 4. 4 bits take an even D. A layer that is stored so already stays as it is.
+
+        Raises:
+            ValueError: another storage, or entries that were rounded already, to something else.
         """
-        if self.scales is None:
-            self._become(**moves.quantise(self.pools.each(Tensor.detach))._asdict())
+        checks.storage(storage, STORAGES, self.head_dim)
+        if storage == self.storage:
+            return
+        if self.scales is not None:
+            raise ValueError(f"storage must be {self.storage!r}, as entries are rounded once, got {storage!r}")
+        pools = self.pools.each(Tensor.detach)
+        self._become(**moves.quantise(pools, quantised.BITS[storage])._asdict())
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ SUMS = ("key_sum", "value_sum", "count")  # of `Rows`, where rows compensate
 class Pools(NamedTuple):
     """The flat storage of one layer: `keys` and `values` `[slots, D]`, `positions` `[slots]` int32.
 
-    Where keys and values are 8-bit codes, `scales` `[slots, 2]` says what they stand for; see `cache.quantised`.
+    Where keys and values are codes, `scales` `[slots, 2]` says what they stand for; see `cache.quantised`.
     """
 
     keys: Tensor
@@ -29,6 +29,11 @@ class Pools(NamedTuple):
         return Pools(keys, values, positions, None if self.scales is None else change(self.scales))
 
 
+def channels(pool: Tensor) -> int:
+    """D of what a pool holds: codes of 4 bits are two channels a byte."""
+    return pool.shape[1] * (2 if pool.dtype == torch.uint8 else 1)
+
+
 @dataclass(eq=False, repr=False)
 class Rows:
     """Ragged rows in flat pools. A row is one (batch, KV head) pair, `row = b * H + h`.
@@ -36,7 +41,8 @@ class Rows:
     The kernels and the compiled extension read these tensors by these names.
 
     Attributes (all tensors on one device):
-        keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools; int8 where entries are quantised.
+        keys, values: `[slots, D]` float32, bfloat16 or float16, the flat pools. Where entries are quantised: int8, or
+            `[slots, D // 2]` uint8, two codes of 4 bits a byte; values may have fewer bits than keys.
         positions: `[slots]` int32, where in the text each entry came from (padding counts, but is never stored).
         start, length, capacity: `[rows]` int64; row `r` owns `capacity[r]` slots from `start[r]`, `length[r]` are used.
         sinks, recent: `[rows]` int64. `recent > 0` makes a windowed row: attention sees its first `sinks` and its last
@@ -82,11 +88,11 @@ class Rows:
     @property
     def head_dim(self) -> int:
         """Width D of a key and of a value."""
-        return self.keys.shape[1]
+        return channels(self.keys)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the keys and values that come in: float32, bfloat16 or float16, also where they are stored in 8 bits."""
+        """Of the keys and values that come in: float32, bfloat16 or float16, also where they are stored as codes."""
         return self.keys.dtype if self.scales is None else self.scales.dtype
 
     @property
@@ -110,7 +116,7 @@ class Rows:
 class Row(NamedTuple):
     """The entries of one row: `keys`, `values` `[n, D]`, `positions` `[n]` int32.
 
-    Views into the pools, but for keys and values of a layer in 8 bits: those are made from their codes, in float32.
+    Views into the pools, but for keys and values that are stored as codes: those are made from them, in float32.
     """
 
     keys: Tensor

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headkv.cache.quantised import bits_of, empty_codes
 from headkv.cache.rows import Pools, Rows
 
 INSTALL = "pip install headkv (from a checkout: maturin develop --release)"
@@ -49,23 +50,24 @@ def gather(pools: Pools, source: Tensor) -> Pools:
     return target
 
 
-def quantise(pools: Pools) -> Pools:
-    """Pools of float entries in 8 bits; `quantised.quantised_pools`."""
-    (keys, key_scale), (values, value_scale) = (_quantised(side) for side in (pools.keys, pools.values))
-    return Pools(keys, values, pools.positions, torch.stack([key_scale, value_scale], -1))
+def quantise(pools: Pools, bits: tuple[int, int]) -> Pools:
+    """Pools of float entries as codes of so many bits; `quantised.quantised_pools`."""
+    keys, values, scales = _quantised((pools.keys, pools.values), bits)
+    return Pools(keys, values, pools.positions, scales)
 
 
-def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantised.quantised`: codes `[..., D]` and scales `[...]` of vectors `[..., D]`."""
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1])
-    flat = (scale.numel(), x.shape[-1])
-    extension().quantise(
-        array("vectors", x.contiguous().view(flat)),
-        str(x.dtype).removeprefix("torch."),
-        array("codes", codes.view(flat)),
-        array("scales", scale.view(-1)),
-    )
-    return codes, scale
+def _quantised(sides: tuple[Tensor, Tensor], bits: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantised.quantised` of keys and of values `[..., D]`: the codes of both, and scales `[..., 2]`."""
+    codes = [empty_codes(x, one) for x, one in zip(sides, bits, strict=True)]
+    scales = [x.new_empty(x.shape[:-1]) for x in sides]
+    for x, code, scale in zip(sides, codes, scales, strict=True):
+        extension().quantise(
+            array("vectors", x.contiguous().view(scale.numel(), x.shape[-1])),
+            str(x.dtype).removeprefix("torch."),
+            array("codes", code.view(scale.numel(), code.shape[-1])),
+            array("scales", scale.view(-1)),
+        )
+    return codes[0], codes[1], torch.stack(scales, -1)
 
 
 def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
@@ -74,18 +76,16 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     Raises:
         ValueError: when a row has no room or lies outside the pools; nothing is written then.
     """
-    new_scales = None
+    scales = None
     if rows.scales is None:
         keys, values = (_apart(new, rows) for new in (keys, values))
     else:
-        (keys, key_scale), (values, value_scale) = _quantised(keys), _quantised(values)
-        new_scales = array("scales", _bytes(torch.stack([key_scale, value_scale], -1)))
+        keys, values, scales = _quantised((keys, values), bits_of(rows.pools))
     extension().append(
         _arrays(rows.pools),
         *(array(name, getattr(rows, name)) for name in ("start", "length", "capacity")),
-        array("keys", keys),
-        array("values", values),
-        new_scales,
+        *(array("new " + name, _bytes(x)) for name, x in (("keys", keys), ("values", values))),
+        None if scales is None else array("new scales", _bytes(scales)),
         None if valid is None else array("valid", valid),
         rows.seen,
         torch.get_num_threads(),
@@ -97,15 +97,14 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
 
 
 def _arrays(pools: Pools) -> SimpleNamespace:
-    """What the extension moves: of scales, the bytes."""
-    names = {"keys": pools.keys, "values": pools.values, "positions": pools.positions}
-    if pools.scales is not None:
-        names["scales"] = _bytes(pools.scales)
-    return arrays(names.items(), scales=None)
+    """What the extension moves: bytes, whatever they hold."""
+    moved = {name: x for name, x in pools._asdict().items() if x is not None}
+    given = ((name, x if name == "positions" else _bytes(x)) for name, x in moved.items())
+    return arrays(given, scales=None)
 
 
-def _bytes(scales: Tensor) -> Tensor:
-    return scales.view(torch.uint8)
+def _bytes(entries: Tensor) -> Tensor:
+    return entries.detach().view(torch.uint8)
 
 
 def arrays(tensors: Iterable[tuple[str, Tensor]], **missing: None) -> SimpleNamespace:

@@ -44,6 +44,7 @@ from headkv.integrations.support import (
     CacheOptions,
     attentions_to_hear,
     check_method,
+    check_storage,
     is_whole_prompt,
     own_layers,
     parts_of,
@@ -115,7 +116,7 @@ class RaggedCache(StatefulCache):
                 by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
                 wait: they never hold more than a chunk and their window.
             decode_budget, every: bound what a long generation, and later turns, store; see `headkv.compress`.
-            storage: "model" or "int8", as there. A cache that is loaded has the storage that was saved.
+            storage: "model", "int8", "k8v4" or "int4", as there. A cache that is loaded has the storage that was saved.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
@@ -125,6 +126,7 @@ class RaggedCache(StatefulCache):
         model = supported_model(model)
         check_attention(model)
         check_method(method, model, chunked_prefill)
+        check_storage(options.storage, model)
         cache = cls.unattached(model, method, options)
         cache._attach(model)
         return cache

@@ -214,8 +214,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
             if bool((self.ragged.length == 0).any()):
                 raise all_padding(int((self.ragged.length == 0).nonzero()[0]) // self.ragged.num_kv_heads)
             self.ragged.trim(self.options.headroom)
-            if self.options.storage == "int8":
-                self.ragged.quantise()
+            self.ragged.quantise(self.options.storage)
         else:
             self.ragged = self.compressed(chosen)
         self._observed = None

@@ -29,6 +29,7 @@ from headkv.integrations.support import (
     CacheOptions,
     attentions_to_hear,
     check_method,
+    check_storage,
     decoder_of,
     has_states,
     supported_config,
@@ -79,9 +80,9 @@ def compress(
             later turns, go on: rows that outgrow their part of it are planned again by the last queries, head by head
             (`DecodeBudget`). None: what follows the prompt is kept. Not together with `cuda_graph`.
         every: tokens from one such plan to the next; 128 if a `decode_budget` is given.
-        storage: of what stays of a prompt and of what follows it: "model", in the model's dtype, or "int8", in 8 bits
-            with a scale a vector, half the bytes of 16 bits; see `RaggedLayer.quantise`. Prompts are read, and methods
-            choose, in the model's dtype.
+        storage: of what stays of a prompt and of what follows it: "model", in the model's dtype; "int8", in 8 bits
+            with a scale a vector, half the bytes of 16 bits; "int4", in 4, about a quarter; "k8v4", keys in 8 bits and
+            values in 4; see `RaggedLayer.quantise`. Prompts are read, and methods choose, in the model's dtype.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.
@@ -143,6 +144,7 @@ class Session:
         self._options, self._decoding = options, decoding
         check_attention(self.model)
         check_method(method, self.model, options.chunked_prefill)
+        check_storage(options.storage, self.model)
         decoding.check(self.model)
         self._decoder = decoder_of(self.model)
         self._num_layers = len(layer_kinds(supported_config(self.model)))

@@ -16,6 +16,7 @@ from headkv import _checks
 from headkv._config import WITHOUT_ATTENTION, CacheShape, attention_layers, kv_heads, layer_kinds
 from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
+from headkv.cache import checks
 from headkv.cache.ragged import MIN_HEADROOM, STORAGES, Storage
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
@@ -257,6 +258,15 @@ def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_
     shared(method, ranks_of(model))
     if chunked_prefill:
         check_chunks(method, supported_config(model))
+
+
+def check_storage(storage: Storage, model: PreTrainedModel) -> None:
+    """A storage that takes the keys and values of this model.
+
+    Raises:
+        ValueError: 4 bits, and an odd head_dim.
+    """
+    checks.storage(storage, STORAGES, CacheShape.of(model).head_dim)
 
 
 def check_chunks(method: Method | PromptMethod, config: PreTrainedConfig) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.arguments import New, Strided
-from headkv_kernels.quantised import quantised
+from headkv_kernels.quantised import store_codes
 from headkv_kernels.rows import FUSED, Rows, guard, padded
 
 
@@ -106,13 +106,12 @@ def append_rows(
         for_values = batch * new.value.batch + head * new.value.head + token * new.value.token
         key = tl.load(new.key.data + for_keys[:, None] + d[None, :], mask=both)
         value = tl.load(new.value.data + for_values[:, None] + d[None, :], mask=both)
-        if pools.scale is not None:
-            key, key_scale = quantised(key, D)
-            value, value_scale = quantised(value, D)
-            tl.store(pools.scale + slot * 2, key_scale, mask=stored)
-            tl.store(pools.scale + slot * 2 + 1, value_scale, mask=stored)
-        tl.store(pools.key + target, key, mask=both)
-        tl.store(pools.value + target, value, mask=both)
+        if pools.scale is None:
+            tl.store(pools.key + target, key, mask=both)
+            tl.store(pools.value + target, value, mask=both)
+        else:
+            store_codes(key, pools.key, pools.scale, slot, stored, D)
+            store_codes(value, pools.value, pools.scale + 1, slot, stored, D)
         tl.store(pools.position + slot, (now + token).to(tl.int32), mask=stored)
         entries += tl.sum(stored.to(tl.int32))
     tl.store(rows.length + row, entries)

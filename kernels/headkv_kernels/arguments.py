@@ -27,7 +27,8 @@ class Strided(NamedTuple):
 
 
 class Pools(NamedTuple):
-    """The flat storage, of each slot its `key` and `value`, `[slots, D]`, and `position`, `[slots]` int32.
+    """The flat storage, of each slot its `key` and `value`, `[slots, D]` or `[slots, D // 2]`, and `position`,
+    `[slots]` int32.
 
     `scale` `[slots, 2]`: `Rows.scales`.
     """

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from headkv_kernels.arguments import Rule, Strided
 from headkv_kernels.parts import VARYING, merge_rows, parts_of, plan_parts
-from headkv_kernels.quantised import load_scales, load_sum, rotated
+from headkv_kernels.quantised import load_scales, load_sum, load_vectors, rotated
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
 from headkv_kernels.softmax import (
     LOG2E,
     add_block,
     add_entry,
     base_two,
-    load_entries,
     sink_of,
     spans,
     start_softmax,
@@ -244,8 +243,8 @@ def extend_rows(
         at = tl.where(i < inside, i, i - inside + outside) * BLOCK + n
         entry = tl.where(at < block_front, block_first + at, jump + at)
         here = entry < block_end
-        k = load_entries(pools.key, base + entry, here, D, D_PAD, OPERAND)
-        v = load_entries(pools.value, base + entry, here, D, D_PAD, OPERAND)
+        k = load_vectors(pools.key, base + entry, here, D, D_PAD, OPERAND)
+        v = load_vectors(pools.value, base + entry, here, D, D_PAD, OPERAND)
         j = entry[None, :]
         eligible = (j >= first[:, None]) & (j < end[:, None])
         hidden = (j >= (first + front)[:, None]) & (j < back[:, None])
@@ -266,8 +265,8 @@ def extend_rows(
         top, total, acc = add_block(logits, v, top, total, acc, factor, value_scales)
     for i in tl.range(tl.maximum(begin, edges), stop, num_stages=STAGES):
         entry = base + jump + (i - edges + inside) * BLOCK + n
-        k = load_entries(pools.key, entry, n >= 0, D, D_PAD, OPERAND)
-        v = load_entries(pools.value, entry, n >= 0, D, D_PAD, OPERAND)
+        k = load_vectors(pools.key, entry, n >= 0, D, D_PAD, OPERAND)
+        v = load_vectors(pools.value, entry, n >= 0, D, D_PAD, OPERAND)
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
         value_scales = None
         if pools.scale is not None:

@@ -16,6 +16,7 @@ from headkv_kernels.arguments import Pools, Table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+PACKED = {torch.int8: 1, torch.uint8: 2}  # codes a number
 MAX_DIM = 512
 # Of a launch: a * b + c rounds once. Triton's own default is about to change.
 FUSED = {"enable_fp_fusion": True}
@@ -26,7 +27,8 @@ class Rows:
     """Ragged rows in flat pools; row `b * H + h` is sequence `b`, KV head `h`. All tensors are contiguous.
 
     Attributes:
-        keys, values: `[slots, D]` float32, bfloat16 or float16; int8 codes where there are `scales`.
+        keys, values: `[slots, D]` float32, bfloat16 or float16; where there are `scales`, of each the codes, in 8 bits
+            `[slots, D]` int8, in 4 bits `[slots, D // 2]` uint8.
         positions: `[slots]` int32, where in the text each entry came from; increasing along a row.
         start, length: `[rows]` int64; the entries of row `r` are the `length[r]` slots from `start[r]` on.
         sinks, recent: `[rows]` int64; `recent > 0`: only the first `sinks` and the last `recent` entries are
@@ -51,18 +53,20 @@ class Rows:
     scales: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.keys.ndim != 2 or not 1 <= self.keys.shape[1] <= MAX_DIM:
-            raise ValueError(
-                f"keys must have shape [slots, D] with D from 1 to {MAX_DIM}, got {list(self.keys.shape)}"
-            )
+        if self.keys.ndim != 2 or not 1 <= self.dim <= MAX_DIM:
+            allowed = f"[slots, D] with D from 1 to {MAX_DIM} (in 4 bits [slots, D // 2])"
+            raise ValueError(f"keys must have shape {allowed}, got {list(self.keys.shape)}")
         if self.scales is None and self.keys.dtype not in DTYPES:
             raise TypeError(f"keys must be float32, bfloat16 or float16, got {self.keys.dtype}")
-        if self.scales is not None and self.keys.dtype != torch.int8:
-            raise TypeError(f"keys must be int8 where there are scales, got {self.keys.dtype}")
+        if self.scales is not None:
+            self._expect_codes()
         on_device("keys", self.keys)
-        slots, rows, dim = self.keys.shape[0], self.start.numel(), self.keys.shape[1]
+        slots, rows, dim = self.keys.shape[0], self.start.numel(), self.dim
         whole, wide = torch.int64, torch.float32
-        self._expect("values", (slots, dim), self.keys.dtype)
+        if self.scales is None:
+            self._expect("values", (slots, dim), self.keys.dtype)
+        else:
+            self._expect("values", (slots, dim // PACKED[self.values.dtype]), self.values.dtype)
         self._expect("positions", (slots,), torch.int32)
         for name in ("start", "length", "sinks", "recent"):
             self._expect(name, (rows,), whole)
@@ -76,6 +80,14 @@ class Rows:
             self._expect("scales", (slots, 2), self.scales.dtype)
         if not self.keys.is_contiguous():
             raise ValueError(f"keys must be contiguous, got strides {list(self.keys.stride())}")
+
+    def _expect_codes(self) -> None:
+        for name in ("keys", "values"):
+            dtype = getattr(getattr(self, name), "dtype", None)
+            if dtype not in PACKED:
+                raise TypeError(f"{name} must be int8 or uint8 where there are scales, got {dtype}")
+        if self.dim % PACKED[self.values.dtype]:
+            raise ValueError(f"values must be int8 where D is odd, got {self.values.dtype} and D {self.dim}")
 
     def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tensor = getattr(self, name)
@@ -97,12 +109,17 @@ class Rows:
     @property
     def dim(self) -> int:
         """D, the size of one key."""
-        return self.keys.shape[1]
+        return self.keys.shape[1] * PACKED.get(self.keys.dtype, 1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether keys or values are in 4 bits."""
+        return torch.uint8 in (self.keys.dtype, self.values.dtype)
 
     @property
     def dim_pad(self) -> int:
-        """The block of channels that holds D; of codes each half, which `tl.dot` takes from 16 on."""
-        return padded(self.dim, 16 if self.scales is None else 32)
+        """The block of channels that holds D; of codes each half or quarter, which `tl.dot` takes from 16 on."""
+        return padded(self.dim, 64 if self.packed else 16 if self.scales is None else 32)
 
     @property
     def pools(self) -> Pools:

@@ -15,12 +15,13 @@ import triton.language as tl
 
 from headkv_kernels.quantised import (
     add_codes,
-    halves,
+    apart,
     joined,
     load_scales,
     load_sum,
-    quantised_entry,
+    load_vectors,
     rotated,
+    store_codes,
 )
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
@@ -126,12 +127,12 @@ def sums_outside(
     key = load_sum(rows.key_sum, row, pools, D, D_PAD)
     value = load_sum(rows.value_sum, row, pools, D, D_PAD)
     for i in range(begin, end, BLOCK):
-        keys = load_entries(pools.key, i + n, i + n < end, D, D_PAD, tl.float32)
+        keys = load_vectors(pools.key, i + n, i + n < end, D, D_PAD, tl.float32)
         if pools.scale is not None:
             key_scales, value_scales = load_scales(pools, i + n, i + n < end)
             keys *= key_scales[:, None]
         key += tl.sum(keys, 0)
-        values = load_entries(pools.value, i + n, i + n < end, D, D_PAD, tl.float32)
+        values = load_vectors(pools.value, i + n, i + n < end, D, D_PAD, tl.float32)
         if pools.scale is not None:
             values *= value_scales[:, None]
         value += tl.sum(values, 0)
@@ -173,7 +174,7 @@ def decode_shares(
         query = query.to(OPERAND)
         top, total, acc = start_softmax(G_PAD, D_PAD)
         if pools.scale is not None:
-            query_halves, acc = halves(query), halves(acc)
+            query_apart, acc = apart(query, pools.key), apart(acc, pools.value)
         for i in tl.range(segment.begin, segment.end, BLOCK, num_stages=STAGES):
             at = i + n  # [BLOCK]
             visible = at < segment.end
@@ -192,10 +193,10 @@ def decode_shares(
                 top, total, acc = add_block(logits, v, top, total, acc)
             else:
                 top, total, acc = add_codes(
-                    query_halves, pools, slots, here, visible, rule, top, total, acc, D, D_PAD, OPERAND
+                    query_apart, pools, slots, here, visible, rule, top, total, acc, D, D_PAD, OPERAND
                 )
         if pools.scale is not None:
-            acc = joined(acc[0], acc[1])
+            acc = joined(acc)
         if new is not None:  # noqa: SIM102 (known to the compiler)
             if ends_row & (segment.grows > 0):  # from where it was made, then into the pools
                 new_key = new.key.data + batch * new.key.batch + head * new.key.head + d
@@ -204,11 +205,14 @@ def decode_shares(
                 new_value = tl.load(new_value, mask=d < D, other=0.0)
                 slot = base + segment.entries - 1
                 key, value = new_key, new_value
-                if pools.scale is not None:  # they are seen as they are stored
-                    new_key, key = quantised_entry(new_key, pools, slot, 0, D)
-                    new_value, value = quantised_entry(new_value, pools, slot, 1, D)
-                tl.store(pools.key + slot * D + d, new_key, mask=d < D)
-                tl.store(pools.value + slot * D + d, new_value, mask=d < D)
+                if pools.scale is None:
+                    tl.store(pools.key + slot * D + d, new_key, mask=d < D)
+                    tl.store(pools.value + slot * D + d, new_value, mask=d < D)
+                else:  # they are seen as they are stored
+                    into = slot + tl.arange(0, 1)
+                    key = store_codes(new_key[None, :], pools.key, pools.scale, into, into >= 0, D)
+                    value = store_codes(new_value[None, :], pools.value, pools.scale + 1, into, into >= 0, D)
+                    key, value = tl.reshape(key, [D_PAD]), tl.reshape(value, [D_PAD])
                 tl.store(pools.position + slot, tl.load(new.seen).to(tl.int32))
                 logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * rule.scale
                 logit = base_two(logit, rule)

@@ -3,11 +3,12 @@
 use crate::compensation::{self, Mean};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
-use crate::kernel::{self, LANE_QUERIES, State, Task, padded};
+use crate::kernel::{self, LANE_QUERIES, State, Task};
 use crate::layer::{Layer, Visible};
 use crate::math::softcap_scalar;
 use crate::quantised::rotate;
 use crate::schedule::{self, Item, Tile};
+use crate::scratch;
 use crate::simd::Isa;
 use crate::threads;
 
@@ -51,8 +52,8 @@ pub struct Options {
 ///
 /// Every thread gets an equal share of the entries, however they are spread over the rows; parts of a row are merged by
 /// their log-sum-exp.
-pub fn attend<T: Element>(
-    layer: &Layer<T>,
+pub fn attend<K: Element, V: Element>(
+    layer: &Layer<K, V>,
     queries: &Queries,
     options: &Options,
     out: &mut [f32],
@@ -67,7 +68,12 @@ pub fn attend<T: Element>(
     Ok(())
 }
 
-fn check<T: Element>(layer: &Layer<T>, queries: &Queries, options: &Options, out: &[f32]) -> Result<()> {
+fn check<K: Element, V: Element>(
+    layer: &Layer<K, V>,
+    queries: &Queries,
+    options: &Options,
+    out: &[f32],
+) -> Result<()> {
     layer.check()?;
     options.isa.require()?;
     let rows = layer.rows.count();
@@ -132,7 +138,7 @@ struct Partial {
 }
 
 impl Plan {
-    fn new<T: Element>(layer: &Layer<T>, queries: &Queries, options: &Options) -> Plan {
+    fn new<K: Element, V: Element>(layer: &Layer<K, V>, queries: &Queries, options: &Options) -> Plan {
         let (rows, steps) = (layer.rows.count(), queries.steps);
         let kv_heads = rows / queries.batch;
         let queries_of_row = queries.heads / kv_heads * steps;
@@ -160,13 +166,13 @@ impl Plan {
     }
 
     /// Runs the kernel over equal shares of the entries. Also returns, for each tile, its range of groups in the result.
-    fn partials<T: Element>(
+    fn partials<K: Element, V: Element>(
         &self,
-        layer: &Layer<T>,
+        layer: &Layer<K, V>,
         queries: &Queries,
         options: &Options,
     ) -> (Partial, Vec<std::ops::Range<usize>>) {
-        let width = LANE_QUERIES * padded(layer.head_dim);
+        let width = LANE_QUERIES * scratch::width::<V>(layer.head_dim);
         let count = if self.threads > 1 { self.threads * SHARES } else { 1 };
         let shares = schedule::shares(&self.tiles, count);
         let groups = |item: &Item| self.tiles[item.tile].count.div_ceil(LANE_QUERIES);
@@ -204,9 +210,9 @@ impl Plan {
         (partial, owners)
     }
 
-    fn run<T: Element>(
+    fn run<K: Element, V: Element>(
         &self,
-        layer: &Layer<T>,
+        layer: &Layer<K, V>,
         queries: &Queries,
         options: &Options,
         item: &Item,
@@ -214,18 +220,20 @@ impl Plan {
         sums: &mut [f32],
     ) {
         let tile = &self.tiles[item.tile];
-        let (dim, width) = (layer.head_dim, padded(layer.head_dim));
+        let (dim, width) = (layer.head_dim, scratch::width::<K>(layer.head_dim));
         let (keys, values, _) = layer.row(tile.row);
         let padded_count = tile.count.next_multiple_of(LANE_QUERIES);
         let mut scaled = vec![0.0; padded_count * width];
         let first = tile.row * self.queries_of_row + tile.first;
         let data = &queries.data[first * dim..(first + tile.count) * dim];
+        let mut turned = vec![0.0; dim];
         for (target, query) in scaled.chunks_exact_mut(width).zip(data.chunks_exact(dim)) {
-            target.iter_mut().zip(query).for_each(|(target, x)| *target = x * options.scale);
+            turned.iter_mut().zip(query).for_each(|(turned, x)| *turned = x * options.scale);
             // Codes are of rotated keys; a query that is rotated as well has the same products with them.
             if layer.scales.is_some() {
-                rotate(&mut target[..dim]);
+                rotate(&mut turned);
             }
+            scratch::spread::<K>(&turned, target);
         }
         // The fourth query that is not there sees what the last one sees, so that no block is masked for its sake.
         let visible: Vec<Visible> =
@@ -248,9 +256,9 @@ impl Plan {
     }
 
     /// Merges the parts of each tile, the compensation entry, and the sink, into the output.
-    fn combine<T: Element>(
+    fn combine<K: Element, V: Element>(
         &self,
-        layer: &Layer<T>,
+        layer: &Layer<K, V>,
         queries: &Queries,
         options: &Options,
         partial: &Partial,
@@ -284,7 +292,7 @@ impl Plan {
                 });
                 let groups = tile.count.div_ceil(LANE_QUERIES);
                 let parts = (owner.start + i / LANE_QUERIES..owner.end).step_by(groups);
-                merge(partial, parts, i % LANE_QUERIES, mean, sink, layer.scales.is_some(), out);
+                merge::<V>(partial, parts, i % LANE_QUERIES, mean, sink, layer.scales.is_some(), out);
             }
         });
     }
@@ -292,7 +300,7 @@ impl Plan {
 
 /// One query: the parts `groups`, in which it is number `lane`, perhaps one more entry (logit, value), and a logit that has
 /// no value, or `-inf`. With `rotated` the parts are sums of rotated values; the output is not.
-fn merge(
+fn merge<V: Element>(
     partial: &Partial,
     groups: impl Iterator<Item = usize> + Clone,
     lane: usize,
@@ -301,7 +309,7 @@ fn merge(
     rotated: bool,
     out: &mut [f32],
 ) {
-    let width = padded(out.len());
+    let width = scratch::width::<V>(out.len());
     let tops = groups.clone().map(|group| partial.states[group].top[lane]);
     let top = tops.chain(mean.map(|(logit, _)| logit)).fold(sink, f32::max);
     // Parts without a visible entry, and all of them when nothing is visible: weight 0, not e^(-inf + inf).
@@ -311,9 +319,8 @@ fn merge(
     for group in groups {
         let state = &partial.states[group];
         let weight = if state.sum[lane].is_nan() { f32::NAN } else { weight(state.top[lane]) };
-        let sums = &partial.sums[(group * LANE_QUERIES + lane) * width..][..out.len()];
         total += weight * state.sum[lane];
-        out.iter_mut().zip(sums).for_each(|(out, x)| *out += weight * x);
+        scratch::collect::<V>(weight, &partial.sums[(group * LANE_QUERIES + lane) * width..][..width], out);
     }
     if rotated {
         rotate(out);

@@ -16,7 +16,11 @@ pub(crate) struct Mean {
 
 /// The compensation entry of a row for each step; `visible` `[T]` is what the steps see. Empty for a row that does not
 /// compensate.
-pub(crate) fn means<T: Element>(layer: &Layer<T>, row: usize, visible: &[Visible]) -> Vec<Option<Mean>> {
+pub(crate) fn means<K: Element, V: Element>(
+    layer: &Layer<K, V>,
+    row: usize,
+    visible: &[Visible],
+) -> Vec<Option<Mean>> {
     let (Some(dropped), Some(sums)) = (layer.compensates(row), layer.sums) else {
         return Vec::new();
     };
@@ -53,12 +57,14 @@ pub(crate) fn means<T: Element>(layer: &Layer<T>, row: usize, visible: &[Visible
 fn add_entries<T: Element>(entries: &[T], scales: Option<(Scales, Side)>, span: Span, total: &mut [f32]) {
     let dim = total.len();
     let mut part = vec![0.0f32; dim];
-    let mut at = span.begin;
-    for block in entries[span.begin * dim..span.end * dim].chunks(BLOCK * dim) {
+    let (mut at, elements) = (span.begin, dim / T::CHANNELS);
+    for block in entries[span.begin * elements..span.end * elements].chunks(BLOCK * elements) {
         part.fill(0.0);
-        for entry in block.chunks_exact(dim) {
+        for entry in block.chunks_exact(elements) {
             let scale = scales.map_or(1.0, |(scales, side)| scales.get(at, side));
-            part.iter_mut().zip(entry).for_each(|(sum, x)| *sum += x.to_f32() * scale);
+            for (sums, x) in part.chunks_exact_mut(T::CHANNELS).zip(entry) {
+                sums.iter_mut().enumerate().for_each(|(which, sum)| *sum += x.channel(which) * scale);
+            }
             at += 1;
         }
         if scales.is_some() {

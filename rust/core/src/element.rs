@@ -1,4 +1,4 @@
-//! What pools may hold, float32, bfloat16, float16 or 8-bit codes, and how each becomes float32.
+//! What pools may hold, float32, bfloat16, float16 or codes of 8 or 4 bits, and how each becomes float32.
 
 use half::{bf16, f16};
 
@@ -6,23 +6,27 @@ use crate::simd::Simd;
 
 /// A storage type of the pools. All arithmetic is done in `f32`.
 pub trait Element: Copy + Default + Send + Sync + 'static {
-    fn to_f32(self) -> f32;
+    /// Channels that one element holds.
+    const CHANNELS: usize = 1;
 
-    /// Loads `S::LANES` elements as `f32`.
+    /// Its channel `which`, below `CHANNELS`.
+    fn channel(self, which: usize) -> f32;
+
+    /// Channel `which` of each of `S::LANES` elements.
     ///
     /// # Safety
     /// `source` must be valid for reading `S::LANES` elements and the CPU must have the features of `S`.
-    unsafe fn load<S: Simd>(source: *const Self) -> S::Vector;
+    unsafe fn load<S: Simd>(source: *const Self, which: usize) -> S::Vector;
 }
 
 impl Element for f32 {
     #[inline(always)]
-    fn to_f32(self) -> f32 {
+    fn channel(self, _: usize) -> f32 {
         self
     }
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(source: *const Self) -> S::Vector {
+    unsafe fn load<S: Simd>(source: *const Self, _: usize) -> S::Vector {
         // SAFETY: the caller's promise.
         unsafe { S::load(source) }
     }
@@ -30,12 +34,12 @@ impl Element for f32 {
 
 impl Element for bf16 {
     #[inline(always)]
-    fn to_f32(self) -> f32 {
+    fn channel(self, _: usize) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(source: *const Self) -> S::Vector {
+    unsafe fn load<S: Simd>(source: *const Self, _: usize) -> S::Vector {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(source) }
     }
@@ -43,12 +47,12 @@ impl Element for bf16 {
 
 impl Element for f16 {
     #[inline(always)]
-    fn to_f32(self) -> f32 {
+    fn channel(self, _: usize) -> f32 {
         f16::to_f32(self)
     }
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(source: *const Self) -> S::Vector {
+    unsafe fn load<S: Simd>(source: *const Self, _: usize) -> S::Vector {
         // SAFETY: the caller's promise.
         unsafe { S::load_f16(source) }
     }
@@ -57,13 +61,29 @@ impl Element for f16 {
 /// A code, without its scale.
 impl Element for i8 {
     #[inline(always)]
-    fn to_f32(self) -> f32 {
+    fn channel(self, _: usize) -> f32 {
         f32::from(self)
     }
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(source: *const Self) -> S::Vector {
+    unsafe fn load<S: Simd>(source: *const Self, _: usize) -> S::Vector {
         // SAFETY: the caller's promise.
         unsafe { S::load_i8(source) }
+    }
+}
+
+/// Two codes of 4 bits, without their scale: the even channel's in the lower half, each as (code + 15) / 2.
+impl Element for u8 {
+    const CHANNELS: usize = 2;
+
+    #[inline(always)]
+    fn channel(self, which: usize) -> f32 {
+        2.0 * f32::from((self >> (4 * which)) & 15) - 15.0
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(source: *const Self, which: usize) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { if which == 0 { S::load_lower(source) } else { S::load_upper(source) } }
     }
 }

@@ -5,6 +5,7 @@ use crate::element::Element;
 use crate::layer::{Span, Visible};
 use crate::math;
 use crate::quantised::{Scales, Side};
+use crate::scratch;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
 use crate::simd::{Isa, MAX_LANES, Simd, portable::Portable, prefetch};
@@ -20,11 +21,6 @@ const BLOCK: usize = 32;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// `D` rounded up to whole vectors of any instruction set.
-pub(crate) fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(MAX_LANES)
-}
-
 /// The softmax of four queries so far, over the entries read so far.
 #[derive(Clone, Copy)]
 pub(crate) struct State {
@@ -39,33 +35,40 @@ impl State {
 }
 
 /// A piece of work: the queries of a tile against spans of one row.
-pub(crate) struct Task<'a, T> {
+pub(crate) struct Task<'a, K, V> {
     pub head_dim: usize,
-    /// Entries of the row, `[length, D]` each.
-    pub keys: &'a [T],
-    pub values: &'a [T],
+    /// Entries of the row, `[length, D / CHANNELS]` each.
+    pub keys: &'a [K],
+    pub values: &'a [V],
     /// Of the row's entries, where keys and values are codes.
     pub scales: Option<Scales<'a>>,
     pub spans: [Span; 2],
-    /// Scaled queries, `[count rounded up to 4, padded(D)]`, zeros where there is none.
+    /// Scaled queries as `scratch` of keys, `[count rounded up to 4, width]`, zeros where there is none.
     pub queries: &'a [f32],
     /// What each of them sees, `[count rounded up to 4]`.
     pub visible: &'a [Visible],
     pub softcap: Option<f32>,
 }
 
-/// Runs a task: updates `states` `[count / 4]` and the weighted sums `sums` `[count rounded up to 4, padded(D)]`.
+/// Runs a task: updates `states` `[count / 4]` and the weighted sums `sums` `[count rounded up to 4, width]`, `scratch` of
+/// values.
 ///
 /// # Panics
 /// When a slice is too short for the task or the CPU lacks `isa`.
-pub(crate) fn run<T: Element>(isa: Isa, task: &Task<T>, states: &mut [State], sums: &mut [f32]) {
-    let (groups, width) = (states.len(), padded(task.head_dim));
+pub(crate) fn run<K: Element, V: Element>(
+    isa: Isa,
+    task: &Task<K, V>,
+    states: &mut [State],
+    sums: &mut [f32],
+) {
+    let (count, dim) = (states.len() * LANE_QUERIES, task.head_dim);
     assert!(isa.is_available());
-    assert_eq!(task.queries.len(), groups * LANE_QUERIES * width);
-    assert_eq!(task.visible.len(), groups * LANE_QUERIES);
-    assert_eq!(sums.len(), task.queries.len());
+    assert_eq!(task.queries.len(), count * scratch::width::<K>(dim));
+    assert_eq!(task.visible.len(), count);
+    assert_eq!(sums.len(), count * scratch::width::<V>(dim));
     for span in task.spans {
-        assert!(span.begin <= span.end && span.end * task.head_dim <= task.keys.len().min(task.values.len()));
+        let entries = (task.keys.len() / (dim / K::CHANNELS)).min(task.values.len() / (dim / V::CHANNELS));
+        assert!(span.begin <= span.end && span.end <= entries);
         assert!(task.scales.is_none_or(|scales| 2 * span.end <= scales.len()));
     }
     // SAFETY: the CPU has the instruction set, and the slices have the lengths that `run_with` relies on.
@@ -76,8 +79,8 @@ pub(crate) fn run<T: Element>(isa: Isa, task: &Task<T>, states: &mut [State], su
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => run_avx2(task, states, sums),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => run_with::<Neon, T, 4, 4>(task, states, sums),
-            _ => run_with::<Portable, T, 1, 1>(task, states, sums),
+            Isa::Neon => run_with::<Neon, K, V, 4, 4>(task, states, sums),
+            _ => run_with::<Portable, K, V, 1, 1>(task, states, sums),
         }
     }
 }
@@ -86,18 +89,18 @@ pub(crate) fn run<T: Element>(isa: Isa, task: &Task<T>, states: &mut [State], su
 /// As [`run_with`], on a CPU with these features.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-unsafe fn run_avx512<T: Element>(task: &Task<T>, states: &mut [State], sums: &mut [f32]) {
+unsafe fn run_avx512<K: Element, V: Element>(task: &Task<K, V>, states: &mut [State], sums: &mut [f32]) {
     // SAFETY: the caller's promise.
-    unsafe { run_with::<Avx512, T, 2, 4>(task, states, sums) }
+    unsafe { run_with::<Avx512, K, V, 2, 4>(task, states, sums) }
 }
 
 /// # Safety
 /// As [`run_with`], on a CPU with these features.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_avx2<T: Element>(task: &Task<T>, states: &mut [State], sums: &mut [f32]) {
+unsafe fn run_avx2<K: Element, V: Element>(task: &Task<K, V>, states: &mut [State], sums: &mut [f32]) {
     // SAFETY: the caller's promise.
-    unsafe { run_with::<Avx2, T, 2, 2>(task, states, sums) }
+    unsafe { run_with::<Avx2, K, V, 2, 2>(task, states, sums) }
 }
 
 /// `KEYS` keys, and `COLUMNS` vectors of values, are held in registers at a time, each for four queries.
@@ -105,12 +108,14 @@ unsafe fn run_avx2<T: Element>(task: &Task<T>, states: &mut [State], sums: &mut 
 /// # Safety
 /// The CPU has the features of `S`, and the slices of the task have the lengths that [`run`] asserts.
 #[inline(always)]
-unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>(
-    task: &Task<T>,
+unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COLUMNS: usize>(
+    task: &Task<K, V>,
     states: &mut [State],
     sums: &mut [f32],
 ) {
-    let (dim, width) = (task.head_dim, padded(task.head_dim));
+    let dim = task.head_dim;
+    let (key_len, value_len) = (dim / K::CHANNELS, dim / V::CHANNELS);
+    let (query_width, sum_width) = (scratch::width::<K>(dim), scratch::width::<V>(dim));
     let mut weights = [0.0f32; BLOCK * LANE_QUERIES];
     for span in task.spans {
         let mut begin = span.begin;
@@ -129,14 +134,14 @@ unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>
                 }
                 // SAFETY: the spans end within keys and values, and the queries hold four rows for each group.
                 unsafe {
-                    let queries = task.queries.as_ptr().add(group * LANE_QUERIES * width);
-                    let sums = sums.as_mut_ptr().add(group * LANE_QUERIES * width);
-                    let keys = task.keys.as_ptr().add(block.begin * dim);
-                    let values = task.values.as_ptr().add(block.begin * dim);
+                    let queries = task.queries.as_ptr().add(group * LANE_QUERIES * query_width);
+                    let sums = sums.as_mut_ptr().add(group * LANE_QUERIES * sum_width);
+                    let keys = task.keys.as_ptr().add(block.begin * key_len);
+                    let values = task.values.as_ptr().add(block.begin * value_len);
                     // The first queries of a tile bring the block into the cache for the others.
                     let fetch = group == 0;
-                    let ahead = fetch.then_some(values);
-                    scores::<S, T, KEYS>(queries, width, keys, ahead, dim, block.len(), &mut weights);
+                    let ahead = fetch.then(|| Ahead::of(values, value_len));
+                    scores::<S, K, KEYS>(queries, keys, ahead, dim, block.len(), &mut weights);
                     if let Some(scales) = &task.scales {
                         scale(&mut weights, scales, block, Side::Key);
                     }
@@ -149,82 +154,105 @@ unsafe fn run_with<S: Simd, T: Element, const KEYS: usize, const COLUMNS: usize>
                     if masked {
                         mask(&mut weights, block, visible);
                     }
-                    softmax::<S>(&mut weights, block.len(), state, sums, width);
+                    softmax::<S>(&mut weights, block.len(), state, sums, sum_width);
                     if let Some(scales) = &task.scales {
                         scale(&mut weights, scales, block, Side::Value);
                     }
-                    let ahead = fetch.then_some(keys.wrapping_add(block.len() * dim));
-                    weighted_sum::<S, T, COLUMNS>(&weights, values, ahead, dim, block.len(), sums, width);
+                    let next = keys.wrapping_add(block.len() * key_len);
+                    let ahead = fetch.then(|| Ahead::of(next, key_len));
+                    weighted_sum::<S, V, COLUMNS>(&weights, values, ahead, dim, block.len(), sums);
                 }
             }
         }
     }
 }
 
-/// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`; fetches `[n, dim]` at `ahead` meanwhile.
+/// Entries that will be read next, fetched one by one while others are multiplied.
+#[derive(Clone, Copy)]
+struct Ahead {
+    start: *const u8,
+    /// Of an entry.
+    bytes: usize,
+}
+
+impl Ahead {
+    fn of<T>(start: *const T, elements: usize) -> Self {
+        Self { start: start.cast(), bytes: elements * size_of::<T>() }
+    }
+
+    #[inline(always)]
+    fn fetch(self, entry: usize, count: usize) {
+        for at in (0..count * self.bytes).step_by(LINE) {
+            prefetch(self.start.wrapping_add(entry * self.bytes + at));
+        }
+    }
+}
+
+/// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`; fetches `n` entries `ahead` meanwhile.
 ///
 /// # Safety
-/// `queries` holds `[4, width]`, `keys` `[n, dim]`; `n <= BLOCK`.
+/// `queries` holds `[4, width]`, `keys` `[n, dim / CHANNELS]`; `n <= BLOCK`.
 #[inline(always)]
 unsafe fn scores<S: Simd, T: Element, const KEYS: usize>(
     queries: *const f32,
-    width: usize,
     keys: *const T,
-    ahead: Option<*const T>,
+    ahead: Option<Ahead>,
     dim: usize,
     n: usize,
     weights: &mut [f32; BLOCK * LANE_QUERIES],
 ) {
-    let target = weights.as_mut_ptr();
+    let (target, elements) = (weights.as_mut_ptr(), dim / T::CHANNELS);
     let mut entry = 0;
     // SAFETY: entry + KEYS <= n.
     unsafe {
         while entry + KEYS <= n {
             if let Some(ahead) = ahead {
-                for column in (0..KEYS * dim).step_by(LINE / size_of::<T>()) {
-                    prefetch(ahead.wrapping_add(entry * dim + column));
-                }
+                ahead.fetch(entry, KEYS);
             }
-            dots::<S, T, KEYS>(queries, width, keys.add(entry * dim), dim, target.add(entry * LANE_QUERIES));
+            dots::<S, T, KEYS>(queries, keys.add(entry * elements), dim, target.add(entry * LANE_QUERIES));
             entry += KEYS;
         }
         while entry < n {
-            dots::<S, T, 1>(queries, width, keys.add(entry * dim), dim, target.add(entry * LANE_QUERIES));
+            dots::<S, T, 1>(queries, keys.add(entry * elements), dim, target.add(entry * LANE_QUERIES));
             entry += 1;
         }
     }
 }
 
 /// # Safety
-/// `queries` holds `[4, width]`, `keys` `[KEYS, dim]`, `target` `[KEYS, 4]`.
+/// `queries` holds `[4, width]`, `keys` `[KEYS, dim / CHANNELS]`, `target` `[KEYS, 4]`.
 #[inline(always)]
 unsafe fn dots<S: Simd, T: Element, const KEYS: usize>(
     queries: *const f32,
-    width: usize,
     keys: *const T,
     dim: usize,
     target: *mut f32,
 ) {
-    // SAFETY: columns end at `dim`; the last, partial one is read through a copy.
+    let (elements, run, width) = (dim / T::CHANNELS, scratch::run::<T>(dim), scratch::width::<T>(dim));
+    // SAFETY: columns end at `elements`; the last, partial one is read through a copy. Queries are 0 in their padding.
     unsafe {
         let mut dots = [[S::splat(0.0); LANE_QUERIES]; KEYS];
         let mut column = 0;
-        while column + S::LANES <= dim {
-            let q: [S::Vector; LANE_QUERIES] = load_rows::<S>(queries.add(column), width);
-            for (k, dots) in dots.iter_mut().enumerate() {
-                let key = T::load::<S>(keys.add(k * dim + column));
-                for (dot, q) in dots.iter_mut().zip(q) {
-                    *dot = S::fma(key, q, *dot);
+        while column + S::LANES <= elements {
+            for which in 0..T::CHANNELS {
+                let q = load_rows::<S>(queries.add(which * run + column), width);
+                for (k, dots) in dots.iter_mut().enumerate() {
+                    let key = T::load::<S>(keys.add(k * elements + column), which);
+                    for (dot, q) in dots.iter_mut().zip(q) {
+                        *dot = S::fma(key, q, *dot);
+                    }
                 }
             }
             column += S::LANES;
         }
-        if column < dim {
-            let q: [S::Vector; LANE_QUERIES] = load_rows::<S>(queries.add(column), width);
-            for (k, dots) in dots.iter_mut().enumerate() {
-                let key = load_part::<S, T>(keys.add(k * dim + column), dim - column);
-                for (dot, q) in dots.iter_mut().zip(q) {
-                    *dot = S::fma(key, q, *dot);
+        if column < elements {
+            for which in 0..T::CHANNELS {
+                let q = load_rows::<S>(queries.add(which * run + column), width);
+                for (k, dots) in dots.iter_mut().enumerate() {
+                    let key = load_part::<S, T>(keys.add(k * elements + column), elements - column, which);
+                    for (dot, q) in dots.iter_mut().zip(q) {
+                        *dot = S::fma(key, q, *dot);
+                    }
                 }
             }
         }
@@ -249,17 +277,17 @@ unsafe fn load_rows<S: Simd>(source: *const f32, width: usize) -> [S::Vector; LA
     }
 }
 
-/// A vector of `n < LANES` elements and zeros.
+/// Channel `which` of `n < LANES` elements and of elements of zeros.
 ///
 /// # Safety
 /// `source` is valid for `n` elements.
 #[inline(always)]
-unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize) -> S::Vector {
+unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize, which: usize) -> S::Vector {
     let mut part = [T::default(); MAX_LANES];
     // SAFETY: n < LANES <= MAX_LANES.
     unsafe {
         std::ptr::copy_nonoverlapping(source, part.as_mut_ptr(), n);
-        T::load::<S>(part.as_ptr())
+        T::load::<S>(part.as_ptr(), which)
     }
 }
 
@@ -344,56 +372,68 @@ unsafe fn softmax<S: Simd>(
     }
 }
 
-/// Adds the weighted values of a block to the sums of four queries; fetches `[n, dim]` at `ahead` meanwhile.
+/// Adds the weighted values of a block to the sums of four queries; fetches `n` entries `ahead` meanwhile.
 ///
 /// # Safety
-/// `values` holds `[n, dim]`, `sums` `[4, width]`, weights `[n, 4]`.
+/// `values` holds `[n, dim / CHANNELS]`, `sums` `[4, width]`, weights `[n, 4]`.
 #[inline(always)]
 unsafe fn weighted_sum<S: Simd, T: Element, const COLUMNS: usize>(
     weights: &[f32; BLOCK * LANE_QUERIES],
     values: *const T,
-    ahead: Option<*const T>,
+    ahead: Option<Ahead>,
     dim: usize,
     n: usize,
     sums: *mut f32,
-    width: usize,
 ) {
+    let (elements, run, width) = (dim / T::CHANNELS, scratch::run::<T>(dim), scratch::width::<T>(dim));
+    // Elements whose channels fill as many vectors.
+    let many = COLUMNS / T::CHANNELS * S::LANES;
     let mut column = 0;
-    // SAFETY: columns end at `dim`; the last, partial one is read through a copy and the sums are padded.
+    // SAFETY: columns end at `elements`; the last, partial one is read through a copy and the sums are padded.
     unsafe {
-        while column + COLUMNS * S::LANES <= dim {
-            columns::<S, COLUMNS>(weights, n, sums.add(column), width, |entry, c| {
-                let at = entry * dim + column + c * S::LANES;
-                if let Some(ahead) = ahead
-                    && ((column + c * S::LANES) * size_of::<T>()).is_multiple_of(LINE)
-                {
-                    prefetch(ahead.wrapping_add(at));
-                }
-                T::load::<S>(values.add(at))
-            });
-            column += COLUMNS * S::LANES;
+        while many > 0 && column + many <= elements {
+            let at = |c: usize| (c % T::CHANNELS, column + c / T::CHANNELS * S::LANES);
+            columns::<S, COLUMNS>(
+                weights,
+                n,
+                |c| sums.add(at(c).0 * run + at(c).1),
+                width,
+                |entry, c| {
+                    if let Some(ahead) = ahead
+                        && column + c == 0
+                    {
+                        ahead.fetch(entry, 1);
+                    }
+                    T::load::<S>(values.add(entry * elements + at(c).1), at(c).0)
+                },
+            );
+            column += many;
         }
-        while column + S::LANES <= dim {
-            columns::<S, 1>(weights, n, sums.add(column), width, |entry, _| {
-                T::load::<S>(values.add(entry * dim + column))
-            });
+        while column + S::LANES <= elements {
+            for which in 0..T::CHANNELS {
+                let value = |entry, _| T::load::<S>(values.add(entry * elements + column), which);
+                columns::<S, 1>(weights, n, |_| sums.add(which * run + column), width, value);
+            }
             column += S::LANES;
         }
-        if column < dim {
-            columns::<S, 1>(weights, n, sums.add(column), width, |entry, _| {
-                load_part::<S, T>(values.add(entry * dim + column), dim - column)
-            });
+        if column < elements {
+            for which in 0..T::CHANNELS {
+                let part = |entry, _| {
+                    load_part::<S, T>(values.add(entry * elements + column), elements - column, which)
+                };
+                columns::<S, 1>(weights, n, |_| sums.add(which * run + column), width, part);
+            }
         }
     }
 }
 
 /// # Safety
-/// `sums` holds four rows, `width` apart, of `COLUMNS` vectors; `value` may be called for entries below `n`.
+/// `sum(c)` is where four rows of a vector begin, `width` apart; `value` may be called for entries below `n`.
 #[inline(always)]
 unsafe fn columns<S: Simd, const COLUMNS: usize>(
     weights: &[f32; BLOCK * LANE_QUERIES],
     n: usize,
-    sums: *mut f32,
+    sum: impl Fn(usize) -> *mut f32,
     width: usize,
     value: impl Fn(usize, usize) -> S::Vector,
 ) {
@@ -414,7 +454,7 @@ unsafe fn columns<S: Simd, const COLUMNS: usize>(
         }
         for (query, part) in parts.into_iter().enumerate() {
             for (c, part) in part.into_iter().enumerate() {
-                let at = sums.add(query * width + c * S::LANES);
+                let at = sum(c).add(query * width);
                 S::store(at, S::add(S::load(at), part));
             }
         }

@@ -1,5 +1,6 @@
 //! A layer as its caller has it: slices of two pools, and where each row lies in them.
 
+use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::quantised::Scales;
 
@@ -61,12 +62,12 @@ pub struct Sums<'a> {
 
 /// One layer of a ragged cache, to be read.
 #[derive(Clone, Copy)]
-pub struct Layer<'a, T> {
+pub struct Layer<'a, K, V> {
     pub head_dim: usize,
-    /// `[slots, D]`
-    pub keys: &'a [T],
-    /// `[slots, D]`
-    pub values: &'a [T],
+    /// `[slots, D]`; `D / 2` where an element holds two channels
+    pub keys: &'a [K],
+    /// `[slots, D]`, as keys or in fewer bits
+    pub values: &'a [V],
     /// `[slots]`, increasing within the entries of a row
     pub positions: &'a [i32],
     pub rows: Rows<'a>,
@@ -79,17 +80,16 @@ pub struct Layer<'a, T> {
     pub scales: Option<Scales<'a>>,
 }
 
-impl<'a, T> Layer<'a, T> {
+impl<'a, K: Element, V: Element> Layer<'a, K, V> {
     pub(crate) fn check(&self) -> Result<()> {
-        if self.head_dim == 0 {
-            return Err(Error::new("head_dim must be positive, got 0"));
-        }
+        check_dim::<K>(self.head_dim)?;
+        check_dim::<V>(self.head_dim)?;
         let slots = self.positions.len();
         let elements = slots
             .checked_mul(self.head_dim)
             .ok_or_else(|| Error::new("slots * head_dim must fit the address space"))?;
-        check_len("keys", self.keys.len(), elements)?;
-        check_len("values", self.values.len(), elements)?;
+        check_len("keys", self.keys.len(), elements / K::CHANNELS)?;
+        check_len("values", self.values.len(), elements / V::CHANNELS)?;
         if let Some(scales) = self.scales {
             check_len("scales", scales.len(), slots.saturating_mul(2))?;
         }
@@ -112,11 +112,11 @@ impl<'a, T> Layer<'a, T> {
     }
 
     /// The entries of a row: keys and values `[length, D]`, positions `[length]`.
-    pub(crate) fn row(&self, row: usize) -> (&'a [T], &'a [T], &'a [i32]) {
+    pub(crate) fn row(&self, row: usize) -> (&'a [K], &'a [V], &'a [i32]) {
         let start = self.rows.start[row] as usize;
         let end = start + self.rows.length[row] as usize;
-        let elements = start * self.head_dim..end * self.head_dim;
-        (&self.keys[elements.clone()], &self.values[elements], &self.positions[start..end])
+        let (k, v) = (self.head_dim / K::CHANNELS, self.head_dim / V::CHANNELS);
+        (&self.keys[start * k..end * k], &self.values[start * v..end * v], &self.positions[start..end])
     }
 
     /// The scales of a row's entries.
@@ -129,6 +129,15 @@ impl<'a, T> Layer<'a, T> {
     pub(crate) fn compensates(&self, row: usize) -> Option<i64> {
         self.sums.map(|sums| sums.count[row]).filter(|&count| count >= 0)
     }
+}
+
+/// A head dimension that elements hold whole.
+pub(crate) fn check_dim<T: Element>(head_dim: usize) -> Result<()> {
+    if head_dim == 0 || !head_dim.is_multiple_of(T::CHANNELS) {
+        let what = if T::CHANNELS == 1 { "positive" } else { "even, for codes of 4 bits" };
+        return Err(Error::new(format!("head_dim must be {what}, got {head_dim}")));
+    }
+    Ok(())
 }
 
 /// What one query sees of a row: the entries of two spans, the second never before the end of the first.

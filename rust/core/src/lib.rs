@@ -1,6 +1,6 @@
 //! Attention, append and gather over a ragged KV cache: plain functions on slices.
 //!
-//! A layer is two flat pools, `keys` and `values`, `[slots, D]`. Row `r` (one batch entry and KV head, `b * H + h`)
+//! A layer is two flat pools, `keys` and `values`, `[slots, D]`, or half as wide where a byte holds two channels. Row `r` (one batch entry and KV head, `b * H + h`)
 //! owns the slots `start[r] .. start[r] + capacity[r]`; its first `length[r]` slots hold entries, oldest first. Every
 //! function checks its arguments before it touches the pools and returns an [`Error`] that names the wrong one.
 
@@ -16,6 +16,7 @@ mod openmp;
 mod pools;
 mod quantised;
 mod schedule;
+mod scratch;
 mod simd;
 mod threads;
 
@@ -24,7 +25,7 @@ pub use element::Element;
 pub use error::{Error, Result};
 pub use layer::{Layer, Rows, Sums};
 pub use moves::{Entries, Pools, append, gather};
-pub use quantised::{Float, Scales, quantise};
+pub use quantised::{Code, Float, Scales, quantise};
 pub use simd::Isa;
 
 pub use half::slice::HalfBitsSliceExt;

@@ -1,54 +1,47 @@
-//! The two moves of entries. They copy bits, so the storage type need not be a number.
+//! The two moves of entries. They copy bytes, so that keys and values may be stored in any way, and each in another.
 
 use crate::error::{Error, Result, check_len};
 use crate::layer::Rows;
 use crate::threads;
 
-/// Elements below which one thread copies everything.
-const SERIAL_ELEMENTS: usize = 1 << 18;
+/// Bytes below which one thread copies everything.
+const SERIAL_BYTES: usize = 1 << 20;
 
-/// Storage of one layer, to be written: `keys` and `values` `[slots, D]`, `positions` `[slots]`, and the bytes of any
-/// scales, `[slots, bytes of a slot's]`; empty where there are none.
-pub struct Pools<'a, T> {
-    pub head_dim: usize,
-    pub keys: &'a mut [T],
-    pub values: &'a mut [T],
+/// What an entry has: a key, a value, and two scales where those are codes.
+const NAMES: [&str; 3] = ["keys", "values", "scales"];
+
+/// Storage of one layer, to be written.
+pub struct Pools<'a> {
+    /// Bytes that a slot has of keys, values and scales; none of what is not there.
+    pub widths: [usize; 3],
+    /// `[slots, width]` bytes of keys, values and scales
+    pub columns: [&'a mut [u8]; 3],
+    /// `[slots]`
     pub positions: &'a mut [i32],
-    pub scales: &'a mut [u8],
 }
 
-impl<T> Pools<'_, T> {
-    /// How many bytes a slot's scales have.
-    fn check(&self) -> Result<usize> {
-        check_pools(self.head_dim, self.keys.len(), self.values.len(), self.positions.len())?;
-        let bytes = self.scales.len().checked_div(self.positions.len()).unwrap_or(0);
-        check_len("scales", self.scales.len(), bytes * self.positions.len())?;
-        Ok(bytes)
+impl Pools<'_> {
+    fn check(&self) -> Result<()> {
+        check_columns(&self.widths, self.columns.each_ref().map(|x| x.len()), self.positions.len(), "")
     }
 }
 
-fn check_pools(head_dim: usize, keys: usize, values: usize, slots: usize) -> Result<()> {
-    if head_dim == 0 {
-        return Err(Error::new("head_dim must be positive, got 0"));
+fn check_columns(widths: &[usize; 3], found: [usize; 3], count: usize, of: &str) -> Result<()> {
+    for ((name, width), found) in NAMES.iter().zip(widths).zip(found) {
+        let wanted = count.checked_mul(*width);
+        let wanted = wanted.ok_or_else(|| Error::new(format!("{of}{name} must fit the address space")))?;
+        check_len(&format!("{of}{name}"), found, wanted)?;
     }
-    let elements = slots
-        .checked_mul(head_dim)
-        .ok_or_else(|| Error::new("slots * head_dim must fit the address space"))?;
-    check_len("keys", keys, elements)?;
-    check_len("values", values, elements)
+    Ok(())
 }
 
 /// New entries for every row: T tokens of B sequences.
 #[derive(Clone, Copy)]
-pub struct Entries<'a, T> {
+pub struct Entries<'a> {
     pub batch: usize,
     pub steps: usize,
-    /// `[B, H, T, D]`
-    pub keys: &'a [T],
-    /// `[B, H, T, D]`
-    pub values: &'a [T],
-    /// `[B, H, T, bytes of a slot's]`, or empty
-    pub scales: &'a [u8],
+    /// `[B, H, T, width]` bytes of keys, values and scales
+    pub columns: [&'a [u8]; 3],
     /// `[B, T]`, false where a token is not stored; all are when None
     pub valid: Option<&'a [bool]>,
     /// Position in the text of the first token.
@@ -56,14 +49,9 @@ pub struct Entries<'a, T> {
 }
 
 /// Writes the entries behind the `length[r]` entries of each row; each row must have room for them.
-pub fn append<T: Copy + Send + Sync>(
-    pools: &mut Pools<T>,
-    rows: &Rows,
-    entries: &Entries<T>,
-    threads: usize,
-) -> Result<()> {
-    let dim = pools.head_dim;
-    let bytes = pools.check()?;
+pub fn append(pools: &mut Pools, rows: &Rows, entries: &Entries, threads: usize) -> Result<()> {
+    let widths = pools.widths;
+    pools.check()?;
     rows.check(pools.positions.len())?;
     let order = rows.disjoint_order()?;
     let (count, steps) = (rows.count(), entries.steps);
@@ -74,11 +62,8 @@ pub fn append<T: Copy + Send + Sync>(
             entries.batch
         )));
     }
-    let elements = count.checked_mul(steps).and_then(|n| n.checked_mul(dim));
-    let elements = elements.ok_or_else(|| Error::new("keys must fit the address space"))?;
-    check_len("new keys", entries.keys.len(), elements)?;
-    check_len("new values", entries.values.len(), elements)?;
-    check_len("new scales", entries.scales.len(), elements / dim * bytes)?;
+    let new = count.checked_mul(steps).ok_or_else(|| Error::new("new keys must fit the address space"))?;
+    check_columns(&widths, entries.columns.map(<[u8]>::len), new, "new ")?;
     if let Some(valid) = entries.valid {
         check_len("valid", valid.len(), entries.batch * steps)?;
     }
@@ -103,55 +88,37 @@ pub fn append<T: Copy + Send + Sync>(
     }
 
     let mut work = Vec::with_capacity(count);
-    let (mut keys, mut values, mut positions) = (&mut *pools.keys, &mut *pools.values, &mut *pools.positions);
-    let mut scales = &mut *pools.scales;
+    let (mut columns, mut positions) = (pools.columns.each_mut().map(|x| &mut **x), &mut *pools.positions);
     let mut cut = 0;
     for row in order {
         let (begin, end) = (rows.start[row] + rows.length[row], rows.start[row] + rows.capacity[row]);
         let (skip, take) = (begin as usize - cut, (end - begin) as usize);
-        let mine = split(&mut keys, skip * dim, take * dim);
-        let my_values = split(&mut values, skip * dim, take * dim);
-        let my_scales = split(&mut scales, skip * bytes, take * bytes);
-        work.push((row, mine, my_values, split(&mut positions, skip, take), my_scales));
+        work.push((row, split_all(&mut columns, &widths, skip, take), split(&mut positions, skip, take)));
         cut = end as usize;
     }
-    let threads = if elements < SERIAL_ELEMENTS { 1 } else { threads };
-    threads::for_each(threads, work, |(row, keys, values, positions, scales)| {
-        let source = row * steps;
+    let threads = if new * widths.iter().sum::<usize>() < SERIAL_BYTES { 1 } else { threads };
+    threads::for_each(threads, work, |(row, mut columns, positions)| {
         for (slot, step) in stored(row).enumerate() {
-            let from = (source + step) * dim..(source + step + 1) * dim;
-            keys[slot * dim..][..dim].copy_from_slice(&entries.keys[from.clone()]);
-            values[slot * dim..][..dim].copy_from_slice(&entries.values[from]);
-            let from = (source + step) * bytes..(source + step + 1) * bytes;
-            scales[slot * bytes..][..bytes].copy_from_slice(&entries.scales[from]);
+            copy(&mut columns, slot, &entries.columns, row * steps + step, &widths);
             positions[slot] = (entries.first_position + step as i64) as i32;
         }
     });
     Ok(())
 }
 
-/// Cuts `take` elements out of `rest`, after `skip` that nobody gets.
-fn split<'a, T>(rest: &mut &'a mut [T], skip: usize, take: usize) -> &'a mut [T] {
-    let (mine, after) = std::mem::take(rest)[skip..].split_at_mut(take);
-    *rest = after;
-    mine
-}
-
-/// Copies slot `source[i]` of `keys`, `values`, `positions` and `scales` to slot `i` of `target`; sources past the end mean
-/// the last slot.
-pub fn gather<T: Copy + Send + Sync>(
-    (keys, values, positions, scales): (&[T], &[T], &[i32], &[u8]),
+/// Copies slot `source[i]` of `columns` (keys, values and scales) and `positions` to slot `i` of `target`; sources past the
+/// end mean the last slot.
+pub fn gather(
+    columns: [&[u8]; 3],
+    positions: &[i32],
     source: &[i64],
-    target: &mut Pools<T>,
+    target: &mut Pools,
     threads: usize,
 ) -> Result<()> {
-    let dim = target.head_dim;
-    target.check()?;
-    check_pools(dim, keys.len(), values.len(), positions.len())?;
-    let bytes = scales.len().checked_div(positions.len()).unwrap_or(0);
-    check_len("scales", scales.len(), bytes * positions.len())?;
-    check_len("new scales", target.scales.len(), bytes * source.len())?;
+    let widths = target.widths;
     check_len("new positions", target.positions.len(), source.len())?;
+    check_columns(&widths, target.columns.each_ref().map(|x| x.len()), source.len(), "new ")?;
+    check_columns(&widths, columns.map(<[u8]>::len), positions.len(), "")?;
     if source.is_empty() {
         return Ok(());
     }
@@ -162,27 +129,44 @@ pub fn gather<T: Copy + Send + Sync>(
         return Err(Error::new(format!("source must be at least 0, got {wrong}")));
     }
     let last = positions.len() as i64 - 1;
-    let threads = if source.len() * dim < SERIAL_ELEMENTS { 1 } else { threads.max(1) };
+    let serial = source.len() * widths.iter().sum::<usize>() < SERIAL_BYTES;
+    let threads = if serial { 1 } else { threads.max(1) };
     let share = source.len().div_ceil(if threads > 1 { threads * 4 } else { 1 });
-    let mut new_scales = &mut *target.scales;
-    let work = source
-        .chunks(share)
-        .zip(target.keys.chunks_mut(share * dim))
-        .zip(target.values.chunks_mut(share * dim))
-        .zip(target.positions.chunks_mut(share))
-        .map(|parts| {
-            let count = parts.1.len();
-            (parts, split(&mut new_scales, 0, count * bytes))
-        })
-        .collect();
-    threads::for_each(threads, work, |((((source, new_keys), new_values), new_positions), new_scales)| {
+    let mut rest = target.columns.each_mut().map(|x| &mut **x);
+    let shares = source.chunks(share).zip(target.positions.chunks_mut(share));
+    let work =
+        shares.map(|(source, to)| (source, split_all(&mut rest, &widths, 0, source.len()), to)).collect();
+    threads::for_each(threads, work, |(source, mut new_columns, new_positions)| {
         for (slot, &from) in source.iter().enumerate() {
             let from = from.min(last) as usize;
-            new_keys[slot * dim..][..dim].copy_from_slice(&keys[from * dim..][..dim]);
-            new_values[slot * dim..][..dim].copy_from_slice(&values[from * dim..][..dim]);
+            copy(&mut new_columns, slot, &columns, from, &widths);
             new_positions[slot] = positions[from];
-            new_scales[slot * bytes..][..bytes].copy_from_slice(&scales[from * bytes..][..bytes]);
         }
     });
     Ok(())
+}
+
+/// Entry `from` of `source` becomes entry `to` of `target`.
+#[inline]
+fn copy(target: &mut [&mut [u8]; 3], to: usize, source: &[&[u8]; 3], from: usize, widths: &[usize; 3]) {
+    for ((target, source), &width) in target.iter_mut().zip(source).zip(widths) {
+        target[to * width..][..width].copy_from_slice(&source[from * width..][..width]);
+    }
+}
+
+/// Cuts `take` slots out of each of `rest`, after `skip` that nobody gets.
+fn split_all<'a>(
+    rest: &mut [&'a mut [u8]; 3],
+    widths: &[usize; 3],
+    skip: usize,
+    take: usize,
+) -> [&'a mut [u8]; 3] {
+    std::array::from_fn(|i| split(&mut rest[i], skip * widths[i], take * widths[i]))
+}
+
+/// Cuts `take` elements out of `rest`, after `skip` that nobody gets.
+fn split<'a, T>(rest: &mut &'a mut [T], skip: usize, take: usize) -> &'a mut [T] {
+    let (mine, after) = std::mem::take(rest)[skip..].split_at_mut(take);
+    *rest = after;
+    mine
 }

@@ -1,12 +1,10 @@
-//! Entries in 8 bits, as headkv/cache/quantised.py specifies them: rotated, and rounded to steps of a scale a vector.
+//! Entries in 8 bits or in 4, as headkv/cache/quantised.py specifies them: rotated, and rounded to steps of a scale a vector.
 
 use half::{bf16, f16};
 
 use crate::element::Element;
-use crate::error::{Error, Result, check_len};
-
-/// Codes lie in `-STEPS..=STEPS`.
-const STEPS: f32 = 127.0;
+use crate::error::{Result, check_len};
+use crate::layer::check_dim;
 
 /// Of each entry the scale of its key's codes and of its value's, `[slots, 2]`.
 #[derive(Clone, Copy)]
@@ -62,7 +60,7 @@ impl<'a> Scales<'a> {
 fn one_side<T: Element>(scales: &[T], begin: usize, side: Side, target: &mut [f32]) {
     let pairs = scales[2 * begin..].as_chunks::<2>().0;
     for (target, pair) in target.iter_mut().zip(pairs) {
-        *target = Element::to_f32(pair[side as usize]);
+        *target = pair[side as usize].channel(0);
     }
 }
 
@@ -112,28 +110,61 @@ pub(crate) fn rotate(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x *= norm);
 }
 
-/// Vectors `[m, D]` as codes `[m, D]` and scales `[m]`.
-pub fn quantise<T: Float>(head_dim: usize, vectors: &[T], codes: &mut [i8], scales: &mut [T]) -> Result<()> {
-    if head_dim == 0 {
-        return Err(Error::new("head_dim must be positive, got 0"));
+/// What holds the codes of `CHANNELS` channels.
+pub trait Code: Element {
+    /// The largest code.
+    const LARGEST: f32;
+    /// The codes nearest to channels that were divided by the scale; of what is no number, the one of least bits.
+    fn nearest(channels: &[f32]) -> Self;
+}
+
+/// The whole numbers from -127 to 127.
+impl Code for i8 {
+    const LARGEST: f32 = 127.0;
+
+    #[inline(always)]
+    fn nearest(channels: &[f32]) -> Self {
+        channels[0].round_ties_even().clamp(-127.0, 127.0) as i8
     }
-    check_len("codes", codes.len(), vectors.len())?;
+}
+
+/// The odd ones from -15 to 15, two a byte.
+impl Code for u8 {
+    const LARGEST: f32 = 15.0;
+
+    #[inline(always)]
+    fn nearest(channels: &[f32]) -> Self {
+        let half = |x: f32| (x * 0.5 + 7.5).round_ties_even().clamp(0.0, 15.0) as u8;
+        half(channels[0]) | half(channels[1]) << 4
+    }
+}
+
+/// Vectors `[m, D]` as codes `[m, D / CHANNELS]` and scales `[m]`.
+pub fn quantise<T: Float, C: Code>(
+    head_dim: usize,
+    vectors: &[T],
+    codes: &mut [C],
+    scales: &mut [T],
+) -> Result<()> {
+    check_dim::<C>(head_dim)?;
+    check_len("codes", codes.len(), vectors.len() / C::CHANNELS)?;
     check_len("vectors", vectors.len(), scales.len() * head_dim)?;
     let mut turned = vec![0.0f32; head_dim];
-    let each = vectors.chunks_exact(head_dim).zip(codes.chunks_exact_mut(head_dim)).zip(scales);
+    let each = vectors.chunks_exact(head_dim).zip(codes.chunks_exact_mut(head_dim / C::CHANNELS)).zip(scales);
     for ((vector, codes), scale) in each {
-        turned.iter_mut().zip(vector).for_each(|(turned, x)| *turned = x.to_f32());
+        turned.iter_mut().zip(vector).for_each(|(turned, x)| *turned = x.channel(0));
         rotate(&mut turned);
         // What is no number becomes the scale.
         let largest =
             turned.iter().fold(0.0f32, |top, x| if x.is_nan() || x.abs() > top { x.abs() } else { top });
-        *scale = T::from_f32(largest / STEPS);
-        if scale.to_f32() < T::TINY {
+        *scale = T::from_f32(largest / C::LARGEST);
+        if scale.channel(0) < T::TINY {
             *scale = T::from_f32(T::TINY);
         }
-        let step = scale.to_f32();
-        for (code, x) in codes.iter_mut().zip(&turned) {
-            *code = (x / step).round_ties_even().clamp(-STEPS, STEPS) as i8;
+        let step = scale.channel(0);
+        turned.iter_mut().for_each(|x| *x /= step);
+        for (code, channels) in codes.iter_mut().zip(turned.chunks_exact(C::CHANNELS)) {
+            *code = C::nearest(channels);
         }
     }
     Ok(())
@@ -156,20 +187,31 @@ mod tests {
         }
     }
 
-    #[test]
-    fn codes_are_off_by_at_most_half_a_scale() {
+    /// The largest error of codes `C` in scales, and the codes.
+    fn error<C: Code>() -> (f32, Vec<C>) {
         let x: Vec<bf16> = (0..128).map(|i| bf16::from_f32((i * 37 % 101) as f32 - 50.0)).collect();
-        let (mut codes, mut scales) = (vec![0; 128], vec![bf16::ZERO; 2]);
+        let (mut codes, mut scales) = (vec![C::default(); 128 / C::CHANNELS], vec![bf16::ZERO; 2]);
         quantise(64, &x, &mut codes, &mut scales).unwrap();
-        for ((x, codes), scale) in x.chunks(64).zip(codes.chunks(64)).zip(&scales) {
+        let mut worst = 0.0f32;
+        for ((x, codes), scale) in x.chunks(64).zip(codes.chunks(64 / C::CHANNELS)).zip(&scales) {
             let mut turned: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
             rotate(&mut turned);
-            let scale = scale.to_f32();
-            assert!(
-                turned.iter().zip(codes).all(|(x, &code)| (x - f32::from(code) * scale).abs() <= scale / 2.0)
-            );
+            for (i, x) in turned.iter().enumerate() {
+                let code = codes[i / C::CHANNELS].channel(i % C::CHANNELS);
+                worst = worst.max((x / scale.to_f32() - code).abs());
+            }
         }
         assert!(quantise(64, &x, &mut codes[1..], &mut scales).is_err());
         assert!(quantise(0, &x, &mut codes, &mut scales).is_err());
+        (worst, codes)
+    }
+
+    #[test]
+    fn codes_are_off_by_at_most_half_a_scale_or_a_whole_one_in_4_bits() {
+        assert!(error::<i8>().0 <= 0.5);
+        let (worst, bytes) = error::<u8>();
+        assert!(worst <= 1.0 + 15.0 / 256.0, "{worst}"); // the scale is rounded as well
+        assert!(bytes.iter().any(|byte| [0, 15].contains(&(byte & 15)) || [0, 15].contains(&(byte >> 4))));
+        assert!(quantise(5, &[0.0f32; 5], &mut [0u8; 2], &mut [0.0]).is_err());
     }
 }

@@ -310,7 +310,7 @@ fn wrong_sizes_are_refused() {
         sink_logits: none,
     };
     let options = Options { scale: 0.5, sliding_window: None, softcap: None, threads: 1, isa: Isa::detect() };
-    let fails = |layer: Layer<f32>, queries: Queries, options: Options, size: usize| {
+    let fails = |layer: Layer<f32, f32>, queries: Queries, options: Options, size: usize| {
         attend(&layer, &queries, &options, &mut vec![0.0; size]).is_err()
     };
     assert!(!fails(good, ask, options, 4));
@@ -319,6 +319,24 @@ fn wrong_sizes_are_refused() {
     assert!(fails(Layer { values: &keys[1..], ..good }, ask, options, 4));
     assert!(fails(Layer { head_dim: 0, ..good }, ask, options, 4));
     assert!(fails(Layer { positions: &positions[1..], ..good }, ask, options, 4));
+    let bytes = [0u8; 4];
+    let mut codes = Layer {
+        head_dim: 4,
+        keys: &bytes,
+        values: &bytes,
+        positions: &positions,
+        rows,
+        sinks: &[0],
+        recent: &[0],
+        sums: None,
+        scales: Some(Scales::F32(&[1.0; 4])),
+    };
+    assert!(attend(&codes, &ask, &options, &mut [0.0; 4]).is_ok());
+    codes.values = &bytes[1..];
+    assert!(attend(&codes, &ask, &options, &mut [0.0; 4]).is_err());
+    codes = Layer { head_dim: 3, values: &bytes, ..codes };
+    let error = attend(&codes, &Queries { data: &keys[..3], ..ask }, &options, &mut [0.0; 3]).unwrap_err();
+    assert!(error.to_string().contains("even"), "{error}");
     assert!(fails(Layer { rows: Rows { length: &[3], ..rows }, ..good }, ask, options, 4));
     assert!(fails(Layer { rows: Rows { start: &[1], ..rows }, ..good }, ask, options, 4));
     assert!(fails(Layer { sinks: &[-1], ..good }, ask, options, 4));

@@ -3,6 +3,16 @@
 use headkv_core::{Entries, Pools, Rows, append, gather};
 use proptest::prelude::*;
 
+/// Bytes of keys, values and scales: of every width, also of none.
+fn widths() -> impl Strategy<Value = [usize; 3]> {
+    let scales = prop_oneof![Just(0usize), Just(4), Just(8)];
+    (1usize..140, 1usize..140, scales).prop_map(|(keys, values, scales)| [keys, values, scales])
+}
+
+fn bytes(count: usize, step: usize) -> Vec<u8> {
+    (0..count).map(|i| (i * step) as u8).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -12,8 +22,7 @@ proptest! {
         batch in 1usize..3,
         steps in 0usize..9,
         valid in prop::option::of(prop::collection::vec(any::<bool>(), 18)),
-        dim in 1usize..70,
-        bytes in prop_oneof![Just(0usize), Just(4), Just(8)],
+        widths in widths(),
         threads in 1usize..4,
     ) {
         let rows = shape.len() / batch * batch;
@@ -24,14 +33,10 @@ proptest! {
         let mut start = vec![0; rows];
         (0..rows).rev().fold(0, |at, row| { start[row] = at; at + capacity[row] });
 
-        let new: Vec<u16> = (0..rows * steps * dim).map(|i| i as u16).collect();
-        let (mut keys, mut values) = (vec![u16::MAX; slots * dim], vec![u16::MAX - 1; slots * dim]);
+        let new = [0, 1, 2].map(|i| bytes(rows * steps * widths[i], 2 * i + 1));
+        let mut pools = [0, 1, 2].map(|i| vec![100 + i as u8; slots * widths[i]]);
         let mut positions = vec![-1; slots];
-        // Scales are bytes that go with an entry; without them there are none a slot.
-        let new_scales: Vec<u8> = (0..rows * steps * bytes).map(|i| i as u8).collect();
-        let mut scales = vec![7u8; slots * bytes];
-        let mut want_scales = scales.clone();
-        let (mut want_keys, mut want_values, mut want_positions) = (keys.clone(), values.clone(), positions.clone());
+        let (mut want, mut want_positions) = (pools.clone(), positions.clone());
         let valid = valid.map(|valid| valid[..batch * steps].to_vec());
         for row in 0..rows {
             let mut slot = (start[row] + length[row]) as usize;
@@ -39,129 +44,102 @@ proptest! {
                 if valid.as_ref().is_some_and(|valid| !valid[row / (rows / batch) * steps + step]) {
                     continue;
                 }
-                let entry = &new[(row * steps + step) * dim..][..dim];
-                want_keys[slot * dim..][..dim].copy_from_slice(entry);
-                want_values[slot * dim..][..dim].copy_from_slice(entry);
+                for ((want, new), width) in want.iter_mut().zip(&new).zip(widths) {
+                    want[slot * width..][..width].copy_from_slice(&new[(row * steps + step) * width..][..width]);
+                }
                 want_positions[slot] = 1000 + step as i32;
-                want_scales[slot * bytes..][..bytes]
-                    .copy_from_slice(&new_scales[(row * steps + step) * bytes..][..bytes]);
                 slot += 1;
             }
         }
-        let mut pools = Pools {
-            head_dim: dim,
-            keys: &mut keys,
-            values: &mut values,
-            positions: &mut positions,
-            scales: &mut scales,
-        };
+        let mut target =
+            Pools { widths, columns: pools.each_mut().map(Vec::as_mut_slice), positions: &mut positions };
         let layout = Rows { start: &start, length: &length, capacity: &capacity };
-        let entries =
-            Entries { batch, steps, keys: &new, values: &new, scales: &new_scales, valid: valid.as_deref(), first_position: 1000 };
-        append(&mut pools, &layout, &entries, threads).unwrap();
-        prop_assert_eq!((keys, values, positions), (want_keys, want_values, want_positions));
-        prop_assert_eq!(scales, want_scales);
+        let columns = new.each_ref().map(Vec::as_slice);
+        let entries = Entries { batch, steps, columns, valid: valid.as_deref(), first_position: 1000 };
+        append(&mut target, &layout, &entries, threads).unwrap();
+        prop_assert_eq!((pools, positions), (want, want_positions));
     }
 
     #[test]
     fn gather_copies_the_slots_that_were_asked_for(
         source in prop::collection::vec(0i64..60, 0..50),
         slots in 1usize..50,
-        dim in 1usize..70,
-        bytes in prop_oneof![Just(0usize), Just(4), Just(8)],
+        widths in widths(),
         threads in 1usize..4,
     ) {
-        let scales: Vec<u8> = (0..slots * bytes).map(|i| (i * 3) as u8).collect();
-        let mut new_scales = vec![0; source.len() * bytes];
-        let keys: Vec<u16> = (0..slots * dim).map(|i| i as u16).collect();
-        let values: Vec<u16> = keys.iter().map(|x| !x).collect();
+        let (n, pools) = (source.len(), [0, 1, 2].map(|i| bytes(slots * widths[i], 2 * i + 1)));
         let positions: Vec<i32> = (0..slots as i32).collect();
-        let n = source.len();
-        let (mut new_keys, mut new_values, mut new_positions) = (vec![0; n * dim], vec![0; n * dim], vec![0; n]);
-        let mut target = Pools {
-            head_dim: dim,
-            keys: &mut new_keys,
-            values: &mut new_values,
-            positions: &mut new_positions,
-            scales: &mut new_scales,
-        };
-        gather((&keys, &values, &positions, &scales), &source, &mut target, threads).unwrap();
+        let (mut new, mut new_positions) = (widths.map(|width| vec![0; n * width]), vec![0; n]);
+        let mut target =
+            Pools { widths, columns: new.each_mut().map(Vec::as_mut_slice), positions: &mut new_positions };
+        let columns = pools.each_ref().map(Vec::as_slice);
+        gather(columns, &positions, &source, &mut target, threads).unwrap();
         for (slot, &from) in source.iter().enumerate() {
             let from = from.min(slots as i64 - 1) as usize;
-            prop_assert_eq!(&new_keys[slot * dim..][..dim], &keys[from * dim..][..dim]);
-            prop_assert_eq!(&new_values[slot * dim..][..dim], &values[from * dim..][..dim]);
+            for ((new, pool), width) in new.iter().zip(&pools).zip(widths) {
+                prop_assert_eq!(&new[slot * width..][..width], &pool[from * width..][..width]);
+            }
             prop_assert_eq!(new_positions[slot], positions[from]);
-            prop_assert_eq!(&new_scales[slot * bytes..][..bytes], &scales[from * bytes..][..bytes]);
         }
     }
 }
 
 #[test]
 fn large_moves_are_shared_by_threads() {
-    let (slots, dim) = (9_001usize, 64);
-    let keys: Vec<f32> = (0..slots * dim).map(|i| i as f32).collect();
+    let (slots, widths) = (9_001usize, [256, 64, 0]);
+    let keys: Vec<u8> = (0..slots * 256).map(|i| (i / 7) as u8).collect();
     let positions: Vec<i32> = (0..slots as i32).collect();
     let source: Vec<i64> = (0..slots as i64).rev().collect();
     let (mut new_keys, mut new_values, mut new_positions) =
-        (vec![0.0; slots * dim], vec![0.0; slots * dim], vec![0; slots]);
-    let mut target = Pools {
-        head_dim: dim,
-        keys: &mut new_keys,
-        values: &mut new_values,
-        positions: &mut new_positions,
-        scales: &mut [],
-    };
-    gather((&keys, &keys, &positions, &[]), &source, &mut target, 3).unwrap();
+        (vec![0; slots * 256], vec![0; slots * 64], vec![0; slots]);
+    let mut target =
+        Pools { widths, columns: [&mut new_keys, &mut new_values, &mut []], positions: &mut new_positions };
+    gather([&keys, &keys[..slots * 64], &[]], &positions, &source, &mut target, 3).unwrap();
     for slot in 0..slots {
-        assert_eq!(new_keys[slot * dim..][..dim], keys[(slots - 1 - slot) * dim..][..dim]);
-        assert_eq!(new_positions[slot] as usize, slots - 1 - slot);
+        let from = slots - 1 - slot;
+        assert_eq!(new_keys[slot * 256..][..256], keys[from * 256..][..256]);
+        assert_eq!(new_values[slot * 64..][..64], keys[from * 64..][..64]);
+        assert_eq!(new_positions[slot] as usize, from);
     }
-    assert_eq!(new_keys, new_values);
 }
 
 #[test]
 fn wrong_arguments_are_refused_and_nothing_is_written() {
-    let mut keys = [7u16; 12];
-    let (mut values, mut positions) = (keys, [7i32; 6]);
-    let mut check = |start: &[i64], length: &[i64], capacity: &[i64], entries: Entries<u16>| {
-        let (before, rows) = (keys, Rows { start, length, capacity });
-        let mut pools = Pools {
-            head_dim: 2,
-            keys: &mut keys,
-            values: &mut values,
-            positions: &mut positions,
-            scales: &mut [],
-        };
+    let widths = [4, 2, 0];
+    let (mut keys, mut values, mut positions) = ([7u8; 24], [7u8; 12], [7i32; 6]);
+    let mut check = |start: &[i64], length: &[i64], capacity: &[i64], entries: Entries| {
+        let rows = Rows { start, length, capacity };
+        let before = (keys, values);
+        let mut pools =
+            Pools { widths, columns: [&mut keys, &mut values, &mut []], positions: &mut positions };
         let result = append(&mut pools, &rows, &entries, 2);
-        assert!(result.is_ok() || (keys == before && values == before && positions == [7; 6]));
+        assert!(result.is_ok() || ((keys, values) == before && positions == [7; 6]));
         result
     };
-    let new = [1u16; 4];
+    let new = [1u8; 8];
     let good =
-        Entries { batch: 1, steps: 1, keys: &new, values: &new, scales: &[], valid: None, first_position: 0 };
-    assert!(check(&[0, 3], &[0, 0], &[3, 3], Entries { scales: &[1], ..good }).is_err(), "scales for none");
+        Entries { batch: 1, steps: 1, columns: [&new, &new[..4], &[]], valid: None, first_position: 0 };
+    let with = |columns| Entries { columns, ..good };
+    assert!(check(&[0, 3], &[0, 0], &[3, 3], with([&new, &new[..4], &[1]])).is_err(), "scales for none");
     assert!(check(&[0, 3], &[3, 0], &[3, 3], good).is_err(), "a full row");
     assert!(check(&[0, 2], &[0, 0], &[3, 3], good).is_err(), "overlapping rows");
     assert!(check(&[0, 4], &[0, 0], &[3, 3], good).is_err(), "past the end");
     assert!(check(&[0, 3], &[0, -1], &[3, 3], good).is_err(), "a negative length");
-    assert!(check(&[0, 3], &[0, 0], &[3, 3], Entries { keys: &new[1..], ..good }).is_err(), "short keys");
+    assert!(check(&[0, 3], &[0, 0], &[3, 3], with([&new[1..], &new[..4], &[]])).is_err(), "short keys");
+    assert!(check(&[0, 3], &[0, 0], &[3, 3], with([&new, &new, &[]])).is_err(), "values as wide as keys");
     assert!(check(&[0, 3], &[0, 0], &[3, 3], Entries { valid: Some(&[]), ..good }).is_err(), "short valid");
     assert!(check(&[0, 3], &[0, 0], &[3, 3], Entries { batch: 3, ..good }).is_err(), "batch");
     let late = Entries { first_position: i64::from(i32::MAX), ..good };
     assert!(check(&[0, 3], &[0, 0], &[3, 3], late).is_err(), "positions that do not fit");
     assert!(check(&[0, 3], &[0, 0], &[3, 3], good).is_ok());
 
-    let mut pools = Pools {
-        head_dim: 2,
-        keys: &mut keys,
-        values: &mut values,
-        positions: &mut positions,
-        scales: &mut [],
-    };
-    let old = ([0u16; 4], [0u16; 4], [0i32; 2]);
-    assert!(gather((&old.0, &old.1, &old.2, &[]), &[0, 1, -1, 0, 0, 0], &mut pools, 1).is_err());
-    assert!(gather((&old.0, &old.1, &old.2, &[]), &[0; 5], &mut pools, 1).is_err());
-    assert!(gather((&old.0[1..], &old.1, &old.2, &[]), &[0; 6], &mut pools, 1).is_err());
-    assert!(gather((&old.0, &old.1, &old.2, &[0; 2]), &[0; 6], &mut pools, 1).is_err());
-    assert!(gather((&[], &[], &[], &[]), &[0; 6], &mut pools, 1).is_err());
+    let mut pools = Pools { widths, columns: [&mut keys, &mut values, &mut []], positions: &mut positions };
+    let (old_keys, old_values, where_from) = ([0u8; 8], [0u8; 4], [0i32; 2]);
+    let old: [&[u8]; 3] = [&old_keys, &old_values, &[]];
+    assert!(gather(old, &where_from, &[0, 1, -1, 0, 0, 0], &mut pools, 1).is_err());
+    assert!(gather(old, &where_from, &[0; 5], &mut pools, 1).is_err());
+    assert!(gather([&old_keys[1..], old[1], old[2]], &where_from, &[0; 6], &mut pools, 1).is_err());
+    assert!(gather([old[0], old[1], &[0; 2]], &where_from, &[0; 6], &mut pools, 1).is_err());
+    assert!(gather([&[], &[], &[]], &[], &[0; 6], &mut pools, 1).is_err());
+    assert!(gather(old, &where_from, &[0; 6], &mut pools, 1).is_ok());
 }

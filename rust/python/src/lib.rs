@@ -1,18 +1,19 @@
 //! `headkv._rust`: takes numpy views of torch's memory, checks them, and calls headkv-core without the interpreter lock.
 //!
-//! float32 pools come as float32 arrays, bfloat16 and float16 ones as uint16 arrays of their bits, 8-bit codes as int8 ones.
+//! float32 pools come as float32 arrays, bfloat16 and float16 ones as uint16 arrays of their bits, 8-bit codes as int8 ones,
+//! pairs of 4-bit codes as uint8 ones. What is only moved comes as uint8 arrays of its bytes.
 
 mod arrays;
 
 use headkv_core::{
-    Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows, Scales,
-    Sums, bf16, f16,
+    Code, Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows,
+    Scales, Sums, bf16, f16,
 };
 use numpy::prelude::*;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::arrays::{Input, Output, apart, copied, input, output};
+use crate::arrays::{Extent, Input, Output, apart, copied, input, output};
 
 /// The arrays of a ragged layer: any object with these attributes.
 #[derive(FromPyObject)]
@@ -31,13 +32,12 @@ struct LayerArrays<'py> {
     scales: Option<Bound<'py, PyAny>>,
 }
 
-/// The storage of a layer, read or written: any object with these attributes.
+/// The storage of a layer, read or written: any object with these attributes, bytes but for the positions.
 #[derive(FromPyObject)]
 struct PoolArrays<'py> {
     keys: Bound<'py, PyAny>,
     values: Bound<'py, PyAny>,
     positions: Bound<'py, PyAny>,
-    /// The bytes of them.
     scales: Option<Bound<'py, PyAny>>,
 }
 
@@ -84,10 +84,14 @@ fn attend<'py>(
     let options = Options { scale, sliding_window, softcap, threads, isa };
     let call = Attend { options, q, query_positions, sink_logits, out, dtype };
     match dtype {
-        _ if is::<i8>(&layer.keys) => call.run::<i8, i8>(py, &layer, |pool| pool),
-        "float32" => call.run::<f32, f32>(py, &layer, |pool| pool),
-        "bfloat16" => call.run::<u16, bf16>(py, &layer, as_bf16),
-        "float16" => call.run::<u16, f16>(py, &layer, as_f16),
+        _ if is::<u8>(&layer.keys) => call.run::<u8, u8, u8, u8>(py, &layer, |x| x, |x| x),
+        _ if is::<i8>(&layer.keys) && is::<u8>(&layer.values) => {
+            call.run::<i8, i8, u8, u8>(py, &layer, |x| x, |x| x)
+        }
+        _ if is::<i8>(&layer.keys) => call.run::<i8, i8, i8, i8>(py, &layer, |x| x, |x| x),
+        "float32" => call.run::<f32, f32, f32, f32>(py, &layer, |x| x, |x| x),
+        "bfloat16" => call.run::<u16, bf16, u16, bf16>(py, &layer, as_bf16, as_bf16),
+        "float16" => call.run::<u16, f16, u16, f16>(py, &layer, as_f16, as_f16),
         other => Err(wrong_dtype(other)),
     }
 }
@@ -103,19 +107,20 @@ struct Attend<'a, 'py> {
 }
 
 impl Attend<'_, '_> {
-    /// `Stored` is what numpy holds, `T` what it means.
-    fn run<Stored: numpy::Element, T: Element>(
+    /// `SK` and `SV` are what numpy holds of keys and values, `K` and `V` what that means.
+    fn run<SK: numpy::Element, K: Element, SV: numpy::Element, V: Element>(
         &self,
         py: Python<'_>,
         arrays: &LayerArrays<'_>,
-        meant: fn(&[Stored]) -> &[T],
+        meant_keys: fn(&[SK]) -> &[K],
+        meant_values: fn(&[SV]) -> &[V],
     ) -> PyResult<()> {
         let q: Input<f32> = input("q", self.q, 4)?;
         let query_positions: Vec<i64> = copied("query_positions", self.query_positions)?;
         let sink_logits: Option<Vec<f32>> =
             self.sink_logits.map(|sinks| copied("sink_logits", sinks)).transpose()?;
-        let keys: Input<Stored> = input("keys", &arrays.keys, 2)?;
-        let values: Input<Stored> = input("values", &arrays.values, 2)?;
+        let keys: Input<SK> = input("keys", &arrays.keys, 2)?;
+        let values: Input<SV> = input("values", &arrays.values, 2)?;
         let positions: Input<i32> = input("positions", &arrays.positions, 1)?;
         let rows = RowNumbers::new(&arrays.start, &arrays.length, &arrays.capacity)?;
         let sinks: Vec<i64> = copied("sinks", &arrays.sinks)?;
@@ -130,8 +135,10 @@ impl Attend<'_, '_> {
                     return Err(PyValueError::new_err("key_sum, value_sum and count must be given together"));
                 }
             };
-        if is::<i8>(&arrays.keys) != arrays.scales.is_some() {
-            return Err(PyValueError::new_err("scales must be given with int8 keys, and with no others"));
+        if (is::<i8>(&arrays.keys) || is::<u8>(&arrays.keys)) != arrays.scales.is_some() {
+            return Err(PyValueError::new_err(
+                "scales must be given with int8 or uint8 keys, and with no others",
+            ));
         }
         let given = arrays.scales.as_ref();
         let (wide, bits) = if self.dtype == "float32" { (given, None) } else { (None, given) };
@@ -152,7 +159,9 @@ impl Attend<'_, '_> {
                 out.shape()
             )));
         }
-        for (name, width) in [("keys", keys.shape()[1]), ("values", values.shape()[1])] {
+        for (name, width) in
+            [("keys", keys.shape()[1] * K::CHANNELS), ("values", values.shape()[1] * V::CHANNELS)]
+        {
             if width != shape[3] {
                 return Err(PyValueError::new_err(format!(
                     "{name} must have the width of q {}, got {width}",
@@ -172,8 +181,8 @@ impl Attend<'_, '_> {
         };
         let layer = Layer {
             head_dim: shape[3],
-            keys: meant(keys.as_slice()?),
-            values: meant(values.as_slice()?),
+            keys: meant_keys(keys.as_slice()?),
+            values: meant_values(values.as_slice()?),
             positions: positions.as_slice()?,
             rows: rows.rows(),
             sinks: &sinks,
@@ -210,77 +219,29 @@ fn append<'py>(
 ) -> PyResult<()> {
     let rows = RowNumbers::new(start, length, capacity)?;
     let valid: Option<Vec<bool>> = valid.map(|valid| copied("valid", valid)).transpose()?;
-    let call = Append { rows, keys, values, scales, valid, first_position, threads };
-    if is::<f32>(&pools.keys) {
-        call.run::<f32>(py, &pools)
-    } else if is::<i8>(&pools.keys) {
-        call.run::<i8>(py, &pools)
-    } else {
-        call.run::<u16>(py, &pools)
+    let keys: Input<u8> = input("new keys", keys, 4)?;
+    let values: Input<u8> = input("new values", values, 4)?;
+    let scales: Option<Input<u8>> = scales.map(|x| input("new scales", x, 4)).transpose()?;
+    let shape = keys.shape();
+    if values.shape()[..3] != shape[..3] {
+        return Err(PyValueError::new_err(format!(
+            "new keys and new values must agree, got shapes {shape:?} and {:?}",
+            values.shape()
+        )));
     }
-}
-
-struct Append<'a, 'py> {
-    rows: RowNumbers,
-    keys: &'a Bound<'py, PyAny>,
-    values: &'a Bound<'py, PyAny>,
-    scales: Option<&'a Bound<'py, PyAny>>,
-    valid: Option<Vec<bool>>,
-    first_position: i64,
-    threads: usize,
-}
-
-impl Append<'_, '_> {
-    fn run<T: numpy::Element + Copy + Send + Sync>(
-        &self,
-        py: Python<'_>,
-        arrays: &PoolArrays<'_>,
-    ) -> PyResult<()> {
-        let new_keys: Input<T> = input("new keys", self.keys, 4)?;
-        let new_values: Input<T> = input("new values", self.values, 4)?;
-        let mut keys: Output<T> = output("keys", &arrays.keys, 2)?;
-        let mut values: Output<T> = output("values", &arrays.values, 2)?;
-        let mut positions: Output<i32> = output("positions", &arrays.positions, 1)?;
-        let new_scales: Option<Input<u8>> = self.scales.map(|x| input("new scales", x, 4)).transpose()?;
-        let mut scales: Option<Output<u8>> =
-            arrays.scales.as_ref().map(|x| output("scales", x, 2)).transpose()?;
-        let shape = new_keys.shape();
-        if new_values.shape() != shape || values.shape() != keys.shape() || keys.shape()[1] != shape[3] {
-            return Err(PyValueError::new_err(format!(
-                "new keys, new values, keys and values must agree, got shapes {shape:?}, {:?}, {:?} and {:?}",
-                new_values.shape(),
-                keys.shape(),
-                values.shape()
-            )));
-        }
-        apart("keys", &keys, &[&new_keys, &new_values, &values, &positions])?;
-        apart("values", &values, &[&new_keys, &new_values, &positions])?;
-        apart("positions", &positions, &[&new_keys, &new_values])?;
-        if let Some(scales) = &scales {
-            apart("scales", scales, &[&new_keys, &new_values, &keys, &values, &positions])?;
-            if let Some(new) = &new_scales {
-                apart("scales", scales, &[new])?;
-            }
-        }
-        let entries = Entries {
-            batch: shape[0],
-            steps: shape[2],
-            keys: new_keys.as_slice()?,
-            values: new_values.as_slice()?,
-            scales: new_scales.as_ref().map_or(Ok(&[][..]), |x| x.as_slice())?,
-            valid: self.valid.as_deref(),
-            first_position: self.first_position,
-        };
-        let mut pools = Pools {
-            head_dim: shape[3],
-            keys: keys.as_slice_mut()?,
-            values: values.as_slice_mut()?,
-            positions: positions.as_slice_mut()?,
-            scales: scales.as_mut().map_or(Ok(&mut [][..]), |x| x.as_slice_mut())?,
-        };
-        let (rows, threads) = (self.rows.rows(), self.threads);
-        py.detach(|| headkv_core::append(&mut pools, &rows, &entries, threads)).map_err(value_error)
-    }
+    let mut target = Written::new(&pools, "")?;
+    let mut inputs: Vec<&dyn Extent> = vec![&keys, &values];
+    inputs.extend(scales.as_ref().map(|x| x as &dyn Extent));
+    target.apart_from(&inputs)?;
+    let entries = Entries {
+        batch: shape[0],
+        steps: shape[2],
+        columns: [keys.as_slice()?, values.as_slice()?, bytes(scales.as_ref())?],
+        valid: valid.as_deref(),
+        first_position,
+    };
+    let (mut pools, rows) = (target.pools()?, rows.rows());
+    py.detach(|| headkv_core::append(&mut pools, &rows, &entries, threads)).map_err(value_error)
 }
 
 /// Copies slot `source[i]` of `pools` to slot `i` of `target`.
@@ -292,57 +253,76 @@ fn gather<'py>(
     target: PoolArrays<'py>,
     threads: usize,
 ) -> PyResult<()> {
-    if is::<f32>(&pools.keys) {
-        run_gather::<f32>(py, &pools, source, &target, threads)
-    } else if is::<i8>(&pools.keys) {
-        run_gather::<i8>(py, &pools, source, &target, threads)
-    } else {
-        run_gather::<u16>(py, &pools, source, &target, threads)
-    }
-}
-
-fn run_gather<T: numpy::Element + Copy + Send + Sync>(
-    py: Python<'_>,
-    pools: &PoolArrays<'_>,
-    source: &Bound<'_, PyAny>,
-    target: &PoolArrays<'_>,
-    threads: usize,
-) -> PyResult<()> {
-    let keys: Input<T> = input("keys", &pools.keys, 2)?;
-    let values: Input<T> = input("values", &pools.values, 2)?;
+    let keys: Input<u8> = input("keys", &pools.keys, 2)?;
+    let values: Input<u8> = input("values", &pools.values, 2)?;
     let positions: Input<i32> = input("positions", &pools.positions, 1)?;
-    let source: Vec<i64> = copied("source", source)?;
-    let mut new_keys: Output<T> = output("new keys", &target.keys, 2)?;
-    let mut new_values: Output<T> = output("new values", &target.values, 2)?;
-    let mut new_positions: Output<i32> = output("new positions", &target.positions, 1)?;
     let scales: Option<Input<u8>> = pools.scales.as_ref().map(|x| input("scales", x, 2)).transpose()?;
-    let mut new_scales: Option<Output<u8>> =
-        target.scales.as_ref().map(|x| output("new scales", x, 2)).transpose()?;
-    let widths = [keys.shape()[1], values.shape()[1], new_keys.shape()[1], new_values.shape()[1]];
-    if widths.iter().any(|&width| width != widths[0]) {
-        return Err(PyValueError::new_err(format!("keys and values must have one width, got {widths:?}")));
-    }
-    let inputs: [&dyn arrays::Extent; 3] = [&keys, &values, &positions];
-    apart("new keys", &new_keys, &[inputs.as_slice(), &[&new_values, &new_positions]].concat())?;
-    apart("new values", &new_values, &[inputs.as_slice(), &[&new_positions]].concat())?;
-    apart("new positions", &new_positions, &inputs)?;
-    if let (Some(scales), Some(new)) = (&scales, &new_scales) {
-        let others: [&dyn arrays::Extent; 4] = [&new_keys, &new_values, &new_positions, scales];
-        apart("new scales", new, &[inputs.as_slice(), &others].concat())?;
-    }
-    let bytes = scales.as_ref().map_or(Ok(&[][..]), |x| x.as_slice())?;
-    let from = (keys.as_slice()?, values.as_slice()?, positions.as_slice()?, bytes);
-    let mut to = Pools {
-        head_dim: widths[0],
-        keys: new_keys.as_slice_mut()?,
-        values: new_values.as_slice_mut()?,
-        positions: new_positions.as_slice_mut()?,
-        scales: new_scales.as_mut().map_or(Ok(&mut [][..]), |x| x.as_slice_mut())?,
-    };
-    py.detach(|| headkv_core::gather(from, &source, &mut to, threads)).map_err(value_error)
+    let source: Vec<i64> = copied("source", source)?;
+    let mut target = Written::new(&target, "new ")?;
+    let mut inputs: Vec<&dyn Extent> = vec![&keys, &values, &positions];
+    inputs.extend(scales.as_ref().map(|x| x as &dyn Extent));
+    target.apart_from(&inputs)?;
+    let columns = [keys.as_slice()?, values.as_slice()?, bytes(scales.as_ref())?];
+    let (positions, mut target) = (positions.as_slice()?, target.pools()?);
+    py.detach(|| headkv_core::gather(columns, positions, &source, &mut target, threads)).map_err(value_error)
 }
 
-/// Vectors `[m, D]` as codes `[m, D]` and scales `[m]` of the same dtype, both written.
+/// Pools to be written, and what their names begin with in errors.
+struct Written<'py> {
+    of: &'static str,
+    keys: Output<'py, u8>,
+    values: Output<'py, u8>,
+    positions: Output<'py, i32>,
+    scales: Option<Output<'py, u8>>,
+}
+
+impl<'py> Written<'py> {
+    fn new(arrays: &PoolArrays<'py>, of: &'static str) -> PyResult<Self> {
+        let scales = arrays.scales.as_ref();
+        Ok(Self {
+            of,
+            keys: output(&format!("{of}keys"), &arrays.keys, 2)?,
+            values: output(&format!("{of}values"), &arrays.values, 2)?,
+            positions: output(&format!("{of}positions"), &arrays.positions, 1)?,
+            scales: scales.map(|x| output(&format!("{of}scales"), x, 2)).transpose()?,
+        })
+    }
+
+    /// Each of them shares no memory with what is read, nor with the others.
+    fn apart_from(&self, inputs: &[&dyn Extent]) -> PyResult<()> {
+        let mut others = inputs.to_vec();
+        let named: [(&str, &dyn Extent); 3] =
+            [("positions", &self.positions), ("values", &self.values), ("keys", &self.keys)];
+        for (name, pool) in self.scales.iter().map(|x| ("scales", x as &dyn Extent)).chain(named) {
+            apart(&format!("{}{name}", self.of), pool, &others)?;
+            others.push(pool);
+        }
+        Ok(())
+    }
+
+    fn pools(&mut self) -> PyResult<Pools<'_>> {
+        let width = |shape: &[usize]| shape[1];
+        Ok(Pools {
+            widths: [
+                width(self.keys.shape()),
+                width(self.values.shape()),
+                self.scales.as_ref().map_or(0, |x| width(x.shape())),
+            ],
+            columns: [
+                self.keys.as_slice_mut()?,
+                self.values.as_slice_mut()?,
+                self.scales.as_mut().map_or(Ok(&mut [][..]), |x| x.as_slice_mut())?,
+            ],
+            positions: self.positions.as_slice_mut()?,
+        })
+    }
+}
+
+fn bytes<'a>(scales: Option<&'a Input<'_, u8>>) -> PyResult<&'a [u8]> {
+    Ok(scales.map_or(Ok(&[][..]), |x| x.as_slice())?)
+}
+
+/// Vectors `[m, D]` as codes, `[m, D]` int8 or `[m, D / 2]` uint8, and scales `[m]` of the same dtype, both written.
 #[pyfunction]
 fn quantise<'py>(
     py: Python<'py>,
@@ -351,19 +331,33 @@ fn quantise<'py>(
     codes: &Bound<'py, PyAny>,
     scales: &Bound<'py, PyAny>,
 ) -> PyResult<()> {
+    if is::<u8>(codes) {
+        quantise_as::<u8>(py, vectors, dtype, codes, scales)
+    } else {
+        quantise_as::<i8>(py, vectors, dtype, codes, scales)
+    }
+}
+
+fn quantise_as<C: Code + numpy::Element>(
+    py: Python<'_>,
+    vectors: &Bound<'_, PyAny>,
+    dtype: &str,
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+) -> PyResult<()> {
     match dtype {
-        "float32" => run_quantise::<f32, f32>(py, vectors, codes, scales, |x| x, |x| x),
+        "float32" => run_quantise::<f32, f32, C>(py, vectors, codes, scales, |x| x, |x| x),
         "bfloat16" => {
-            run_quantise::<u16, bf16>(py, vectors, codes, scales, as_bf16, |x| x.reinterpret_cast_mut())
+            run_quantise::<u16, bf16, C>(py, vectors, codes, scales, as_bf16, |x| x.reinterpret_cast_mut())
         }
         "float16" => {
-            run_quantise::<u16, f16>(py, vectors, codes, scales, as_f16, |x| x.reinterpret_cast_mut())
+            run_quantise::<u16, f16, C>(py, vectors, codes, scales, as_f16, |x| x.reinterpret_cast_mut())
         }
         other => Err(wrong_dtype(other)),
     }
 }
 
-fn run_quantise<Stored: numpy::Element, T: Float>(
+fn run_quantise<Stored: numpy::Element, T: Float, C: Code + numpy::Element>(
     py: Python<'_>,
     vectors: &Bound<'_, PyAny>,
     codes: &Bound<'_, PyAny>,
@@ -372,7 +366,7 @@ fn run_quantise<Stored: numpy::Element, T: Float>(
     meant_mut: fn(&mut [Stored]) -> &mut [T],
 ) -> PyResult<()> {
     let vectors: Input<Stored> = input("vectors", vectors, 2)?;
-    let mut codes: Output<i8> = output("codes", codes, 2)?;
+    let mut codes: Output<C> = output("codes", codes, 2)?;
     let mut scales: Output<Stored> = output("scales", scales, 1)?;
     apart("codes", &codes, &[&vectors, &scales])?;
     apart("scales", &scales, &[&vectors])?;

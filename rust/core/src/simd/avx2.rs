@@ -37,6 +37,17 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(source.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_lower(source: *const u8) -> __m256 {
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(source.cast()));
+            codes(_mm256_and_si256(bytes, _mm256_set1_epi32(15)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_upper(source: *const u8) -> __m256 {
+        unsafe { codes(_mm256_srli_epi32::<4>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(source.cast())))) }
+    }
+    #[inline(always)]
     unsafe fn store(target: *mut f32, x: __m256) {
         unsafe { _mm256_storeu_ps(target, x) }
     }
@@ -79,6 +90,13 @@ impl Simd for Avx2 {
     unsafe fn sums(x: [__m256; 4]) -> [f32; 4] {
         unsafe { sums256(x) }
     }
+}
+
+/// `2 n - 15`
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn codes(n: __m256i) -> __m256 {
+    unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(n), _mm256_set1_ps(2.0), _mm256_set1_ps(-15.0)) }
 }
 
 #[inline(always)]

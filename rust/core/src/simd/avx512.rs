@@ -38,6 +38,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(source.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_lower(source: *const u8) -> __m512 {
+        unsafe { codes(_mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_upper(source: *const u8) -> __m512 {
+        unsafe { codes(_mm512_srli_epi32::<4>(_mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast())))) }
+    }
+    #[inline(always)]
     unsafe fn store(target: *mut f32, x: __m512) {
         unsafe { _mm512_storeu_ps(target, x) }
     }
@@ -79,6 +87,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sums(x: [__m512; 4]) -> [f32; 4] {
         unsafe { sums256([fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3])]) }
+    }
+}
+
+/// The codes that the lowest 4 bits of each lane stand for: a table that fits a register.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn codes(index: __m512i) -> __m512 {
+    unsafe {
+        let table = _mm512_setr_ps(
+            -15.0, -13.0, -11.0, -9.0, -7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0,
+        );
+        _mm512_permutexvar_ps(index, table)
     }
 }
 

@@ -30,6 +30,10 @@ pub trait Simd {
     unsafe fn load_bf16(source: *const bf16) -> Self::Vector;
     unsafe fn load_f16(source: *const f16) -> Self::Vector;
     unsafe fn load_i8(source: *const i8) -> Self::Vector;
+    /// The codes of 4 bits, 2 n - 15, in the lower halves of bytes.
+    unsafe fn load_lower(source: *const u8) -> Self::Vector;
+    /// Those in the upper halves.
+    unsafe fn load_upper(source: *const u8) -> Self::Vector;
     unsafe fn store(target: *mut f32, x: Self::Vector);
     unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     unsafe fn sub(a: Self::Vector, b: Self::Vector) -> Self::Vector;

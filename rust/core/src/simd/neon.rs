@@ -51,6 +51,14 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn load_lower(source: *const u8) -> float32x4_t {
+        unsafe { codes(vandq_u32(four_bytes(source), vdupq_n_u32(15))) }
+    }
+    #[inline(always)]
+    unsafe fn load_upper(source: *const u8) -> float32x4_t {
+        unsafe { codes(vshrq_n_u32::<4>(four_bytes(source))) }
+    }
+    #[inline(always)]
     unsafe fn store(target: *mut f32, x: float32x4_t) {
         unsafe { vst1q_f32(target, x) }
     }
@@ -93,4 +101,20 @@ impl Simd for Neon {
     unsafe fn sums(x: [float32x4_t; 4]) -> [f32; 4] {
         unsafe { [vaddvq_f32(x[0]), vaddvq_f32(x[1]), vaddvq_f32(x[2]), vaddvq_f32(x[3])] }
     }
+}
+
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn four_bytes(source: *const u8) -> uint32x4_t {
+    unsafe {
+        let four = source.cast::<u32>().read_unaligned();
+        vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(u64::from(four)))))
+    }
+}
+
+/// `2 n - 15`
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn codes(n: uint32x4_t) -> float32x4_t {
+    unsafe { vfmaq_f32(vdupq_n_f32(-15.0), vcvtq_f32_u32(n), vdupq_n_f32(2.0)) }
 }

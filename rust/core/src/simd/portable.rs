@@ -32,17 +32,27 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_bf16(source: *const bf16) -> Self::Vector {
         let half = unsafe { source.cast::<[bf16; LANES]>().read_unaligned() };
-        each(|i| Element::to_f32(half[i]))
+        each(|i| half[i].channel(0))
     }
     #[inline(always)]
     unsafe fn load_f16(source: *const f16) -> Self::Vector {
         let half = unsafe { source.cast::<[f16; LANES]>().read_unaligned() };
-        each(|i| Element::to_f32(half[i]))
+        each(|i| half[i].channel(0))
     }
     #[inline(always)]
     unsafe fn load_i8(source: *const i8) -> Self::Vector {
         let codes = unsafe { source.cast::<[i8; LANES]>().read_unaligned() };
         each(|i| f32::from(codes[i]))
+    }
+    #[inline(always)]
+    unsafe fn load_lower(source: *const u8) -> Self::Vector {
+        let codes = unsafe { source.cast::<[u8; LANES]>().read_unaligned() };
+        each(|i| codes[i].channel(0))
+    }
+    #[inline(always)]
+    unsafe fn load_upper(source: *const u8) -> Self::Vector {
+        let codes = unsafe { source.cast::<[u8; LANES]>().read_unaligned() };
+        each(|i| codes[i].channel(1))
     }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: Self::Vector) {
