@@ -1,6 +1,6 @@
 """One layer's decode step on a GPU, beside a launch that only reads, dense attention, and others' kernels.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search] [--json FILE] [--profile NAME]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_attention.py [--search [entries] [codes]] [--json FILE] [--profile NAME]
 
 Shape of Llama-3.1-8B: 8 KV heads, 4 query heads each, D 128, bfloat16, and the same entries as codes of 8 or 4 bits, by
 the names of their storages. The rows' lengths are skewed (Dirichlet 1), as head-specific budgets leave them; dense
@@ -344,13 +344,13 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
                 attempt(rival.name, measure_rival, rival)
         except ImportError as missing:
             print(f"  {rivals.__name__} is not installed: {missing}", flush=True)
-    for name, step in variants(options.search).items():
+    for name, step in variants("entries" in options.search).items():
         attempt(name, measure_ours, name, step)
     plain = layers
     for storage in BITS:
         layers = [as_codes(layer, storage) for layer in plain]
         note(f"a launch that only reads {storage}", time_read(layers, options.replays))
-        for name, step in variants_of_codes(storage, options.search).items():
+        for name, step in variants_of_codes(storage, "codes" in options.search).items():
             attempt(name, measure_ours, name, step)
     return column
 
@@ -374,7 +374,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--replays", type=int, default=30, help="graph replays, of which the median counts")
-    parser.add_argument("--search", action="store_true", help="also other ways to cut the work")
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        default=(),
+        choices=("entries", "codes"),
+        help="also other ways to cut the work over these rows",
+    )
     parser.add_argument(
         "--profile", metavar="NAME", help="only launch this variant a few times, for a profiler"
     )
