@@ -4,9 +4,9 @@
 
 The tuned SmolLM2 in bfloat16 reads texts in which words and numbers are hidden, once for all. Each method compresses
 them without knowing the questions, to a share of the entries in bfloat16, and to as many more in each other storage of
-the cache as have the same bytes; the full cache is stored in all. An answer is right if every token of it is the most likely one. KL is that of
-the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over tokens of questions and
-answers. Bytes are those of entries: keys, values, scales, positions.
+the cache as have the same bytes; the full cache is stored in all. An answer is right if every token of it is the most
+likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over
+tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions.
 
 `--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values are rounded
 as it would and kept in bfloat16; their bytes are counted, not measured.

@@ -1,6 +1,6 @@
 """The compiled extension. Arrays are C-contiguous; those of bfloat16 and float16 hold the bits, as uint16.
 
-Keys and values in 8 bits are int8 arrays, in 4 bits uint8 ones of half the width; what the codes stand for, `scales` say.
+Keys and values in 8 bits are int8 arrays, in 4 bits uint8 ones of half the width; `scales` say what codes stand for.
 What is only moved is given as uint8 arrays of its bytes.
 """
 

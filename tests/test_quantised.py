@@ -260,7 +260,9 @@ def test_bytes_fall_by_the_storage_that_is_held(storage, size, dtype):
     small.quantise(storage)
     assert small.keys is before, "a layer that is stored so stays as it is"
     for other in {*BITS, "model"} - {storage}:
-        with pytest.raises(ValueError, match=f"storage must be '{storage}', as .* rounded once, got '{other}'"):
+        with pytest.raises(
+            ValueError, match=f"storage must be '{storage}', as .* rounded once, got '{other}'"
+        ):
             small.quantise(other)
 
 
@@ -435,7 +437,13 @@ def test_the_oracle_tells_rounded_entries_from_others():
 
 @pytest.mark.parametrize(
     "family, storage",
-    [("gemma2", "int8"), ("mistral-sliding", "int8"), ("qwen3", "int4"), ("gpt_oss", "int8"), ("gpt_oss", "k8v4")],
+    [
+        ("gemma2", "int8"),
+        ("mistral-sliding", "int8"),
+        ("qwen3", "int4"),
+        ("gpt_oss", "int8"),
+        ("gpt_oss", "k8v4"),
+    ],
 )
 def test_families(family, storage):
     as_masked(tiny_model(family), METHODS["AdaKV"], storage=storage)
@@ -492,7 +500,9 @@ def test_conversation_saved_and_copied(tmp_path, storage):
 
 
 def test_another_storage_is_refused_on_entry():
-    with pytest.raises(ValueError, match="storage must be one of 'model', 'int8', 'k8v4', 'int4', got 'int2'"):
+    with pytest.raises(
+        ValueError, match="storage must be one of 'model', 'int8', 'k8v4', 'int4', got 'int2'"
+    ):
         headkv.compress(tiny_model("llama"), METHODS["AdaKV"], storage="int2")
 
 

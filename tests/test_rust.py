@@ -182,7 +182,9 @@ def rows(*numbers):
 
 ONE, TWO = torch.zeros(1, 8), torch.zeros(2, 8)
 CODES = {name: torch.zeros(10, 8, dtype=torch.int8) for name in ("keys", "values")}
-BYTES = {name: torch.zeros(10, 8, dtype=torch.uint8) for name in ("keys", "values")} | {"scales": torch.zeros(10, 2)}
+BYTES = {name: torch.zeros(10, 8, dtype=torch.uint8) for name in ("keys", "values")} | {
+    "scales": torch.zeros(10, 2)
+}
 FAR, LAST = 2**62, 2**63 - 1
 BAD = {
     "length past the capacity": (dict(length=rows(3, 6)), ValueError, "row 1 must lie within the 10 slots"),

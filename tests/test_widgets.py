@@ -364,6 +364,9 @@ def test_traits_set_later_are_checked_too():
     ("bill", "bytes_a_token", "full"),
     [
         pytest.param(CacheBill(context=1000), 46_080, "46,080,000 bytes", id="SmolLM2"),
+        pytest.param(
+            CacheBill(context=1000, dtype="int4"), 5_760, "x 0.5 bytes = 5,760 bytes a token", id="4 bits"
+        ),
         pytest.param(CacheBill(context=1000, batch=4), 46_080, "184,320,000 bytes", id="four texts"),
         pytest.param(
             CacheBill(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", context=131_072),

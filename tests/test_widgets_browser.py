@@ -407,6 +407,9 @@ def test_cache_bill_follows_its_controls(chromium):
         page.page.get_by_label("KV heads").fill("32")
         page.page.get_by_label("KV heads").press("Enter")
         assert root.get_attribute("data-bytes-per-token") == str(4 * 131072)
+        page.page.get_by_role("radio", name="int4").check()
+        assert root.get_attribute("data-bytes-per-token") == str(131072)
+        assert "× 0.5" in page.page.locator(".hk-formula").text_content()
         page.page.get_by_label("Layers").fill("0")
         page.page.get_by_label("Layers").press("Enter")
         assert page.get("layers") == 32 and page.page.get_by_label("Layers").input_value() == "32"

@@ -100,13 +100,14 @@ def storage_of(pools: Pools) -> str:
 
 def quantised_pools(pools: Pools, bits: tuple[int, int]) -> Pools:
     """Pools of float entries in so many bits a key's and a value's channel; `scales` `[slots, 2]` are theirs."""
-    codes = [empty_codes(vectors, one) for vectors, one in zip(pools[:2], bits, strict=True)]
+    sides = pools.keys, pools.values
+    keys, values = (empty_codes(vectors, one) for vectors, one in zip(sides, bits, strict=True))
     scales = pools.keys.new_empty(pools.keys.shape[0], 2)
-    for side, one in enumerate(bits):
+    for side, (vectors, codes, one) in enumerate(zip(sides, (keys, values), bits, strict=True)):
         for begin in range(0, scales.shape[0], PART):
             part = slice(begin, begin + PART)
-            codes[side][part], scales[part, side] = quantised(pools[side][part], one)
-    return Pools(*codes, pools.positions, scales)
+            codes[part], scales[part, side] = quantised(vectors[part], one)
+    return Pools(keys, values, pools.positions, scales)
 
 
 def entries(pools: Pools, slots: Tensor | slice) -> tuple[Tensor, Tensor]:

@@ -292,7 +292,9 @@ class RaggedLayer(Rows):
         if storage == self.storage:
             return
         if self.scales is not None:
-            raise ValueError(f"storage must be {self.storage!r}, as entries are rounded once, got {storage!r}")
+            raise ValueError(
+                f"storage must be {self.storage!r}, as entries are rounded once, got {storage!r}"
+            )
         pools = self.pools.each(Tensor.detach)
         self._become(**moves.quantise(pools, quantised.BITS[storage])._asdict())
 

@@ -9,7 +9,7 @@ import traitlets as t
 from headkv.widgets import checks
 from headkv.widgets.base import Picture, bundle
 
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 CARDS = tuple(int(gb * 1e9) for gb in (16, 24, 80, 141))  # memory of cards that are sold
 PRESETS: tuple[dict[str, Any], ...] = (
     {
@@ -36,7 +36,7 @@ class CacheBill(Picture):
 
     Args:
         layers, kv_heads, head_dim: the model's sizes (default: SmolLM2-135M).
-        dtype: "float32", "bfloat16", "float16" or "int8".
+        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (two numbers a byte).
         context: tokens in the cache, 128 to 1,048,576 on the slider.
         share: share of the cache kept, in (0, 1].
         weight_bytes: bytes of the model's weights, 0 to leave them out.
@@ -110,7 +110,7 @@ class CacheBill(Picture):
     def bytes_per_token(self) -> int:
         """Bytes that one token adds to the full cache."""
         numbers = 2 * self.layers * self.kv_heads * self.head_dim
-        return numbers * DTYPES[self.dtype]
+        return int(numbers * DTYPES[self.dtype])
 
     @property
     def tokens_that_fit(self) -> int:

@@ -6,7 +6,7 @@ import { costCurves } from "./cost_curves.js";
 
 const NAMES = [["layers", "Layers"], ["kv_heads", "KV heads"], ["head_dim", "Head dim"]];
 const FOLLOWED = ["dtype", "context", "share", "weight_bytes", "batch", "card_bytes"];
-const BYTES = { float32: 4, bfloat16: 2, float16: 2, int8: 1 };
+const BYTES = { float32: 4, bfloat16: 2, float16: 2, int8: 1, int4: 0.5 };
 
 /** @import { Model } from "./toolkit.js" */
 
@@ -50,7 +50,7 @@ function render({ model, el }) {
     label: "Stored as",
     name: "dtype",
     value: get("dtype"),
-    options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, `${times(size, "byte")} a number`]),
+    options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, size < 1 ? "half a byte a number" : `${times(size, "byte")} a number`]),
     onchange: (x) => put({ dtype: x }),
   });
   const context = slider({
@@ -177,7 +177,7 @@ const withoutName = ({ name: _, ...sizes }) => sizes;
 /** 2 x layers x heads x ..., each number with its word under it. */
 function termParts(...terms) {
   return terms.map(([number, word], i) =>
-    h("span.term", {}, h("b", {}, (i ? "× " : "") + count(Number(number))), h("small", {}, word))
+    h("span.term", {}, h("b", {}, (i ? "× " : "") + (number < 1 ? number : count(Number(number)))), h("small", {}, word))
   );
 }
 
