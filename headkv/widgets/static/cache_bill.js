@@ -50,7 +50,7 @@ function render({ model, el }) {
     label: "Stored as",
     name: "dtype",
     value: get("dtype"),
-    options: Object.entries(BYTES).map(([key, size]) => [key, `${key}`, size < 1 ? "half a byte a number" : `${times(size, "byte")} a number`]),
+    options: Object.entries(BYTES).map(([key, size]) => [key, key, `${sized(size)} a number`]),
     onchange: (x) => put({ dtype: x }),
   });
   const context = slider({
@@ -172,12 +172,18 @@ function render({ model, el }) {
   return live(root, model, [...FOLLOWED, ...NAMES.map(([name]) => name)], draw);
 }
 
+const sized = (bytes) => bytes < 1 ? "half a byte" : times(bytes, "byte");
 const withoutName = ({ name: _, ...sizes }) => sizes;
 
 /** 2 x layers x heads x ..., each number with its word under it. */
 function termParts(...terms) {
   return terms.map(([number, word], i) =>
-    h("span.term", {}, h("b", {}, (i ? "× " : "") + (number < 1 ? number : count(Number(number)))), h("small", {}, word))
+    h(
+      "span.term",
+      {},
+      h("b", {}, (i ? "× " : "") + (number < 1 ? number : count(Number(number)))),
+      h("small", {}, word),
+    )
   );
 }
 
