@@ -56,8 +56,8 @@ class DecodeConfig:
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
-        """One program for each multiprocessor, two where there are codes of 4 bits; up to 32 KiB of keys and values at a
-        time (of codes for float32, once they are that), through a ring on Hopper.
+        """One program for each multiprocessor, two where there are codes of 4 bits; up to 32 KiB of keys and values at
+        a time (of codes for float32, once they are that), through a ring on Hopper.
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
@@ -72,7 +72,7 @@ class DecodeConfig:
             # A warp takes 8 channels of each quarter, and more warps would do the same work twice. So two programs keep
             # a multiprocessor busy, with blocks that fit into their registers.
             programs, warps = 2 * programs, max(4, min(8, rows.dim_pad // 32))
-            block, stages = min(block, 64), 4 if rows.dim_pad <= 128 else 3
+            block, stages = min(block, 64), 4 if rows.dim_pad <= 128 else stages
         return cls(programs, block, stages, warps, early=early, ring=ring)
 
 
