@@ -264,9 +264,9 @@ def variants(search: bool) -> dict[str, Step]:
     return found
 
 
-def variants_of_codes(storage: str, search: bool) -> dict[str, Step]:
-    """The same over rows of codes."""
-    rows = as_codes(make_layer(64, "cuda"), storage).rows
+def variants_of_codes(layer: Layer, storage: str, search: bool) -> dict[str, Step]:
+    """The same over rows of codes, as those of `layer`."""
+    rows = as_codes(layer, storage).rows
     config, hopper = DecodeConfig.default(rows), torch.cuda.get_device_capability()[0] >= 9
     found = {f"headkv, {storage}": stepping(config, ahead=hopper)}
     processors = torch.cuda.get_device_properties(rows.keys.device).multi_processor_count
@@ -350,7 +350,7 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
     for storage in BITS:
         layers = [as_codes(layer, storage) for layer in plain]
         note(f"a launch that only reads {storage}", time_read(layers, options.replays))
-        for name, step in variants_of_codes(storage, "codes" in options.search).items():
+        for name, step in variants_of_codes(plain[0], storage, "codes" in options.search).items():
             attempt(name, measure_ours, name, step)
     return column
 
@@ -361,7 +361,7 @@ def profile(name: str) -> None:
         layers = [make_layer(entries, "cuda") for _ in range(4)]
         steps = variants(search=True)
         for storage in BITS:
-            if name not in steps and name in (coded := variants_of_codes(storage, search=True)):
+            if name not in steps and name in (coded := variants_of_codes(layers[0], storage, search=True)):
                 steps, layers = coded, [as_codes(layer, storage) for layer in layers]
         for layer in layers:
             steps[name](layer)

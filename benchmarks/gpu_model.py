@@ -179,8 +179,10 @@ def ragged(
     begin = time.perf_counter()
     with (
         patch.dict(compiled.OPTIONS, dict.fromkeys(way.options, True)),
-        joined_weights(model) if way.joined else nullcontext(),
+        joined_weights(model) if way.joined else nullcontext() as groups,
     ):
+        if groups == 0:
+            raise RuntimeError("no weights were joined")
         for _ in range(3):  # two run unrecorded, and the third is recorded
             steps.step(token)
         torch.cuda.synchronize()
@@ -294,8 +296,9 @@ def main() -> None:
         parser.error("needs a CUDA device; torch sees none")
     torch.manual_seed(0)
     tables: dict[str, list] = {}
+    model = make_model()  # outside of inference mode, whose tensors can not be parts of one storage
     with torch.inference_mode():
-        model, bandwidth = make_model(), copy_bandwidth()
+        bandwidth = copy_bandwidth()
         title = f"One decode step, Llama-3.1-8B's shape, {torch.cuda.get_device_name()}, torch {torch.__version__}; "
         title += f"a copy moves {bandwidth / 1e12:.2f} TB/s"
         tables |= {title: [], "What kernels spend their time on, ms a step": []}

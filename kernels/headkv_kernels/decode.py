@@ -56,23 +56,23 @@ class DecodeConfig:
 
     @classmethod
     def default(cls, rows: Rows) -> DecodeConfig:
-        """One program for each multiprocessor, two where there are codes of 4 bits; up to 32 KiB of keys and values at
-        a time (of codes for float32, once they are that), through a ring on Hopper.
+        """One program for each multiprocessor; up to 32 KiB of keys and values at a time (of codes for float32, once
+        they are that), through a ring on Hopper.
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
         numbers = sum(pool.element_size() / PACKED.get(pool.dtype, 1) for pool in (rows.keys, rows.values))
         entry = int(rows.dim_pad * (8 if rows.dtype == torch.float32 else numbers))
         programs, early, shared = device_traits(rows.keys.device)
-        block = max(16, min(128, 1 << (32768 // entry).bit_length() - 1))
-        stages = 3 if block * entry <= 32768 else 2
+        block, warps = max(16, min(128, 1 << (32768 // entry).bit_length() - 1)), 4
         ring = 4 if early and shared >= RING_BYTES else 0
-        warps = 4 if rows.scales is None else 8  # codes are widened in registers
-        if rows.packed:
-            # A warp takes 8 channels of each quarter, and more warps would do the same work twice. So two programs keep
-            # a multiprocessor busy, with blocks that fit into their registers.
-            programs, warps = 2 * programs, max(4, min(8, rows.dim_pad // 32))
-            block, stages = min(block, 64), 4 if rows.dim_pad <= 128 else stages
+        if rows.scales is not None:
+            # Codes are widened in registers, by as few warps as have room for them: more would do the same work twice.
+            block, warps = min(block, 64), max(4, min(8, rows.dim_pad // 32))
+            # A second program keeps a multiprocessor busy meanwhile, where there are blocks enough for both.
+            if rows.keys.shape[0] >= 4 * block * programs:
+                programs *= 2
+        stages = 3 if block * entry <= 32768 else 2
         return cls(programs, block, stages, warps, early=early, ring=ring)
 
 
