@@ -315,13 +315,18 @@ def test_attention_is_that_of_the_restored_entries(case, backend, storage):
 
 
 BEST, *OTHERS = rust.extension().instruction_sets()
-SETS = [("k8v4", BEST), *((storage, isa) for storage in BITS for isa in OTHERS)]
 NARROW = [Case(f"D {dim}", ((9, 40),), group=5, dim=dim) for dim in (2, 6, 34, 66, 130)]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.tokens == 1] + NARROW, ids=lambda case: case.name)
-@pytest.mark.parametrize("storage, isa", SETS)
-def test_every_instruction_set(case, storage, isa):
+DECODE = [case for case in CASES if case.tokens == 1]
+WIDTHS = [case for case in DECODE if case.name.startswith(("D ", "block", "compensation"))] + NARROW
+SETS = [("int8", isa, case) for isa in OTHERS for case in DECODE]
+SETS += [("k8v4", isa, case) for isa in (BEST, *OTHERS) for case in WIDTHS]
+SETS += [("int4", isa, case) for isa in OTHERS for case in WIDTHS]
+
+
+@pytest.mark.parametrize("storage, isa, case", SETS, ids=lambda x: getattr(x, "name", x))
+def test_every_instruction_set(storage, isa, case):
     q, layer = built(case, storage)
     options, last = case.options(q), torch.full((q.shape[0], 1), layer.seen - 1)
     rule = Rule.of(layer.head_dim, *(options.get(name) for name in RULE))
@@ -425,9 +430,10 @@ def test_every_answer_is_that_of_a_masked_full_cache_of_rounded_entries(method, 
     )
 
 
-@pytest.mark.parametrize("method, way", [("AdaKV", "beam search"), ("DuoAttention", "prompt lookup")])
-@pytest.mark.parametrize("storage", ["k8v4", "int4"])
-def test_every_answer_in_4_bits(method, way, storage):
+@pytest.mark.parametrize(
+    "storage, method, way", [("k8v4", "AdaKV", "beam search"), ("int4", "DuoAttention", "prompt lookup")]
+)
+def test_every_answer_in_4_bits(storage, method, way):
     as_masked(tiny_model("llama"), METHODS[method], way, storage=storage)
 
 

@@ -1,8 +1,9 @@
 //! Attention, append and gather over a ragged KV cache: plain functions on slices.
 //!
-//! A layer is two flat pools, `keys` and `values`, `[slots, D]`, or half as wide where a byte holds two channels. Row `r` (one batch entry and KV head, `b * H + h`)
-//! owns the slots `start[r] .. start[r] + capacity[r]`; its first `length[r]` slots hold entries, oldest first. Every
-//! function checks its arguments before it touches the pools and returns an [`Error`] that names the wrong one.
+//! A layer is two flat pools, `keys` and `values`, `[slots, D]`, or half as wide where a byte holds two channels. Row `r`
+//! (one batch entry and KV head, `b * H + h`) owns the slots `start[r] .. start[r] + capacity[r]`; its first `length[r]`
+//! slots hold entries, oldest first. Every function checks its arguments before it touches the pools and returns an
+//! [`Error`] that names the wrong one.
 
 mod attention;
 mod compensation;
