@@ -34,6 +34,9 @@ class Case:
     sink_dtype: torch.dtype = torch.float32
     storage: Storage = "model"
 
+    def __str__(self) -> str:
+        return self.name
+
     def build(self, device: str = "cpu") -> tuple[Tensor, RaggedLayer]:
         """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN, those of codes as their scales."""
         generator = torch.Generator().manual_seed(sum(map(ord, self.name)))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_in_the_interpreter():
     summary = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
     assert int(summary.split(" passed")[0].split()[-1]) > len(CASES), summary
+
+
+def combined(*axes):
+    """All combinations; of the interpreter's, which is slow, a third, with each value of each axis in one at least."""
+    some = [
+        tuple(axis[i] for axis, i in zip(axes, at, strict=True))
+        for at in product(*(range(len(axis)) for axis in axes))
+        if not INTERPRETED or sum(at) % 3 == 0
+    ]
+    assert all({one[i] for one in some} == set(axis) for i, axis in enumerate(axes))
+    return some
 
 
 WIDE = [
@@ -144,9 +156,9 @@ def test_a_layer_from_a_file_gives_the_same_bits(case, tmp_path):
 
 
 @device
-@pytest.mark.parametrize("gap", [0, 8, 500])
-@pytest.mark.parametrize("programs", [1, 2, 5, 200])
-@pytest.mark.parametrize("case", [UNEVEN, SINKS, WINDOWS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case, programs, gap", combined([UNEVEN, SINKS, WINDOWS], [200, 1, 2, 5], [0, 8, 500]), ids=str
+)
 def test_any_number_of_shares(case, programs, gap):
     """However the entries are cut, also into more shares than there are entries."""
     q, layer = case.build(DEVICE)
@@ -172,8 +184,7 @@ CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
 
 
 @device
-@pytest.mark.parametrize("cut", CUTS, ids="{0[0]} x {0[1]} by {0[2]}".format)
-@pytest.mark.parametrize("case", EXTENDED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case, cut", combined(EXTENDED, CUTS), ids=str)
 def test_any_cut_of_an_extension(case, cut):
     """However queries and entries are cut, also into more parts than there are blocks."""
     q, layer = case.build(DEVICE)
@@ -462,11 +473,11 @@ def fused_steps(case, config):
 
 
 @device
-@pytest.mark.parametrize("programs", [1, 2, 5, 200])
-@pytest.mark.parametrize("block, warps", [(16, 1), (16, 4), (64, 2), (128, 8)])
 @pytest.mark.parametrize("storage", ["model"] if INTERPRETED else ["model", "int8", "k8v4", "int4"])
-def test_any_cut_of_a_fused_step(storage, programs, block, warps):
+@pytest.mark.parametrize("cut", combined([1, 2, 5, 200], [(16, 1), (16, 4), (64, 2), (128, 8)]), ids=str)
+def test_any_cut_of_a_fused_step(storage, cut):
     """The same, however the entries are cut."""
+    programs, (block, warps) = cut
     lengths = (1, 700, 0, 33, 64), (40, 2, 1, 5, 9)
     case = Case("cut", lengths, group=3, dtype=FP16, gaps=False, storage=storage)
     q, layer = case.build(DEVICE)
