@@ -8,8 +8,8 @@ the cache as have the same bytes; the full cache is stored in all. An answer is 
 likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over
 tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions.
 
-`--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values are rounded
-as it would and kept in bfloat16; their bytes are counted, not measured.
+`--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values of a text
+are rounded as it would and kept in bfloat16, those of a question are not rounded; bytes are counted, not measured.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ STORED: dict[str, tuple[Bits, Bits]] = {
     **{name: (bits, bits) for name, bits in BITS.items()},
 }
 SIMULATED: dict[str, tuple[Bits, Bits]] = {
+    "K4 V4": (INT4, INT4),
     "K4 V8": ((4, 8), (4, 8)),
     "K8 V3": ((8, 3), (8, 3)),
     "K3 V3": ((3, 3), (3, 3)),
