@@ -64,7 +64,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     if bits > 3:
         return restored(*quantised(x, bits)).to(x.dtype)
     turned = rotated(x.float())
-    scale = (turned.abs().amax(-1, keepdim=True) / 7).to(x.dtype).float().clamp(min=1e-30)
+    scale = (turned.abs().amax(-1, keepdim=True) / 8).to(x.dtype).float().clamp(min=1e-30)
     codes = 2 * (turned / scale * 0.5 + 3.5).round().clamp(0, 7) - 7
     return rotated(codes * scale).to(x.dtype)
 

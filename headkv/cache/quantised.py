@@ -7,8 +7,9 @@ few of its steps. A Hadamard rotation turns each vector so that all channels are
 quantised once, by itself, when it is stored; whatever moves it later (eviction, a new pool, a file) copies codes and
 scale as they are, and nothing is ever rounded twice.
 
-Codes of 8 bits are the 255 whole numbers from -127 to 127, those of 4 the 16 odd ones from -15 to 15: 0 is none of
-them, and both ends are used. Two of them share a byte, the even channel's in its lower half, as (code + 15) / 2.
+Codes of 8 bits are the 255 whole numbers from -127 to 127, those of 4 the 16 odd ones from -15 to 15: the middles of 16
+equal cells, of which the largest channel touches the outer end. Two of them share a byte, the even channel's in its
+lower half, as (code + 15) / 2.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from headkv.cache.rows import Pools
 # Of each storage but "model": the bits of a key's codes, and of a value's.
 BITS = {"int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4)}
 DTYPES = {8: torch.int8, 4: torch.uint8}  # of pools, by the bits of a code
-LARGEST = {8: 127, 4: 15}  # by the bits of a code
+LARGEST = {8: 127, 4: 16}  # what the largest channel is in scales, by the bits of a code
 PART = 1 << 14  # vectors quantised at a time, which bounds the float32 copies
 
 

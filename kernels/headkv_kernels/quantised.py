@@ -36,7 +36,7 @@ def rotated(x, D: tl.constexpr):
 @triton.jit
 def quantised(x, D: tl.constexpr, LARGEST: tl.constexpr):
     """Vectors `x` `[M, D_PAD]`, whatever is beyond D, as codes `[M, D_PAD]` in float32 and scales `[M]` in their dtype.
-    Codes are the whole numbers up to `LARGEST` 127, or the odd ones up to 15."""
+    The largest channel is `LARGEST` scales. Codes are whole numbers where that is 127, odd ones where it is 16."""
     TINY: tl.constexpr = 2.0**-14 if x.dtype == tl.float16 else 2.0**-126
     MAGIC: tl.constexpr = 1.5 * 2.0**23
     d = tl.arange(0, x.shape[1])[None, :]
@@ -47,7 +47,7 @@ def quantised(x, D: tl.constexpr, LARGEST: tl.constexpr):
     scale = tl.where(scale.to(tl.float32) < TINY, tl.full(scale.shape, TINY, tl.float32).to(x.dtype), scale)
     steps = tl.div_rn(turned, tl.broadcast_to(scale.to(tl.float32)[:, None], turned.shape))
     # MAGIC rounds to the nearest, and to even: float32 has no more digits there.
-    if LARGEST == 15:
+    if LARGEST == 16:
         halved = tl.where(steps == steps, tl.clamp(steps * 0.5 + 7.5, 0.0, 15.0), 0.0)
         return ((halved + MAGIC) - MAGIC) * 2.0 - 15.0, scale
     steps = tl.where(steps == steps, tl.clamp(steps, -LARGEST, LARGEST), 0.0)
@@ -60,7 +60,7 @@ def store_codes(x, pool, scales, slots, here, D: tl.constexpr):
     that their codes stand for. `scales` points at this side's scale of slot 0."""
     PACKED: tl.constexpr = pool.dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = D // 2 if PACKED else D
-    codes, scale = quantised(x, D, 15 if PACKED else 127)
+    codes, scale = quantised(x, D, 16 if PACKED else 127)
     tl.store(scales + slots * 2, scale, mask=here)
     if PACKED:
         low, high = halves(((codes + 15.0) * 0.5).to(tl.uint8))

@@ -112,7 +112,7 @@ pub(crate) fn rotate(x: &mut [f32]) {
 
 /// What holds the codes of `CHANNELS` channels.
 pub trait Code: Element {
-    /// The largest code.
+    /// What the largest channel is in scales.
     const LARGEST: f32;
     /// The codes nearest to channels that were divided by the scale; of what is no number, the one of least bits.
     fn nearest(channels: &[f32]) -> Self;
@@ -128,9 +128,9 @@ impl Code for i8 {
     }
 }
 
-/// The odd ones from -15 to 15, two a byte.
+/// The odd ones from -15 to 15, the middles of 16 equal cells, two a byte.
 impl Code for u8 {
-    const LARGEST: f32 = 15.0;
+    const LARGEST: f32 = 16.0;
 
     #[inline(always)]
     fn nearest(channels: &[f32]) -> Self {
@@ -210,7 +210,7 @@ mod tests {
     fn codes_are_off_by_at_most_half_a_scale_or_a_whole_one_in_4_bits() {
         assert!(error::<i8>().0 <= 0.5);
         let (worst, bytes) = error::<u8>();
-        assert!(worst <= 1.0 + 15.0 / 256.0, "{worst}"); // the scale is rounded as well
+        assert!(worst <= 1.0 + 16.0 / 256.0, "{worst}"); // the scale is rounded as well
         assert!(bytes.iter().any(|byte| [0, 15].contains(&(byte & 15)) || [0, 15].contains(&(byte >> 4))));
         assert!(quantise(5, &[0.0f32; 5], &mut [0u8; 2], &mut [0.0]).is_err());
     }
