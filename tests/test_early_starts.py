@@ -93,14 +93,15 @@ def test_who_does_not_wait_reads_nan(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", ["as it was", "NaN"])
-@pytest.mark.parametrize("kernel", ["ring", "portable", "rows in 8 bits"])
+@pytest.mark.parametrize("kernel", ["ring", "portable", "int8", "int4"])
 def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
     """Right after their producer, and right after one another, steps are to the bit what they are one at a time.
 
     `fresh` is what memory holds that a step asks for. Filling it takes a launch between the producer and the step, but
     there the step's second kernel would read NaN from the first.
     """
-    kernels, storage = backend.kernels(), "int8" if kernel == "rows in 8 bits" else "model"
+    kernels = backend.kernels()
+    storage: Storage = "int8" if kernel == "int8" else "int4" if kernel == "int4" else "model"
     default = kernels.DecodeConfig.default(backend.rows_of(layers(storage)[0]))
     if not default.early:
         pytest.skip("needs a Triton whose kernels can wait for the launch before: gdc_wait")
@@ -124,8 +125,8 @@ def layers(storage: Storage) -> list[headkv.RaggedLayer]:
     for lengths in ((700, 33), (5, 1300)):
         rows = [tuple(torch.randn(2, n, DIM, generator=generator).bfloat16()) for n in lengths]
         made.append(headkv.RaggedLayer.from_rows([rows], headroom=len(TURNS)))
-        if storage == "int8":
-            made[-1].quantise()
+        if storage != "model":
+            made[-1].quantise(storage)
         made[-1].to("cuda")
     return made
 

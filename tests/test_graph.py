@@ -72,15 +72,16 @@ def test_tokens_are_equal(name: str, batch: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["int8", "k8v4", "int4"])
 @pytest.mark.parametrize("name", ["AdaKV", "DuoAttention"])
-def test_rows_in_8_bits(name: str) -> None:
+def test_rows_of_codes(name: str, storage: str) -> None:
     """The same bits by a graph as without, and by the kernels."""
     model, inputs = on_gpu("llama")
-    outs = [generate(model, inputs, METHODS[name], graph, storage="int8") for graph in (False, True)]
+    outs = [generate(model, inputs, METHODS[name], graph, storage=storage) for graph in (False, True)]
     assert torch.equal(outs[0][0].sequences, outs[1][0].sequences)
     assert all(torch.equal(a, b) for a, b in zip(outs[0][0].logits, outs[1][0].logits, strict=True))
     for layer in outs[1][1].cache.layers:
-        assert layer.ragged.storage == "int8" and choose_backend(layer.ragged) == "triton"
+        assert layer.ragged.storage == storage and choose_backend(layer.ragged) == "triton"
 
 
 @pytest.mark.gpu
