@@ -14,6 +14,9 @@ from headkv.heads import HeadProfile, read_duo_attention, read_headkv
 from headkv.heads.induction import profile_repeats, repeat_shares
 from headkv.heads.observe import Attention, observe
 from headkv.models import FAMILIES, tiny_model
+from headkv.models.tuned import TUNED_ID
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def profile(heads: str = "query", **changes: object) -> HeadProfile:
@@ -180,6 +183,16 @@ def test_shipped_profiles_are_of_smollm2(kind: str) -> None:
     assert shipped.heads == ("kv" if learned else "query")
     share = shipped.scores.flatten().topk(14).values.sum() / shipped.scores.sum()
     assert share > (0.3 if learned else 0.75)  # a few heads hold most of it
+
+
+def test_the_tuned_model_has_every_profile_that_the_plain_one_has() -> None:
+    names = {path.stem.removeprefix("smollm2-") for path in (ROOT / "headkv/heads/data").glob("*.json")}
+    kinds = {name for name in names if not name.startswith("tuned-")}
+    assert names - kinds == {f"tuned-{kind}" for kind in kinds}
+    for kind in kinds:
+        plain, tuned = (HeadProfile.builtin(f"smollm2-{name}") for name in (kind, f"tuned-{kind}"))
+        assert (tuned.kind, tuned.heads) == (plain.kind, plain.heads)
+        assert tuned.model == TUNED_ID and not torch.equal(tuned.scores, plain.scores)
 
 
 @pytest.mark.parametrize(
