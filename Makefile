@@ -42,7 +42,7 @@ lab: setup ## open JupyterLab on the chapters, as notebooks that run (PORT=8888;
 test: setup lint ## everything that must hold: style, types, Rust, Python, pages in a browser (PYTEST_ARGS=...)
 	cargo test --workspace --quiet
 	@$(PY) tools/browser.py --install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 fuzz: setup ## random conversations against the oracle (FOR=60 seconds; SEED=...: that one again)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) tests/fuzz.py --seconds $(or $(FOR),60) $(if $(SEED),--seed $(SEED))

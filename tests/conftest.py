@@ -35,11 +35,16 @@ def counting(page: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason shown, where there is no CUDA device or no Triton."""
+    """Tests marked `gpu` are skipped, with the reason shown, where there is no CUDA device or no Triton.
+
+    Files with slow tests come first, so that no worker waits at the end for one that has just begun such a file.
+    """
     reason = _why_no_gpu() if any("gpu" in item.keywords for item in items) else None
     for item in items:
         if reason and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def _why_no_gpu() -> str | None:

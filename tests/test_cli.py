@@ -274,6 +274,7 @@ def test_the_shipped_profiles_are_what_their_commands_make(repository):
     assert files == {path.name for path in folder.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys, monkeypatch):
     """Uniform and head-specific budgets on a short text: real shares, bytes that follow them, lines as they come."""
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,7 @@ def measure(method: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_prefill_peak_is_the_compressed_layers_and_one_full_layer():
     full, tenth = measure("full"), measure("tenth")
@@ -72,6 +73,7 @@ def test_prefill_peak_is_the_compressed_layers_and_one_full_layer():
     assert saved > (LAYERS - 1) * 0.87 * LAYER_BYTES - slack, (full, tenth)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_peak_of_a_method_that_sees_the_whole_prompt():
     """The whole cache once, with what is kept and one layer that is spread out; afterwards what the budget says."""

@@ -151,6 +151,7 @@ def answered(model: Any, cache: Any) -> str:
     return f"{out.sequences.tolist()} {torch.stack(out.logits).view(torch.int32).sum().item()}"
 
 
+@pytest.mark.slow
 def test_what_one_process_read_another_answers_from(tmp_path: Path, repository: Path) -> None:
     model = tiny_model("gemma2")
     cache = headkv.RaggedCache.for_model(model, METHODS["RazorAttention"])

@@ -76,6 +76,7 @@ def _is_method(name: str) -> bool:
     return hasattr(kind, "observed_queries") and hasattr(kind, "for_share")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, WHOLE])
 def test_the_same_tokens(name: str, shared: list[dict[str, Any]], alone: dict[str, Any]):
     for found in shared:

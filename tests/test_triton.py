@@ -62,6 +62,7 @@ def assert_true(got, case, q, layer):
     assert_close(got, want, case.dtype, float((eager - want).abs().max()))
 
 
+@pytest.mark.slow
 @compiled
 def test_in_the_interpreter():
     """All other tests of this file on a CPU, without exception."""
