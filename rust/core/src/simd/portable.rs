@@ -15,6 +15,17 @@ fn each(lane: impl Fn(usize) -> f32) -> [f32; LANES] {
     std::array::from_fn(lane)
 }
 
+/// Channel `which` of each of eight elements.
+///
+/// # Safety
+/// `source` must be valid for reading eight elements.
+#[inline(always)]
+unsafe fn channels<T: Element>(source: *const T, which: usize) -> [f32; LANES] {
+    // SAFETY: the caller's promise.
+    let elements = unsafe { source.cast::<[T; LANES]>().read_unaligned() };
+    each(|i| elements[i].channel(which))
+}
+
 // SAFETY of every block: the caller promises the pointers (see `Simd`).
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Portable {
@@ -31,28 +42,23 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_bf16(source: *const bf16) -> Self::Vector {
-        let half = unsafe { source.cast::<[bf16; LANES]>().read_unaligned() };
-        each(|i| half[i].channel(0))
+        unsafe { channels(source, 0) }
     }
     #[inline(always)]
     unsafe fn load_f16(source: *const f16) -> Self::Vector {
-        let half = unsafe { source.cast::<[f16; LANES]>().read_unaligned() };
-        each(|i| half[i].channel(0))
+        unsafe { channels(source, 0) }
     }
     #[inline(always)]
     unsafe fn load_i8(source: *const i8) -> Self::Vector {
-        let codes = unsafe { source.cast::<[i8; LANES]>().read_unaligned() };
-        each(|i| f32::from(codes[i]))
+        unsafe { channels(source, 0) }
     }
     #[inline(always)]
     unsafe fn load_lower(source: *const u8) -> Self::Vector {
-        let codes = unsafe { source.cast::<[u8; LANES]>().read_unaligned() };
-        each(|i| codes[i].channel(0))
+        unsafe { channels(source, 0) }
     }
     #[inline(always)]
     unsafe fn load_upper(source: *const u8) -> Self::Vector {
-        let codes = unsafe { source.cast::<[u8; LANES]>().read_unaligned() };
-        each(|i| codes[i].channel(1))
+        unsafe { channels(source, 1) }
     }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: Self::Vector) {
