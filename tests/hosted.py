@@ -68,9 +68,13 @@ class Shown:
     def state(self) -> dict[str, Any]:
         return json.loads(self.page.locator("script.hk-state").text_content())
 
+    def settled(self, milliseconds: int = 160) -> None:
+        """Until timers that are due by then have run: the page's own clock, which a busy machine makes late with them."""
+        self.page.evaluate("(due) => new Promise((done) => setTimeout(done, due))", milliseconds)
+
     def kept(self, heads: tuple[int, int], n: int) -> np.ndarray:
         """All masks `[layers, heads, n]`, once the page has sent those of the present setting."""
-        self.page.wait_for_timeout(160)
+        self.settled()
         data = self.page.evaluate("Array.from(new Uint8Array(model.get('kept').buffer))")
         packed = np.array(data, dtype=np.uint8).reshape(*heads, -1)
         return np.unpackbits(packed, axis=-1, count=n).astype(bool)

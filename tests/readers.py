@@ -161,8 +161,11 @@ def without_way_past(page: Any) -> list[str]:
             continue
         before = page.evaluate("[scrollY + picture.scrollTop, picture.value]")
         swipe(touch, at, (at[0], at[1] - 120))
-        page.wait_for_timeout(30)
-        moved, value = page.evaluate("[scrollY + picture.scrollTop, picture.value]")
+        for _ in range(40):  # a busy page scrolls late
+            page.wait_for_timeout(25)
+            moved, value = page.evaluate("[scrollY + picture.scrollTop, picture.value]")
+            if moved - before[0] >= 20:
+                break
         if moved - before[0] < 20 or value != before[1]:
             stuck.append(name)
     return stuck

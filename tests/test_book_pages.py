@@ -273,8 +273,8 @@ def test_theme_follows_the_system_until_it_is_chosen(
 
 
 FAULTS = {
-    "foreign request": ("fetch('http://example.invalid/x').catch(() => 0)", "left the local server"),
-    "missing file": ("fetch('nowhere.js')", "404"),
+    "foreign request": ("await fetch('http://example.invalid/x').catch(() => 0)", "left the local server"),
+    "missing file": ("await fetch('nowhere.js')", "404"),
     "console error": ("console.error('broken')", "console: broken"),
     "exception": ("setTimeout(() => { throw Error('thrown') })", "uncaught: thrown"),
 }
@@ -290,8 +290,7 @@ def test_the_checker_complains(
     small_address: str, page_checker: Callable[..., Any], script: str, complaint: str
 ) -> None:
     with pytest.raises(AssertionError, match=complaint), page_checker(small_address) as page:
-        page.evaluate(f"() => {{ {script}; }}")
-        page.wait_for_timeout(300)
+        page.evaluate(f"async () => {{ {script}; await new Promise((done) => setTimeout(done, 300)); }}")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

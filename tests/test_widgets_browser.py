@@ -324,15 +324,15 @@ def test_the_strip_opens_at_the_first_fact(chromium):
         page.page.wait_for_function("document.querySelector('.hk-strip').scrollTop > 0")
         for width in (900, 400):  # also when the page becomes narrower before the reader has moved
             page.page.set_viewport_size({"width": width, "height": 800})
-            page.page.wait_for_timeout(200)
-            strip, fact = (
-                page.page.locator(f".hk-{name}").first.bounding_box() for name in ("strip", "strip .hk-fact")
-            )
-            assert strip["y"] < fact["y"] < strip["y"] + strip["height"] / 2
+            page.page.wait_for_function("""(width) => {
+              const [strip, fact] = [".hk-strip", ".hk-strip .hk-fact"].map((name) =>
+                document.querySelector(name).getBoundingClientRect());
+              return innerWidth === width && strip.y < fact.y && fact.y < strip.y + strip.height / 2;
+            }""", arg=width)  # fmt: skip
         page.page.locator(".hk-strip").click()
         page.page.locator(".hk-strip").evaluate("(strip) => (strip.scrollTop = 0)")
         page.page.set_viewport_size({"width": 800, "height": 800})
-        page.page.wait_for_timeout(200)
+        page.settled(200)
         assert page.page.locator(".hk-strip").evaluate("(strip) => strip.scrollTop") == 0
 
 
@@ -349,7 +349,7 @@ def test_slots_go_one_by_one_and_can_be_paused(chromium):
         page.page.wait_for_function("document.querySelector('[data-control=slots]').value > 3")
         page.page.get_by_role("button", name="Pause").click()
         paused = slots.input_value()
-        page.page.wait_for_timeout(200)
+        page.settled(200)
         assert slots.input_value() == paused != str(total)
         assert f"{paused} of {total} slots given" in page.page.locator(".hk-race-story").text_content()
 
