@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeAlias
 from numpy import bool_, float32, int8, int32, int64, uint8, uint16
 from numpy.typing import NDArray
 
-__all__ = ["append", "attend", "gather", "instruction_sets", "quantise"]
+__all__ = ["append", "attend", "gather", "hold", "instruction_sets", "quantise"]
 
 _Float: TypeAlias = NDArray[float32] | NDArray[uint16]
 _Codes: TypeAlias = NDArray[int8] | NDArray[uint8]
@@ -49,6 +49,12 @@ class _LayerArrays(Protocol):
     def value_sum(self) -> NDArray[float32] | None: ...  # [rows, D]
     @property
     def count(self) -> NDArray[int64] | None: ...  # [rows]
+    @property
+    def residual_keys(self) -> _Float | None: ...  # [rows, R, D], of dtype; all three, or none
+    @property
+    def residual_values(self) -> _Float | None: ...  # [rows, R, D]
+    @property
+    def residual_count(self) -> NDArray[int64] | None: ...  # [rows]
 
 def attend(
     q: NDArray[float32],  # [B, HQ, T, D]
@@ -87,5 +93,12 @@ def quantise(
     dtype: Literal["float32", "bfloat16", "float16"],  # what they hold
     codes: _Codes,  # [m, D], [m, D // 2] in 4 bits, written
     scales: _Float,  # [m], written
+) -> None: ...
+def hold(
+    rings: _Float,  # [rows, R, D], written
+    new: _Float,  # [rows, T, D]
+    dtype: Literal["float32", "bfloat16", "float16"],  # what both hold
+    length: NDArray[int64],  # [rows], without the new tokens
+    valid: NDArray[bool_] | None,  # [B, T]
 ) -> None: ...
 def instruction_sets() -> list[str]: ...

@@ -33,6 +33,7 @@ class Case:
     sink_logits: tuple[float, ...] = ()  # of the query heads, again and again; empty: none has a sink
     sink_dtype: torch.dtype = torch.float32
     storage: Storage = "model"
+    residual_length: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -65,7 +66,7 @@ class Case:
         free = torch.ones(layer.keys.shape[0], dtype=torch.bool)
         for r in range(layer.rows):
             free[int(layer.start[r]) : int(layer.start[r] + layer.length[r])] = False
-        layer.quantise(self.storage)
+        layer.quantise(self.storage, self.residual_length)
         if self.storage == "model":
             layer.keys[free], layer.values[free] = float("nan"), float("nan")
         else:

@@ -261,7 +261,7 @@ def test_bytes_fall_by_the_storage_that_is_held(storage, size, dtype):
     assert small.keys is before, "a layer that is stored so stays as it is"
     for other in {*BITS, "model"} - {storage}:
         with pytest.raises(
-            ValueError, match=f"storage must be '{storage}', as .* rounded once, got '{other}'"
+            ValueError, match=f"storage .* must be '{storage}' and 0, as .* rounded once, got '{other}'"
         ):
             small.quantise(other)
 

@@ -95,11 +95,16 @@ WIDE = [
 WIDE += [Case(f"groups of 20, {t} tokens", ((33, 100),), group=20, dim=32, tokens=t) for t in (1, 3)]
 
 
-def as_codes(cases, storage, interpreted):
-    """Those cases over rows of codes; of the interpreter's, which is slow, the ones named."""
+def as_codes(cases, storage, interpreted, newest=0):
+    """Those cases over rows of codes, the newest entries as they came; of the interpreter's, which is slow, the ones
+    named."""
     assert interpreted <= {case.name for case in cases}
     chosen = [case for case in cases if not INTERPRETED or case.name in interpreted]
-    return [replace(case, name=f"{case.name}, {storage}", storage=storage) for case in chosen]
+    how = {"storage": storage, "residual_length": newest}
+    return [
+        replace(case, name=f"{case.name}, {storage}" + f" and {newest}" * (newest > 0), **how)
+        for case in chosen
+    ]
 
 
 CODED = as_codes(
@@ -121,6 +126,13 @@ CODED += as_codes(
     {"an empty row beside others", "D 40", "D 128 fp16", "compensation on some rows", "extend by 7"},
 )
 CODED += as_codes(CASES + WIDE, "k8v4", {"D 80 bf16", "sliding window and softcap", "extend, compensation"})
+CODED += as_codes(
+    CASES + WIDE,
+    "int4",
+    {"an empty row beside others", "D 40", "windowed", "sliding window and softcap", "extend, compensation"},
+    newest=5,
+)
+CODED += as_codes(CASES + WIDE, "int8", {"D 80 bf16", "extend by 7", "compensation on some rows"}, newest=64)
 # Whose bytes are no whole numbers of 16 bits.
 CODED += [
     Case(f"D {dim}, {t} tokens, {storage}", ((33, 9),), dim=dim, tokens=t, storage=storage)
@@ -341,15 +353,19 @@ KINDS += [(FP32, "k8v4"), (FP16, "int4")]
 KINDS += [] if INTERPRETED else [(BF16, "int8"), (FP16, "k8v4"), (FP32, "int4"), (BF16, "int4")]
 
 
+KINDS = [(*kind, 0) for kind in KINDS] + [(FP32, "int8", 6), (FP16, "int4", 32)]
+
+
 @device
-@pytest.mark.parametrize("dtype, storage", KINDS, ids=str)
+@pytest.mark.parametrize("dtype, storage, newest", KINDS, ids=str)
 @pytest.mark.parametrize("tokens, holes", [(1, False), (1, True), (7, False), (70, True)])
-def test_append_equals_the_specification(dtype, storage, tokens, holes):
+def test_append_equals_the_specification(dtype, storage, newest, tokens, holes):
     """Bit for bit, from strided tensors, with the position given as a number or on the device."""
     torch.manual_seed(tokens)
     old = torch.randn(2, 3, 20, 40).to(dtype)
     keep = torch.rand(2, 3, 20) < 0.5
-    layer = RaggedLayer.from_dense(old, old + 1, keep=keep, headroom=75, storage=storage)
+    how = {"storage": storage, "residual_length": newest}
+    layer = RaggedLayer.from_dense(old, old + 1, keep=keep, headroom=75, **how)
     layer.to(DEVICE)
     same = RaggedLayer.from_snapshot(layer.snapshot())
     memory = torch.randn(2, 2, tokens, 3, 40, device=DEVICE).to(dtype)
@@ -371,7 +387,9 @@ def test_append_equals_the_specification(dtype, storage, tokens, holes):
 def stored(layer):
     """The names of what an append writes."""
     return [
-        name for name, _ in layer.tensors() if name in ("keys", "values", "positions", "length", "scales")
+        name
+        for name, _ in layer.tensors()
+        if name in ("keys", "values", "positions", "length", "scales") or name.startswith("residual")
     ]
 
 
@@ -413,6 +431,10 @@ STEPS_IN_CODES = as_codes(
 )
 STEPS_IN_CODES += as_codes(STEPS, "int4", {"D 40"})
 STEPS_IN_CODES += as_codes(STEPS, "k8v4", {"windowed"})
+STEPS_IN_CODES += as_codes(
+    STEPS, "int4", {"an empty row beside others", "compensation on some rows"}, newest=3
+)
+STEPS_IN_CODES += as_codes(STEPS, "int8", {"D 128 fp16", "windowed", "sliding window and softcap"}, newest=64)
 
 
 RINGS = [

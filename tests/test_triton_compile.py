@@ -174,26 +174,31 @@ CODES = [
     Case("int4, bfloat16, D 128", ROWS, group=4, dim=128, dtype=BF16, storage="int4"),
     Case("k8v4, float16, compensation, D 80", ROWS, dim=80, dtype=FP16, storage="k8v4", **WINDOW),
     Case("int4, a small head", ROWS, dim=8, dtype=BF16, storage="int4"),
+    Case("int4 and 32, D 128", ROWS, group=4, dim=128, dtype=BF16, storage="int4", residual_length=32),
+    Case("k8v4 and 6, D 80", ROWS, dim=80, dtype=FP16, storage="k8v4", residual_length=6, **WINDOW),
 ]
 
 
 @pytest.mark.parametrize("launches", [90], indirect=True)
 @pytest.mark.parametrize("case", CODES, ids=lambda case: case.name)
 def test_rows_of_codes_compile(case: Case, launches: dict[str, Compiler]) -> None:
-    """Codes are copied 16 bytes at a time, and what a program holds stays in its registers."""
+    """Codes are copied 16 bytes at a time, and what a program holds stays in its registers; what newest entries need
+    besides is put away once a segment."""
     q, layer = case.build()
     kernels, rows = backend.kernels(), backend.rows_of(layer)
     new = torch.zeros(2, 2, 2, case.dim, dtype=case.dtype)
     step = (rows, layer.capacity, kernels.new_ticket(rows), layer.length[:1])
     kernels.ragged_step(q[:, :, 0], *new, *step, scale=1.0, ahead=True)
     kernels.ragged_append(rows, layer.capacity, *new[:, :, :, None], seen=7)
+    kernels.ragged_append(rows, layer.capacity, *new[:, :, :, None], seen=7, valid=torch.ones(2, 1) > 0)
     where, config = torch.zeros(2, 1, dtype=torch.int64), kernels.ExtendConfig.default(q, rows)
     config = replace(config, cuts=0 if case.compensate else 2)
     kernels.ragged_extend(q, rows, query_positions=where, scale=1.0, config=config)
     for name, launch in launches.items():
         for compiled in launch.compiled:
             assert compiled.metadata.shared <= SHARED, f"{name} needs {compiled.metadata.shared} bytes"
-            assert not spilled(compiled), f"{name} has {spilled(compiled)} bytes beside its registers"
+            most = 512 if case.residual_length else 0
+            assert spilled(compiled) <= most, f"{name} has {spilled(compiled)} bytes beside its registers"
     (decode,) = launches["decode_shares"].compiled
     assert "cp.async" in decode.asm["ptx"]
     assert ("cp.async.cg.shared.global" in decode.asm["ptx"]) == (layer.keys.shape[1] % 16 == 0)

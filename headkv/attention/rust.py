@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headkv.cache.ragged import RaggedLayer
+from headkv.cache.residual import NAMES as RESIDUAL
 from headkv.cache.rust import array, arrays, available, extension
 from headkv.logits import Rule
 
@@ -55,4 +56,5 @@ def extend(
 
 def layer_arrays(layer: RaggedLayer) -> SimpleNamespace:
     """The layer's memory, not copied."""
-    return arrays(layer.tensors(), key_sum=None, value_sum=None, count=None, scales=None)
+    missing = dict.fromkeys(("key_sum", "value_sum", "count", "scales", *RESIDUAL))
+    return arrays(layer.tensors(), **missing)

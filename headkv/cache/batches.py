@@ -49,10 +49,14 @@ def joined(layers: Sequence[Rows]) -> dict[str, Tensor]:
     Raises:
         ValueError: layers that do not fit together.
     """
-    alike = {(x.num_kv_heads, x.seen, x.head_dim, x.dtype, storage_of(x.pools), x.device) for x in layers}
+    alike = {
+        (x.num_kv_heads, x.seen, x.head_dim, x.dtype, storage_of(x.pools), x.residual_length, x.device)
+        for x in layers
+    }
     if len(alike) != 1:
         raise ValueError(
-            f"layers must be alike in heads, tokens seen, D, dtype, storage and device, got {list(alike)}"
+            "layers must be alike in heads, tokens seen, D, dtype, storage, residual_length and device, "
+            f"got {list(alike)}"
         )
     names = {name for name, _ in layers[0].tensors()} - {"start", "ticket", *SUMS}
     tensors = {name: torch.cat([getattr(x, name) for x in layers]) for name in names}

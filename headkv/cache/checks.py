@@ -57,13 +57,22 @@ def appendable(layer: Rows, keys: Tensor, values: Tensor) -> None:
         raise ValueError(f"keys must be on the layer's device {layer.device}, got {keys.device}")
 
 
-def storage(given: Any, allowed: Sequence[str], head_dim: int) -> None:
+def storage(given: Any, allowed: Sequence[str], head_dim: int, residual_length: Any = 0) -> None:
     """How vectors of `head_dim` channels are stored."""
     _checks.one_of("storage", given, allowed)
+    residual(residual_length, given)
     if head_dim % 2 and 4 in BITS.get(given, ()):
         raise ValueError(
             f"storage must be 'model' or 'int8' where head_dim is odd, as 4 bits take two channels a byte, "
             f"got {given!r} and {head_dim}"
+        )
+
+
+def residual(length: Any, storage: str) -> None:
+    """How many newest entries are held as they came, beside codes."""
+    if _checks.whole("residual_length", length) and storage == "model":
+        raise ValueError(
+            f"residual_length must be 0 with storage 'model', which rounds nothing, got {length}"
         )
 
 

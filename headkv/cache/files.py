@@ -21,6 +21,7 @@ from headkv.cache.checks import DTYPES
 from headkv.cache.quantised import BITS
 from headkv.cache.quantised import DTYPES as CODES
 from headkv.cache.ragged import RaggedLayer
+from headkv.cache.residual import NAMES as RESIDUAL
 from headkv.cache.rows import SUMS, Pools, channels
 
 FORMAT = "headkv-cache"
@@ -121,8 +122,8 @@ def _about(header: dict[str, str]) -> dict[str, Any]:
 def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
     """The contents of a layer on the CPU: its entries row after row, and what its rows are."""
     pools = moves.gather(layer.pools, layout.source_of_rows(layer.start, layer.length, layer.length))
-    sums = [name for name in SUMS if getattr(layer, name) is not None]
-    rest = {name: getattr(layer, name) for name in (*_NUMBERS, *sums)}
+    beside = [name for name in (*SUMS, *RESIDUAL) if getattr(layer, name) is not None]
+    rest = {name: getattr(layer, name) for name in (*_NUMBERS, *beside)}
     return {
         name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items() if x is not None
     }
@@ -179,6 +180,11 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
     if set(SUMS) & tensors.keys():
         sums = [*rows, channels(keys)], torch.float32
         shapes |= {"key_sum": sums, "value_sum": sums, "count": (rows, torch.int64)}
+    if set(RESIDUAL) & tensors.keys() and scales is not None:
+        ring = tensors.get("residual_keys", keys)
+        size = ring.shape[1] if ring.ndim == 3 else 1
+        rings = [*rows, size, channels(keys)], scales.dtype
+        shapes |= {"residual_keys": rings, "residual_values": rings, "residual_count": (rows, torch.int64)}
     found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}
     if found != shapes:
         raise ValueError(f"{name} must hold {shapes}, got {found}")
@@ -189,9 +195,16 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
         bool((tensors["capacity"] >= length).all()),
         all(bool((tensors[key] >= 0).all()) for key in ("sinks", "recent", "evicted_end", "trimmed_end")),
         bool(((positions >= 0) & (positions < facts["seen"])).all()),
+        "residual_count" not in tensors or _held(tensors),
     )
     if not all(right):
         raise ValueError(f"{name} must be made of rows that lie within it, got {facts}")
+
+
+def _held(tensors: dict[str, Tensor]) -> bool:
+    """Rows hold as many newest entries as they may, and have."""
+    count, size = tensors["residual_count"], tensors["residual_keys"].shape[1]
+    return bool(((count >= 0) & (count <= tensors["length"].clamp(max=size))).all())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headkv.cache import layout, quantised, rust, triton
+from headkv.cache import layout, quantised, residual, rust, triton
 from headkv.cache.rows import Pools, Rows
 
 
@@ -47,6 +47,8 @@ def append_reference(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | N
     new = Pools(keys.reshape(-1, head_dim), values.reshape(-1, head_dim), positions.repeat(rows.rows))
     if rows.scales is not None:
         new = quantised.quantised_pools(new, quantised.bits_of(rows.pools))
+    if rows.residual_count is not None:
+        residual.append(rows, keys, values, valid)
     if valid is None:
         slots = (end[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
         layout.scatter(rows.pools, slots, new)

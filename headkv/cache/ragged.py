@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.cache import batches, checks, layout, moves, quantised, windows
+from headkv.cache import batches, checks, layout, moves, quantised, residual, windows
 from headkv.cache.rows import Dense, LayerSnapshot, Pools, Row, Rows
 from headkv.cache.windows import Gone, Sums
 
@@ -92,6 +92,7 @@ class RaggedLayer(Rows):
         headroom: int = MIN_HEADROOM,
         rollback: int = 0,
         storage: Storage = "model",
+        residual_length: int = 0,
     ) -> RaggedLayer:
         """Store the kept entries of a dense prefill; padding is left out.
 
@@ -103,7 +104,7 @@ class RaggedLayer(Rows):
             compensate: `[B, H]` bool, rows that remember the mean of what they drop.
             headroom: free slots behind each row.
             rollback: see the class.
-            storage: "model": entries are stored as they come; or what `quantise` takes.
+            storage, residual_length: "model" and 0: entries are stored as they come; or what `quantise` takes.
 
         Raises:
             ValueError, TypeError: on tensors that do not fit together, or on a row that would be left empty.
@@ -114,7 +115,7 @@ class RaggedLayer(Rows):
         valid = checks.valid(valid, keys)
         keep = checks.keep(keep, (*grid, n), keys.device)
         headroom, rollback = _checks.whole("headroom", headroom), _checks.whole("rollback", rollback)
-        checks.storage(storage, STORAGES, keys.shape[-1])
+        checks.storage(storage, STORAGES, keys.shape[-1], residual_length)
         checks.window_tensors(sinks, recent, compensate, grid, keys.device)
         everything = keys.new_ones((), dtype=torch.bool) if valid is None else valid[:, None]
         everything = everything.expand(*grid, n).reshape(rows, n)
@@ -137,7 +138,7 @@ class RaggedLayer(Rows):
         # Which of what is gone a window hides, and which was evicted, nobody says: age decides.
         behind = (n - rollback - layer.recent + 1).clamp(min=0)
         layer.trimmed_end = torch.where(layer.recent > 0, torch.minimum(layer.evicted_end, behind), 0)
-        layer.quantise(storage)
+        layer.quantise(storage, residual_length)
         return layer
 
     @classmethod
@@ -200,8 +201,13 @@ class RaggedLayer(Rows):
             allowed = f"batch in [0, {self.batch_size}) and head in [0, {self.num_kv_heads})"
             raise IndexError(f"row(batch={batch}, head={head}) does not exist; allowed: {allowed}")
         r = batch * self.num_kv_heads + head
-        here = slice(int(self.start[r]), int(self.start[r] + self.length[r]))
-        return Row(*quantised.entries(self.pools, here), self.positions[here])
+        length = int(self.length[r])
+        here = slice(int(self.start[r]), int(self.start[r]) + length)
+        keys, values = quantised.entries(self.pools, here)
+        if newest := int(residual.seen_as_they_came(self)[r]):
+            at = torch.arange(length - newest, length, device=self.device)
+            residual.placed(self, keys, values, torch.full_like(at, r), at, at)
+        return Row(keys, values, self.positions[here])
 
     def to_dense(self) -> Dense:
         """Every entry at its position in the text: the inverse of `from_dense` where nothing was evicted.
@@ -213,7 +219,15 @@ class RaggedLayer(Rows):
         shape = (self.batch_size, self.num_kv_heads, self.seen)
         valid = None if stored is None else stored.view(shape).any(1)
         keys, values = quantised.entries(moves.gather(self.pools, source), slice(None))
-        keys, values = (x.to(self.dtype).view(*shape, -1) for x in (keys, values))
+        keys, values = keys.to(self.dtype), values.to(self.dtype)
+        if self.residual_length:
+            entry = residual.entries_in_slots(self.length, self.residual_length)
+            oldest = self.length - residual.seen_as_they_came(self)
+            row, slot = (entry >= oldest[:, None]).nonzero(as_tuple=True)
+            entry = entry[row, slot]
+            at = row * self.seen + self.positions[self.start[row] + entry]
+            residual.placed(self, keys, values, row, entry, at)
+        keys, values = (x.view(*shape, -1) for x in (keys, values))
         return Dense(keys, values, valid)
 
     def __repr__(self) -> str:
@@ -271,10 +285,13 @@ class RaggedLayer(Rows):
         length = self.length if skip is None else self.length - skip
         start, free = layout.starts(capacity), int((capacity - length).min())
         source = layout.source_of_rows(self.start, length, capacity, self.sinks, skip)
+        held = None if skip is None else residual.trimmed(self, skip)
         pools = moves.gather(self.pools, source)
-        self._become(**pools._asdict(), start=start, length=length, capacity=capacity, _free=free)
+        self._become(
+            **pools._asdict(), **_fields(held), start=start, length=length, capacity=capacity, _free=free
+        )
 
-    def quantise(self, storage: Storage = "int8") -> None:
+    def quantise(self, storage: Storage = "int8", residual_length: int = 0) -> None:
         """Store entries in few bits from now on, those that are there and those that come.
 
         Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to steps of a
@@ -284,19 +301,23 @@ class RaggedLayer(Rows):
         Args:
             storage: "int8": 255 steps, half the bytes of 16 bits; "int4": 16 steps, about a quarter; "k8v4": keys in 8
                 bits, values in 4. 4 bits take an even D. A layer that is stored so already stays as it is.
+            residual_length: how many of each row's newest entries are held as they came besides, and seen so
+                (`headkv.cache.residual`).
 
         Raises:
             ValueError: another storage, or entries that were rounded already, to something else.
         """
-        checks.storage(storage, STORAGES, self.head_dim)
-        if storage == self.storage:
+        checks.storage(storage, STORAGES, self.head_dim, residual_length)
+        if (storage, residual_length) == (self.storage, self.residual_length):
             return
         if self.scales is not None:
             raise ValueError(
-                f"storage must be {self.storage!r}, as entries are rounded once, got {storage!r}"
+                f"storage and residual_length must be {self.storage!r} and {self.residual_length}, as entries are "
+                f"rounded once, got {storage!r} and {residual_length!r}"
             )
+        held = residual.newest(self, residual_length) if residual_length else None
         pools = self.pools.each(Tensor.detach)
-        self._become(**moves.quantise(pools, quantised.BITS[storage])._asdict())
+        self._become(**moves.quantise(pools, quantised.BITS[storage])._asdict(), **_fields(held))
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 
@@ -358,9 +379,11 @@ class RaggedLayer(Rows):
         gone = windows.dropped(self, dropped, sums, step)
         source, length = layout.source_of_kept(self.start, wanted, headroom, step)
         capacity = length + headroom
-        start = layout.starts(capacity)
+        start, held = layout.starts(capacity), residual.kept(self, wanted)
         pools = moves.gather(self.pools, source)
-        self._become(**pools._asdict(), start=start, length=length, capacity=capacity, _free=headroom)
+        self._become(
+            **pools._asdict(), **_fields(held), start=start, length=length, capacity=capacity, _free=headroom
+        )
         self._note(gone)
 
     def _note(self, gone: Gone) -> None:
@@ -403,7 +426,8 @@ class RaggedLayer(Rows):
                 f"cannot crop {tokens} tokens: row (batch {batch}, head {head}) would be empty, or has evicted entries "
                 f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
-        return partial(self._become, length=length, seen=seen)
+        held = residual.cropped(self, length)
+        return partial(self._become, length=length, seen=seen, residual_count=held)
 
     # -- batch and copies -------------------------------------------------------------------------------------------
 
@@ -463,3 +487,7 @@ class RaggedLayer(Rows):
 
     def _held(self) -> list[Tensor]:
         return [tensor for _, tensor in self.tensors()]
+
+
+def _fields(held: residual.Residual | None) -> dict[str, Tensor]:
+    return {} if held is None else held._asdict()

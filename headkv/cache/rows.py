@@ -56,6 +56,8 @@ class Rows:
             the rows that do not compensate.
         scales: `[slots, 2]` float32, bfloat16 or float16, of each entry the scales of its key's and of its value's
             codes; None where entries are stored as they come. See `headkv.cache.quantised`.
+        residual_keys, residual_values, residual_count: `[rows, R, D]` in the dtype of the scales twice, `[rows]` int64,
+            or None: newest entries beside their codes. See `headkv.cache.residual`.
     """
 
     keys: Tensor
@@ -74,6 +76,9 @@ class Rows:
     value_sum: Tensor | None = None
     count: Tensor | None = None
     scales: Tensor | None = None
+    residual_keys: Tensor | None = None
+    residual_values: Tensor | None = None
+    residual_count: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -94,6 +99,11 @@ class Rows:
     def dtype(self) -> torch.dtype:
         """Of the keys and values that come in: float32, bfloat16 or float16, also where they are stored as codes."""
         return self.keys.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def residual_length(self) -> int:
+        """How many of each row's newest entries are held as they came, beside their codes, R; 0: none."""
+        return 0 if self.residual_keys is None else self.residual_keys.shape[1]
 
     @property
     def device(self) -> torch.device:

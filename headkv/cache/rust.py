@@ -76,7 +76,7 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     Raises:
         ValueError: when a row has no room or lies outside the pools; nothing is written then.
     """
-    scales = None
+    scales, rings, new = None, _rings(rows), (keys, values)
     if rows.scales is None:
         keys, values = (_apart(new, rows) for new in (keys, values))
     else:
@@ -90,10 +90,27 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
         rows.seen,
         torch.get_num_threads(),
     )
-    if valid is None:
-        rows.length = rows.length + keys.shape[2]
-    else:
-        rows.length = rows.length + valid.sum(1).repeat_interleave(rows.num_kv_heads)
+    stored: Tensor | int = keys.shape[2]
+    if valid is not None:
+        stored = valid.sum(1).repeat_interleave(rows.num_kv_heads)
+    for ring, side in zip(rings, new, strict=False):
+        extension().hold(
+            array("rings", ring),
+            array("new", side.contiguous().view(rows.rows, -1, rows.head_dim)),
+            str(side.dtype).removeprefix("torch."),
+            array("length", rows.length),
+            None if valid is None else array("valid", valid),
+        )
+    if rows.residual_count is not None:
+        rows.residual_count = (rows.residual_count + stored).clamp(max=rows.residual_length)
+    rows.length = rows.length + stored
+
+
+def _rings(rows: Rows) -> tuple[Tensor, ...]:
+    """Of keys and of values, if newest entries are held as they came."""
+    if rows.residual_keys is None or rows.residual_values is None:
+        return ()
+    return rows.residual_keys, rows.residual_values
 
 
 def _arrays(pools: Pools) -> SimpleNamespace:

@@ -98,6 +98,7 @@ class RaggedCache(StatefulCache):
         decode_budget: int | None = None,
         every: int | None = None,
         storage: Storage = "model",
+        residual_length: int = 0,
     ) -> RaggedCache:
         """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
 
@@ -116,13 +117,13 @@ class RaggedCache(StatefulCache):
                 by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
                 wait: they never hold more than a chunk and their window.
             decode_budget, every: bound what a long generation, and later turns, store; see `headkv.compress`.
-            storage: "model", "int8", "k8v4" or "int4", as there. A cache that is loaded has the storage that was saved.
+            storage, residual_length: as there. A cache that is loaded has the storage that was saved.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
         """
         decode = DecodeBudget.of(decode_budget, every)
-        options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode, storage)
+        options = CacheOptions(backend, headroom, rollback, chunked_prefill, decode, storage, residual_length)
         model = supported_model(model)
         check_attention(model)
         check_method(method, model, chunked_prefill)

@@ -214,7 +214,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
             if bool((self.ragged.length == 0).any()):
                 raise all_padding(int((self.ragged.length == 0).nonzero()[0]) // self.ragged.num_kv_heads)
             self.ragged.trim(self.options.headroom)
-            self.ragged.quantise(self.options.storage)
+            self.ragged.quantise(self.options.storage, self.options.residual_length)
         else:
             self.ragged = self.compressed(chosen)
         self._observed = None
@@ -257,7 +257,9 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         else:
             window, texts = observed.rule.sliding_window, texts_of(valid, keys.shape[0])
             stored = storage_of(chosen, texts, keys, valid, sliding_window=window, rollback=rollback)
-        how: dict[str, Any] = {"headroom": options.headroom, "storage": options.storage}
+        how: dict[str, Any] = {
+            name: getattr(options, name) for name in ("headroom", "storage", "residual_length")
+        }
         return RaggedLayer.from_dense(keys, values, valid=valid, rollback=rollback, **how, **stored)
 
     # -- what transformers asks of a cache layer ----------------------------------------------------------------------

@@ -45,6 +45,7 @@ class CacheOptions:
     chunked_prefill: bool = False
     decode: DecodeBudget | None = None
     storage: Storage = "model"
+    residual_length: int = 0
     ranks: Ranks | None = None  # that have the model's heads
 
     def __post_init__(self) -> None:
@@ -53,6 +54,7 @@ class CacheOptions:
         _checks.whole("rollback", self.rollback)
         _checks.flag("chunked_prefill", self.chunked_prefill)
         _checks.one_of("storage", self.storage, STORAGES)
+        checks.residual(self.residual_length, self.storage)
 
 
 def supported_model(model: Any) -> PreTrainedModel:

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headkv_kernels.arguments import New, Strided
-from headkv_kernels.quantised import store_codes
+from headkv_kernels.quantised import store_codes, turned_from
+from headkv_kernels.residual import ring_slots, store_turned
 from headkv_kernels.rows import FUSED, Rows, guard, padded
 
 
@@ -92,6 +93,18 @@ def append_rows(
     n, d = tl.arange(0, BLOCK), tl.arange(0, D_PAD)
     base, entries = tl.load(rows.start + row), tl.load(rows.length + row)
     room, now = tl.load(rows.capacity + row), tl.load(new.seen)
+    if rows.residual is not None:  # tokens that others of this call push out again must not be written at all
+        number = room * 0
+        if valid is None:
+            number += tokens
+        else:
+            for i in range(0, tokens, BLOCK):
+                some = tl.load(valid + batch * tokens + i + n, mask=i + n < tokens, other=0)
+                number += tl.sum((some != 0).to(tl.int64))
+        number = tl.minimum(number, room - entries)
+        oldest = entries + number - rows.ring_size
+        held = tl.minimum(tl.load(rows.residual + row) + number, rows.ring_size)
+        tl.store(rows.residual + row, held)
     for i in range(0, tokens, BLOCK):
         token = (i + n).to(tl.int64)
         stored = token < tokens
@@ -110,8 +123,13 @@ def append_rows(
             tl.store(pools.key + target, key, mask=both)
             tl.store(pools.value + target, value, mask=both)
         else:
+            key, value = turned_from(key, D), turned_from(value, D)
             store_codes(key, pools.key, pools.scale, slot, stored, D)
             store_codes(value, pools.value, pools.scale + 1, slot, stored, D)
+            if rows.residual is not None:
+                at = ring_slots(rows, row, entry)
+                store_turned(key, rows.residual_key, at, stored & (entry >= oldest), D)
+                store_turned(value, rows.residual_value, at, stored & (entry >= oldest), D)
         tl.store(pools.position + slot, (now + token).to(tl.int32), mask=stored)
         entries += tl.sum(stored.to(tl.int32))
     tl.store(rows.length + row, entries)

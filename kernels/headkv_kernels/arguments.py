@@ -42,7 +42,7 @@ class Pools(NamedTuple):
 class Table(NamedTuple):
     """What `Rows` tells of each row, the slots that it owns, and how many rows there are, `heads` of them a sequence.
 
-    `dropped` `[rows]` int64: `Rows.count`.
+    `dropped` `[rows]` int64: `Rows.count`. `residual` `[rows]` int64: `Rows.residual_count`, of rings of `ring_size`.
     """
 
     number: int
@@ -55,6 +55,10 @@ class Table(NamedTuple):
     dropped: Tensor | None
     key_sum: Tensor | None
     value_sum: Tensor | None
+    residual: Tensor | None
+    residual_key: Tensor | None
+    residual_value: Tensor | None
+    ring_size: int | None
 
 
 class New(NamedTuple):

@@ -38,6 +38,8 @@ def combine_segments(
     if ticket is not None:  # noqa: SIM102 (known to the compiler)
         if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:  # every program has read the lengths
             tl.store(rows.length + plan.r, plan.lengths, mask=plan.r < rows.number)
+            if rows.residual is not None:
+                tl.store(rows.residual + plan.r, plan.held.to(tl.int64), mask=plan.r < rows.number)
             tl.store(ticket, 0)
 
     top, total, acc = -float("inf"), 0.0, tl.zeros([COLUMNS], tl.float32)

@@ -18,12 +18,14 @@ from torch import Tensor
 from headkv_kernels.arguments import Rule, Strided
 from headkv_kernels.parts import VARYING, merge_rows, parts_of, plan_parts
 from headkv_kernels.quantised import load_scales, load_sum, load_vectors, rotated
+from headkv_kernels.residual import newest_from, ring_slots
 from headkv_kernels.rows import FUSED, Rows, check_positions, check_queries, device_traits, guard, padded
 from headkv_kernels.softmax import (
     LOG2E,
     add_block,
     add_entry,
     base_two,
+    load_entries,
     sink_of,
     spans,
     start_softmax,
@@ -212,6 +214,9 @@ def extend_rows(
         first = entries_until(pools.position + base, entries, position - rule.sliding_window)
     row_sinks, row_recent = tl.load(rows.sinks + row), tl.load(rows.recent + row)
     front, back = spans(first, end, row_sinks, row_recent)
+    newest = entries  # from there on entries are seen as they came
+    if rows.residual is not None:
+        newest = newest_from(entries, tl.minimum(tl.load(rows.residual + row), rows.ring_size), row_recent)
 
     # What any query of the block sees, again as two spans; with compensation all is read, hidden or not.
     block_end = tl.max(end)
@@ -228,7 +233,7 @@ def extend_rows(
     # Both spans together are cut into blocks. Every query sees all of those from `inside` to `outside`.
     shown = (block_end - jump).to(tl.int32)
     inside = tl.cdiv(tl.max(tl.where(token < tokens, back, 0)).to(tl.int32) - jump, BLOCK)
-    outside = tl.min(tl.where(token < tokens, end, entries)).to(tl.int32) - jump
+    outside = tl.minimum(tl.min(tl.where(token < tokens, end, entries)), newest).to(tl.int32) - jump
     outside = tl.maximum(outside // BLOCK, inside)
     edges = inside + tl.cdiv(shown, BLOCK) - outside
     share = tl.cdiv(edges + outside - inside, parts)
@@ -245,6 +250,11 @@ def extend_rows(
         here = entry < block_end
         k = load_vectors(pools.key, base + entry, here, D, D_PAD, OPERAND)
         v = load_vectors(pools.value, base + entry, here, D, D_PAD, OPERAND)
+        if rows.residual is not None:
+            came = here & (entry >= newest)
+            at = ring_slots(rows, row, entry)
+            k = tl.where(came[:, None], load_entries(rows.residual_key, at, came, D, D_PAD, OPERAND), k)
+            v = tl.where(came[:, None], load_entries(rows.residual_value, at, came, D, D_PAD, OPERAND), v)
         j = entry[None, :]
         eligible = (j >= first[:, None]) & (j < end[:, None])
         hidden = (j >= (first + front)[:, None]) & (j < back[:, None])
@@ -252,6 +262,9 @@ def extend_rows(
         value_scales = None
         if pools.scale is not None:
             key_scales, value_scales = load_scales(pools, base + entry, here)
+            if rows.residual is not None:
+                key_scales = tl.where(came, 1.0, key_scales)
+                value_scales = tl.where(came, 1.0, value_scales)
             logits *= key_scales[None, :]
         if rows.dropped is not None:
             hidden_logit += tl.sum(tl.where(hidden, logits * rule.scale, 0.0), 1)

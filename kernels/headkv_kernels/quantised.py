@@ -34,17 +34,22 @@ def rotated(x, D: tl.constexpr):
 
 
 @triton.jit
-def quantised(x, D: tl.constexpr, LARGEST: tl.constexpr):
-    """Vectors `x` `[M, D_PAD]`, whatever is beyond D, as codes `[M, D_PAD]` in float32 and scales `[M]` in their dtype.
-    The largest channel is `LARGEST` scales. Codes are whole numbers where that is 127, odd ones where it is 16."""
-    TINY: tl.constexpr = 2.0**-14 if x.dtype == tl.float16 else 2.0**-126
-    MAGIC: tl.constexpr = 1.5 * 2.0**23
+def turned_from(x, D: tl.constexpr):
+    """New vectors `[M, D_PAD]`, whatever is beyond D, as float32 and rotated."""
     d = tl.arange(0, x.shape[1])[None, :]
-    turned = rotated(tl.where(d < D, x, 0.0).to(tl.float32), D)
+    return rotated(tl.where(d < D, x, 0.0).to(tl.float32), D)
+
+
+@triton.jit
+def quantised(turned, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """Rotated vectors `[M, D_PAD]` as codes `[M, D_PAD]` in float32 and scales `[M]` of `DTYPE`. The largest channel is
+    `LARGEST` scales. Codes are whole numbers where that is 127, odd ones where it is 16."""
+    TINY: tl.constexpr = 2.0**-14 if DTYPE == tl.float16 else 2.0**-126  # noqa: SIM300
+    MAGIC: tl.constexpr = 1.5 * 2.0**23
     # Bits of numbers that are not negative are in their order, with what is no number above all.
     largest = tl.max(tl.abs(turned).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)).to(x.dtype)
-    scale = tl.where(scale.to(tl.float32) < TINY, tl.full(scale.shape, TINY, tl.float32).to(x.dtype), scale)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)).to(DTYPE)
+    scale = tl.where(scale.to(tl.float32) < TINY, tl.full(scale.shape, TINY, tl.float32).to(DTYPE), scale)
     steps = tl.div_rn(turned, tl.broadcast_to(scale.to(tl.float32)[:, None], turned.shape))
     # MAGIC rounds to the nearest, and to even: float32 has no more digits there.
     if LARGEST == 16:
@@ -55,12 +60,12 @@ def quantised(x, D: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def store_codes(x, pool, scales, slots, here, D: tl.constexpr):
-    """New keys or values `[M, D_PAD]` into the pool's slots `[M]` that are `here`; returns the rotated float32 vectors
-    that their codes stand for. `scales` points at this side's scale of slot 0."""
+def store_codes(turned, pool, scales, slots, here, D: tl.constexpr):
+    """New keys or values, rotated, `[M, D_PAD]` into the pool's slots `[M]` that are `here`; returns what their codes
+    stand for, in float32 and rotated. `scales` points at this side's scale of slot 0."""
     PACKED: tl.constexpr = pool.dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = D // 2 if PACKED else D
-    codes, scale = quantised(x, D, 16 if PACKED else 127)
+    codes, scale = quantised(turned, scales.dtype.element_ty, 16 if PACKED else 127)
     tl.store(scales + slots * 2, scale, mask=here)
     if PACKED:
         low, high = halves(((codes + 15.0) * 0.5).to(tl.uint8))

@@ -38,6 +38,9 @@ class Rows:
             entry; `count` -1: they do not.
         scales: `[slots, 2]` float32, bfloat16 or float16, or None: of each entry the scales of its key's and of its
             value's codes, which stand for vectors as `quantised.py` says. New entries are of the scales' dtype.
+        residual_keys, residual_values, residual_count: `[rows, R, D]` in the scales' dtype twice and `[rows]` int64, or
+            None: rings of rotated vectors. A row's newest `residual_count` entries, in a windowed row those within
+            the window, are seen as these have them: entry `i` in slot `i % R`.
     """
 
     keys: Tensor
@@ -51,6 +54,9 @@ class Rows:
     value_sum: Tensor | None = None
     count: Tensor | None = None
     scales: Tensor | None = None
+    residual_keys: Tensor | None = None
+    residual_values: Tensor | None = None
+    residual_count: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 2 or not 1 <= self.dim <= MAX_DIM:
@@ -78,6 +84,8 @@ class Rows:
             if self.scales.dtype not in DTYPES:
                 raise TypeError(f"scales must be float32, bfloat16 or float16, got {self.scales.dtype}")
             self._expect("scales", (slots, 2), self.scales.dtype)
+        if self.residual_count is not None:
+            self._expect_rings()
         if not self.keys.is_contiguous():
             raise ValueError(f"keys must be contiguous, got strides {list(self.keys.stride())}")
 
@@ -88,6 +96,15 @@ class Rows:
                 raise TypeError(f"{name} must be int8 or uint8 where there are scales, got {dtype}")
         if self.dim % PACKED[self.values.dtype]:
             raise ValueError(f"values must be int8 where D is odd, got {self.values.dtype} and D {self.dim}")
+
+    def _expect_rings(self) -> None:
+        if self.scales is None:
+            raise ValueError("scales must be given with residual_count, got None")
+        rows, rings = self.start.numel(), self.residual_keys
+        size = rings.shape[1] if isinstance(rings, Tensor) and rings.ndim == 3 else 1
+        self._expect("residual_count", (rows,), torch.int64)
+        for name in ("residual_keys", "residual_values"):
+            self._expect(name, (rows, max(size, 1), self.dim), self.scales.dtype)
 
     def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tensor = getattr(self, name)
@@ -135,7 +152,9 @@ class Rows:
         """The rows, `heads` of them a sequence, as kernels are given them."""
         sums = (self.count, self.key_sum, self.value_sum)
         windows = (self.sinks, self.recent)
-        return Table(self.number, heads, self.start, self.length, capacity, *windows, *sums)
+        rings = (self.residual_count, self.residual_keys, self.residual_values)
+        size = None if self.residual_keys is None else self.residual_keys.shape[1]
+        return Table(self.number, heads, self.start, self.length, capacity, *windows, *sums, *rings, size)
 
     def operand(self, q: Tensor) -> tl.dtype:
         """The dtype in which queries meet keys: their own, or float32 if it differs."""

@@ -22,19 +22,22 @@ from headkv_kernels.quantised import (
     load_vectors,
     rotated,
     store_codes,
+    turned_from,
 )
+from headkv_kernels.residual import add_newest, before_newest, newest_from, ring_slots, store_turned
 from headkv_kernels.softmax import add_block, add_entry, base_two, load_entries, spans, start_softmax
 
 UNIT = tl.constexpr(4)  # shares are whole units of entries
 
 
 class Plan(NamedTuple):
-    """`[PAD]` each: the row `r`, its entries with the new one, whether it has room for that, its units, and where
-    on the line these end."""
+    """`[PAD]` each: the row `r`, its entries with the new one, whether it has room for that, how many of its newest are
+    held as they came, its units, and where on the line these end."""
 
     r: tl.tensor
     lengths: tl.tensor
     grown: tl.tensor
+    held: tl.tensor
     units: tl.tensor
     ends: tl.tensor
 
@@ -42,7 +45,8 @@ class Plan(NamedTuple):
 class Segment(NamedTuple):
     """A program's part of one row, scalars: its first unit and the one after its last; its row; where on the line
     the row ends; the row's first slot, entries, and whether it grows; what the row shows of the entries from `first`
-    on (`spans`); and the visible entries `begin .. end` of the row that are stored and of this segment."""
+    on (`spans`), those from `newest` on as they came; and the visible entries `begin .. end` of the row that are stored
+    before those and of this segment."""
 
     unit: tl.tensor
     unit_end: tl.tensor
@@ -54,6 +58,7 @@ class Segment(NamedTuple):
     first: tl.tensor
     front: tl.tensor
     back: tl.tensor
+    newest: tl.tensor
     begin: tl.tensor
     end: tl.tensor
 
@@ -74,13 +79,17 @@ def plan_rows(r, rows, rule, gap):
     if rows.capacity is not None:
         grown = (n < tl.load(rows.capacity + r, mask=real, other=0)).to(tl.int32)
         n += grown
-    front, back = spans(first_in_window(n, rule), n, s, w)
+    held, first = r * 0, first_in_window(n, rule)
+    front, back = spans(first, n, s, w)
     visible = front + n - back
+    if rows.residual is not None:
+        held = tl.minimum(tl.load(rows.residual + r, mask=real, other=0) + grown, rows.ring_size)
+        visible = before_newest(first, front, back, newest_from(n, held, w))[1]
     if rows.dropped is not None:
         visible += (tl.load(rows.dropped + r, mask=real, other=-1) >= 0).to(tl.int64)
     units = tl.where(real, tl.maximum(tl.cdiv(visible, UNIT), 1), 0).to(tl.int32)
     ends = tl.cumsum(tl.where(real, units + gap, 0), 0) - gap
-    return Plan(r, n, grown, units, ends)
+    return Plan(r, n, grown, held, units, ends)
 
 
 @triton.jit
@@ -111,11 +120,16 @@ def segment_at(unit, stop, plan, rows, rule):
     unit_end = tl.minimum(row_end, stop)
     entries, grows = tl.sum(tl.where(here, plan.lengths, 0)), tl.sum(tl.where(here, plan.grown, 0))
     base, first = tl.load(rows.start + row), first_in_window(entries, rule)
-    front, back = spans(first, entries, tl.load(rows.sinks + row), tl.load(rows.recent + row))
+    recent = tl.load(rows.recent + row)
+    front, back = spans(first, entries, tl.load(rows.sinks + row), recent)
     # The new entry is the last one visible, and not yet stored.
-    stored = (front + entries - back).to(tl.int32) - grows
+    newest = entries - grows
+    stored = (front + newest - back).to(tl.int32)
+    if rows.residual is not None:
+        newest = newest_from(entries, tl.sum(tl.where(here, plan.held, 0)), recent)
+        stored = before_newest(first, front, back, newest)[1].to(tl.int32)
     begin, end = (unit - row_begin) * UNIT, tl.minimum((unit_end - row_begin) * UNIT, stored)
-    return Segment(unit, unit_end, row, row_end, base, entries, grows, first, front, back, begin, end)
+    return Segment(unit, unit_end, row, row_end, base, entries, grows, first, front, back, newest, begin, end)
 
 
 @triton.jit
@@ -175,10 +189,13 @@ def decode_shares(
         top, total, acc = start_softmax(G_PAD, D_PAD)
         if pools.scale is not None:
             query_apart, acc = apart(query, pools.key), apart(acc, pools.value)
+        coded = front
+        if rows.residual is not None:
+            coded = before_newest(segment.first, front, back, segment.newest)[0]
         for i in tl.range(segment.begin, segment.end, BLOCK, num_stages=STAGES):
             at = i + n  # [BLOCK]
             visible = at < segment.end
-            slots = base + tl.where(at < front, segment.first + at, back + at - front)
+            slots = base + tl.where(at < coded, segment.first + at, back + at - coded)
             here = visible
             if pools.scale is None:
                 k = load_entries(pools.key, slots, here, D, D_PAD, OPERAND)
@@ -197,6 +214,12 @@ def decode_shares(
                 )
         if pools.scale is not None:
             acc = joined(acc)
+        if rows.residual is not None:  # noqa: SIM102 (known to the compiler)
+            if ends_row:
+                top, total, acc = add_newest(
+                    *(query, query_positions, rows, pools, new, rule, segment, top, total, acc),
+                    *(D, D_PAD, 16, OPERAND),
+                )
         if new is not None:  # noqa: SIM102 (known to the compiler)
             if ends_row & (segment.grows > 0):  # from where it was made, then into the pools
                 new_key = new.key.data + batch * new.key.batch + head * new.key.head + d
@@ -208,10 +231,17 @@ def decode_shares(
                 if pools.scale is None:
                     tl.store(pools.key + slot * D + d, new_key, mask=d < D)
                     tl.store(pools.value + slot * D + d, new_value, mask=d < D)
-                else:  # they are seen as they are stored
+                else:  # they are seen as they are stored, or as they came
                     into = slot + tl.arange(0, 1)
-                    key = store_codes(new_key[None, :], pools.key, pools.scale, into, into >= 0, D)
-                    value = store_codes(new_value[None, :], pools.value, pools.scale + 1, into, into >= 0, D)
+                    turned = turned_from(new_key[None, :], D)
+                    key = store_codes(turned, pools.key, pools.scale, into, into >= 0, D)
+                    if rows.residual is not None:
+                        ring = ring_slots(rows, row, segment.entries - 1 + tl.arange(0, 1))
+                        key = store_turned(turned, rows.residual_key, ring, ring >= 0, D)
+                    turned = turned_from(new_value[None, :], D)
+                    value = store_codes(turned, pools.value, pools.scale + 1, into, into >= 0, D)
+                    if rows.residual is not None:
+                        value = store_turned(turned, rows.residual_value, ring, ring >= 0, D)
                     key, value = tl.reshape(key, [D_PAD]), tl.reshape(value, [D_PAD])
                 tl.store(pools.position + slot, tl.load(new.seen).to(tl.int32))
                 logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * rule.scale

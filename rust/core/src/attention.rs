@@ -7,6 +7,7 @@ use crate::kernel::{self, LANE_QUERIES, State, Task};
 use crate::layer::{Layer, Visible};
 use crate::math::softcap_scalar;
 use crate::quantised::rotate;
+use crate::residual::{self, Newest, Part};
 use crate::schedule::{self, Item, Tile};
 use crate::scratch;
 use crate::simd::Isa;
@@ -125,6 +126,8 @@ struct Plan {
     steps: usize,
     /// `[rows, T]`
     visible: Vec<Visible>,
+    /// `[rows, T]`, without what is seen as it came; empty where nothing is
+    coded: Vec<Visible>,
     tiles: Vec<Tile>,
     /// `[rows]`, each `[T]` or empty
     means: Vec<Vec<Option<Mean>>>,
@@ -143,6 +146,7 @@ impl Plan {
         let kv_heads = rows / queries.batch;
         let queries_of_row = queries.heads / kv_heads * steps;
         let mut visible = Vec::with_capacity(rows * steps);
+        let mut coded = Vec::new();
         let mut tiles = Vec::new();
         for row in 0..rows {
             let (_, _, positions) = layer.row(row);
@@ -150,7 +154,12 @@ impl Plan {
             for &position in &queries.positions[row / kv_heads * steps..][..steps] {
                 visible.push(Visible::new(positions, position, options.sliding_window, sinks, recent).0);
             }
-            schedule::tiles_of_row(row, queries_of_row, &visible[row * steps..], &mut tiles);
+            if layer.residual.is_some() {
+                let end = residual::span(layer, row).begin;
+                coded.extend(visible[row * steps..].iter().map(|seen| seen.until(end)));
+            }
+            let read = if coded.is_empty() { &visible } else { &coded };
+            schedule::tiles_of_row(row, queries_of_row, &read[row * steps..], &mut tiles);
         }
         let parallel = schedule::work(&tiles) * layer.head_dim >= SERIAL_WORK;
         let threads = if parallel { options.threads.max(1) } else { 1 };
@@ -162,7 +171,7 @@ impl Plan {
                 *mean = compensation::means(layer, row, &visible[row * steps..][..steps]);
             });
         }
-        Plan { queries_of_row, steps, visible, tiles, means, threads }
+        Plan { queries_of_row, steps, visible, coded, tiles, means, threads }
     }
 
     /// Runs the kernel over equal shares of the entries. Also returns, for each tile, its range of groups in the result.
@@ -237,7 +246,7 @@ impl Plan {
         }
         // The fourth query that is not there sees what the last one sees, so that no block is masked for its sake.
         let visible: Vec<Visible> =
-            (0..padded_count).map(|i| *self.visible_to(tile, tile.first + i.min(tile.count - 1))).collect();
+            (0..padded_count).map(|i| *self.read_by(tile, tile.first + i.min(tile.count - 1))).collect();
         let task = Task {
             head_dim: dim,
             keys,
@@ -251,11 +260,12 @@ impl Plan {
         kernel::run(options.isa, &task, states, sums);
     }
 
-    fn visible_to(&self, tile: &Tile, query: usize) -> &Visible {
-        &self.visible[tile.row * self.steps + query % self.steps]
+    fn read_by(&self, tile: &Tile, query: usize) -> &Visible {
+        let read = if self.coded.is_empty() { &self.visible } else { &self.coded };
+        &read[tile.row * self.steps + query % self.steps]
     }
 
-    /// Merges the parts of each tile, the compensation entry, and the sink, into the output.
+    /// Merges the parts of each tile, what is seen as it came, the compensation entry, and the sink, into the output.
     fn combine<K: Element, V: Element>(
         &self,
         layer: &Layer<K, V>,
@@ -274,9 +284,9 @@ impl Plan {
             rest = after;
         }
         // For a few queries a row (decoding), merging is too little work to share.
-        let threads = if self.steps > 1 { self.threads } else { 1 };
+        let threads = if self.steps > 1 || layer.residual.is_some() { self.threads } else { 1 };
         threads::for_each(threads, work, |(tile, owner, out)| {
-            let means = &self.means[tile.row];
+            let (means, newest) = (&self.means[tile.row], Newest::of(layer, tile.row));
             for (i, out) in out.chunks_exact_mut(dim).enumerate() {
                 let query = tile.first + i;
                 let mean = means.get(query % self.steps).and_then(Option::as_ref).map(|mean| {
@@ -287,23 +297,33 @@ impl Plan {
                         mean.value.as_slice(),
                     )
                 });
+                let part = newest.as_ref().map(|newest| {
+                    let at = (tile.row * self.queries_of_row + query) * dim;
+                    let mut turned: Vec<f32> =
+                        queries.data[at..][..dim].iter().map(|x| x * options.scale).collect();
+                    rotate(&mut turned);
+                    let visible = &self.visible[tile.row * self.steps + query % self.steps];
+                    newest.attend(&turned, visible, options.softcap)
+                });
                 let sink = queries.sink_logits.map_or(f32::NEG_INFINITY, |sinks| {
                     sinks[(tile.row * self.queries_of_row + query) / self.steps % queries.heads]
                 });
                 let groups = tile.count.div_ceil(LANE_QUERIES);
                 let parts = (owner.start + i / LANE_QUERIES..owner.end).step_by(groups);
-                merge::<V>(partial, parts, i % LANE_QUERIES, mean, sink, layer.scales.is_some(), out);
+                merge::<V>(partial, parts, i % LANE_QUERIES, part, mean, sink, layer.scales.is_some(), out);
             }
         });
     }
 }
 
-/// One query: the parts `groups`, in which it is number `lane`, perhaps one more entry (logit, value), and a logit that has
-/// no value, or `-inf`. With `rotated` the parts are sums of rotated values; the output is not.
+/// One query: the parts `groups`, in which it is number `lane`, perhaps one more part and one more entry (logit, value), and
+/// a logit that has no value, or `-inf`. With `rotated` the parts are sums of rotated values; the output is not.
+#[allow(clippy::too_many_arguments)]
 fn merge<V: Element>(
     partial: &Partial,
     groups: impl Iterator<Item = usize> + Clone,
     lane: usize,
+    part: Option<Part>,
     mean: Option<(f32, &[f32])>,
     sink: f32,
     rotated: bool,
@@ -311,7 +331,8 @@ fn merge<V: Element>(
 ) {
     let width = scratch::width::<V>(out.len());
     let tops = groups.clone().map(|group| partial.states[group].top[lane]);
-    let top = tops.chain(mean.map(|(logit, _)| logit)).fold(sink, f32::max);
+    let others = part.as_ref().map(|part| part.top).into_iter().chain(mean.map(|(logit, _)| logit));
+    let top = tops.chain(others).fold(sink, f32::max);
     // Parts without a visible entry, and all of them when nothing is visible: weight 0, not e^(-inf + inf).
     let weight = |logit: f32| if logit == f32::NEG_INFINITY { 0.0 } else { (logit - top).exp() };
     out.fill(0.0);
@@ -321,6 +342,11 @@ fn merge<V: Element>(
         let weight = if state.sum[lane].is_nan() { f32::NAN } else { weight(state.top[lane]) };
         total += weight * state.sum[lane];
         scratch::collect::<V>(weight, &partial.sums[(group * LANE_QUERIES + lane) * width..][..width], out);
+    }
+    if let Some(part) = part {
+        let weight = if part.total.is_nan() { f32::NAN } else { weight(part.top) };
+        total += weight * part.total;
+        out.iter_mut().zip(&part.sum).for_each(|(out, x)| *out += weight * x);
     }
     if rotated {
         rotate(out);

@@ -3,6 +3,7 @@
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::quantised::Scales;
+use crate::residual::Residual;
 
 /// Where each row lies in the pools; every slice has one number a row.
 #[derive(Clone, Copy)]
@@ -78,6 +79,8 @@ pub struct Layer<'a, K, V> {
     pub sums: Option<Sums<'a>>,
     /// `[slots, 2]`; None where keys and values are no codes but what they stand for
     pub scales: Option<Scales<'a>>,
+    /// Newest entries as they came, beside their codes
+    pub residual: Option<Residual<'a>>,
 }
 
 impl<'a, K: Element, V: Element> Layer<'a, K, V> {
@@ -107,6 +110,12 @@ impl<'a, K: Element, V: Element> Layer<'a, K, V> {
             check_len("key_sum", sums.key.len(), rows * self.head_dim)?;
             check_len("value_sum", sums.value.len(), rows * self.head_dim)?;
             check_len("count", sums.count.len(), rows)?;
+        }
+        if let Some(held) = self.residual {
+            held.check(rows, self.head_dim)?;
+            if self.scales.is_none() {
+                return Err(Error::new("residual_keys must be given with scales only"));
+            }
         }
         Ok(())
     }
@@ -182,6 +191,12 @@ impl Span {
 }
 
 impl Visible {
+    /// Only entries before `end`.
+    pub fn until(self, end: usize) -> Visible {
+        let cut = |span: Span| span.intersect(Span::new(0, end));
+        Visible { sinks: cut(self.sinks), tail: cut(self.tail) }
+    }
+
     /// The visible entries for a query at `position`, and the number of entries that it may see but for the row's own
     /// window (they are the first ones, since positions increase).
     pub fn new(

@@ -16,6 +16,7 @@ mod moves;
 mod openmp;
 mod pools;
 mod quantised;
+mod residual;
 mod schedule;
 mod scratch;
 mod simd;
@@ -27,6 +28,7 @@ pub use error::{Error, Result};
 pub use layer::{Layer, Rows, Sums};
 pub use moves::{Entries, Pools, append, gather};
 pub use quantised::{Code, Float, Scales, quantise};
+pub use residual::{Residual, Rings, hold};
 pub use simd::Isa;
 
 pub use half::slice::HalfBitsSliceExt;

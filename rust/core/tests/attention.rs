@@ -1,6 +1,8 @@
 //! Attention against its definition in f64, for every instruction set of this CPU.
 
-use headkv_core::{Element, Isa, Layer, Options, Queries, Rows, Scales, Sums, attend, bf16, f16};
+use headkv_core::{
+    Element, Isa, Layer, Options, Queries, Residual, Rings, Rows, Scales, Sums, attend, bf16, f16,
+};
 use proptest::prelude::*;
 
 /// Everything that a call needs, owned. Slots that belong to no entry hold not-a-number.
@@ -184,6 +186,7 @@ impl Case {
                 count,
             }),
             scales: None,
+            residual: None,
         };
         let queries = Queries {
             batch: self.batch,
@@ -299,6 +302,7 @@ fn wrong_sizes_are_refused() {
         recent: &[0],
         sums: None,
         scales: None,
+        residual: None,
     };
     let none = Some(&[f32::NEG_INFINITY][..]);
     let ask = Queries {
@@ -330,6 +334,7 @@ fn wrong_sizes_are_refused() {
         recent: &[0],
         sums: None,
         scales: Some(Scales::F32(&[1.0; 4])),
+        residual: None,
     };
     assert!(attend(&codes, &ask, &options, &mut [0.0; 4]).is_ok());
     codes.values = &bytes[1..];
@@ -337,6 +342,16 @@ fn wrong_sizes_are_refused() {
     codes = Layer { head_dim: 3, values: &bytes, ..codes };
     let error = attend(&codes, &Queries { data: &keys[..3], ..ask }, &options, &mut [0.0; 3]).unwrap_err();
     assert!(error.to_string().contains("even"), "{error}");
+    let held = |size, count| {
+        let rings = Rings::F32(&[1.0; 8]);
+        Some(Residual { size, keys: rings, values: rings, count })
+    };
+    assert!(fails(Layer { residual: held(2, &[1]), ..good }, ask, options, 4), "without scales");
+    codes = Layer { head_dim: 4, residual: held(2, &[1]), ..codes };
+    assert!(attend(&codes, &ask, &options, &mut [0.0; 4]).is_ok());
+    for wrong in [held(0, &[1]), held(3, &[1]), held(2, &[-1]), held(2, &[])] {
+        assert!(attend(&Layer { residual: wrong, ..codes }, &ask, &options, &mut [0.0; 4]).is_err());
+    }
     assert!(fails(Layer { rows: Rows { length: &[3], ..rows }, ..good }, ask, options, 4));
     assert!(fails(Layer { rows: Rows { start: &[1], ..rows }, ..good }, ask, options, 4));
     assert!(fails(Layer { sinks: &[-1], ..good }, ask, options, 4));
@@ -378,6 +393,7 @@ fn what_is_not_a_number_stays_so() {
         recent: &[0],
         sums: None,
         scales: None,
+        residual: None,
     };
     let sink_logits = Some(&[0.5][..]);
     let ask = Queries { batch: 1, heads: 1, steps: 1, data: &[1.0; 4], positions: &[199], sink_logits };

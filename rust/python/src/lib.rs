@@ -6,8 +6,8 @@
 mod arrays;
 
 use headkv_core::{
-    Code, Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Rows,
-    Scales, Sums, bf16, f16,
+    Code, Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Residual,
+    Rings, Rows, Scales, Sums, bf16, f16,
 };
 use numpy::prelude::*;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -30,6 +30,9 @@ struct LayerArrays<'py> {
     value_sum: Option<Bound<'py, PyAny>>,
     count: Option<Bound<'py, PyAny>>,
     scales: Option<Bound<'py, PyAny>>,
+    residual_keys: Option<Bound<'py, PyAny>>,
+    residual_values: Option<Bound<'py, PyAny>>,
+    residual_count: Option<Bound<'py, PyAny>>,
 }
 
 /// The storage of a layer, read or written: any object with these attributes, bytes but for the positions.
@@ -151,6 +154,20 @@ impl Attend<'_, '_> {
             (_, Some(_), other) => return Err(wrong_dtype(other)),
             (None, None, _) => None,
         };
+        let held: Option<(Ring, Ring, Vec<i64>)> =
+            match (&arrays.residual_keys, &arrays.residual_values, &arrays.residual_count) {
+                (Some(keys), Some(values), Some(count)) => Some((
+                    Ring::new("residual_keys", keys, self.dtype)?,
+                    Ring::new("residual_values", values, self.dtype)?,
+                    copied("residual_count", count)?,
+                )),
+                (None, None, None) => None,
+                _ => {
+                    return Err(PyValueError::new_err(
+                        "residual_keys, residual_values and residual_count must be given together",
+                    ));
+                }
+            };
         let mut out: Output<f32> = output("out", self.out, 4)?;
         let shape = q.shape();
         if out.shape() != shape {
@@ -194,9 +211,48 @@ impl Attend<'_, '_> {
                 None => None,
             },
             scales,
+            residual: match &held {
+                Some((keys, values, count)) => Some(Residual {
+                    size: keys.shape()[1],
+                    keys: keys.rings(self.dtype)?,
+                    values: values.rings(self.dtype)?,
+                    count,
+                }),
+                None => None,
+            },
         };
         let (options, out) = (self.options, out.as_slice_mut()?);
         py.detach(|| headkv_core::attend(&layer, &queries, &options, out)).map_err(value_error)
+    }
+}
+
+/// Newest entries of all rows, `[rows, R, D]`.
+enum Ring<'py> {
+    Wide(Input<'py, f32>),
+    Bits(Input<'py, u16>),
+}
+
+impl<'py> Ring<'py> {
+    fn new(name: &str, array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Self> {
+        Ok(match dtype {
+            "float32" => Ring::Wide(input(name, array, 3)?),
+            _ => Ring::Bits(input(name, array, 3)?),
+        })
+    }
+
+    fn shape(&self) -> &[usize] {
+        match self {
+            Ring::Wide(array) => array.shape(),
+            Ring::Bits(array) => array.shape(),
+        }
+    }
+
+    fn rings(&self, dtype: &str) -> PyResult<Rings<'_>> {
+        Ok(match self {
+            Ring::Wide(array) => Rings::F32(array.as_slice()?),
+            Ring::Bits(array) if dtype == "bfloat16" => Rings::Bf16(as_bf16(array.as_slice()?)),
+            Ring::Bits(array) => Rings::F16(as_f16(array.as_slice()?)),
+        })
     }
 }
 
@@ -375,6 +431,57 @@ fn run_quantise<Stored: numpy::Element, T: Float, C: Code + numpy::Element>(
     py.detach(|| headkv_core::quantise(dim, vectors, codes, scales)).map_err(value_error)
 }
 
+/// Holds the newest of new tokens' vectors `[rows, T, D]` in `rings` `[rows, R, D]`, rotated; both of `dtype`.
+#[pyfunction]
+fn hold<'py>(
+    py: Python<'py>,
+    rings: &Bound<'py, PyAny>,
+    new: &Bound<'py, PyAny>,
+    dtype: &str,
+    length: &Bound<'py, PyAny>,
+    valid: Option<&Bound<'py, PyAny>>,
+) -> PyResult<()> {
+    match dtype {
+        "float32" => run_hold::<f32, f32>(py, rings, new, length, valid, |x| x, |x| x),
+        "bfloat16" => {
+            run_hold::<u16, bf16>(py, rings, new, length, valid, as_bf16, |x| x.reinterpret_cast_mut())
+        }
+        "float16" => {
+            run_hold::<u16, f16>(py, rings, new, length, valid, as_f16, |x| x.reinterpret_cast_mut())
+        }
+        other => Err(wrong_dtype(other)),
+    }
+}
+
+fn run_hold<Stored: numpy::Element, T: Float>(
+    py: Python<'_>,
+    rings: &Bound<'_, PyAny>,
+    new: &Bound<'_, PyAny>,
+    length: &Bound<'_, PyAny>,
+    valid: Option<&Bound<'_, PyAny>>,
+    meant: fn(&[Stored]) -> &[T],
+    meant_mut: fn(&mut [Stored]) -> &mut [T],
+) -> PyResult<()> {
+    let mut rings: Output<Stored> = output("rings", rings, 3)?;
+    let new: Input<Stored> = input("new", new, 3)?;
+    apart("rings", &rings, &[&new])?;
+    let length: Vec<i64> = copied("length", length)?;
+    let valid: Option<Input<bool>> = valid.map(|valid| input("valid", valid, 2)).transpose()?;
+    let batch = valid.as_ref().map_or(1, |valid| valid.shape()[0]);
+    let valid = valid.as_ref().map(|valid| valid.as_slice()).transpose()?;
+    let (size, dim) = (rings.shape()[1], rings.shape()[2]);
+    if new.shape()[0] != length.len() || new.shape()[2] != dim {
+        return Err(PyValueError::new_err(format!(
+            "new must have shape [{}, T, {dim}], got {:?}",
+            length.len(),
+            new.shape()
+        )));
+    }
+    let (rings, new) = (meant_mut(rings.as_slice_mut()?), meant(new.as_slice()?));
+    py.detach(|| headkv_core::hold(rings, (size, dim), new, &length, valid.map(|valid| (batch, valid))))
+        .map_err(value_error)
+}
+
 /// Names of the instruction sets that this CPU has, best first.
 #[pyfunction]
 fn instruction_sets() -> Vec<&'static str> {
@@ -412,5 +519,5 @@ fn value_error(error: Error) -> PyErr {
 #[pymodule]
 mod _rust {
     #[pymodule_export]
-    use super::{append, attend, gather, instruction_sets, quantise};
+    use super::{append, attend, gather, hold, instruction_sets, quantise};
 }

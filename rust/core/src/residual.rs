@@ -1,0 +1,220 @@
+//! A row's newest entries as they came, beside their codes, as headkv/cache/residual.py specifies them. They are few: plain
+//! loops take a small part of the time that codes take.
+
+use half::{bf16, f16};
+
+use crate::element::Element;
+use crate::error::{Error, Result, check_len};
+use crate::layer::{Layer, Span, Visible};
+use crate::math::softcap_scalar;
+use crate::quantised::{Float, rotate};
+
+/// Products that are summed side by side, so that the compiler can use vectors.
+const LANES: usize = 16;
+
+/// Rings of rotated vectors, `[rows, R, D]`.
+#[derive(Clone, Copy)]
+pub enum Rings<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// What rows hold as it came: entry `i` of a row in slot `i % size` of its rings.
+#[derive(Clone, Copy)]
+pub struct Residual<'a> {
+    pub size: usize,
+    pub keys: Rings<'a>,
+    pub values: Rings<'a>,
+    /// `[rows]`, how many of a row's newest entries
+    pub count: &'a [i64],
+}
+
+impl Rings<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Rings::F32(rings) => rings.len(),
+            Rings::Bf16(rings) => rings.len(),
+            Rings::F16(rings) => rings.len(),
+        }
+    }
+
+    /// Writes the vector that begins at `at` to `target` `[D]`.
+    fn copy_to(&self, at: usize, target: &mut [f32]) {
+        match self {
+            Rings::F32(rings) => widen(&rings[at..], target),
+            Rings::Bf16(rings) => widen(&rings[at..], target),
+            Rings::F16(rings) => widen(&rings[at..], target),
+        }
+    }
+}
+
+fn widen<T: Element>(vector: &[T], target: &mut [f32]) {
+    target.iter_mut().zip(vector).for_each(|(to, x)| *to = x.channel(0));
+}
+
+impl Residual<'_> {
+    pub(crate) fn check(&self, rows: usize, head_dim: usize) -> Result<()> {
+        if self.size == 0 {
+            return Err(Error::new("residual_keys must have at least one slot a row, got none"));
+        }
+        let numbers = rows.checked_mul(self.size).and_then(|slots| slots.checked_mul(head_dim));
+        let numbers = numbers.ok_or_else(|| Error::new("residual_keys must fit the address space"))?;
+        check_len("residual_keys", self.keys.len(), numbers)?;
+        check_len("residual_values", self.values.len(), numbers)?;
+        check_len("residual_count", self.count.len(), rows)?;
+        match self.count.iter().find(|&&count| count < 0) {
+            Some(wrong) => Err(Error::new(format!("residual_count must be at least 0, got {wrong}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The newest entries of a row that attention sees as they came; of a windowed row within the window.
+pub(crate) fn span<K: Element, V: Element>(layer: &Layer<K, V>, row: usize) -> Span {
+    let length = layer.rows.length[row] as usize;
+    let count = layer.residual.map_or(0, |held| (held.count[row] as usize).min(held.size));
+    let recent = layer.recent[row] as usize;
+    let count = if recent > 0 { count.min(recent) } else { count };
+    Span::new(length - count.min(length), length)
+}
+
+/// Those entries of one row, widened.
+pub(crate) struct Newest {
+    span: Span,
+    /// `[span, D]`
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// A query's softmax over some entries: the largest logit, the sum of weights, the sum of rotated values times weights.
+pub(crate) struct Part {
+    pub top: f32,
+    pub total: f32,
+    pub sum: Vec<f32>,
+}
+
+impl Newest {
+    /// None without such entries.
+    pub fn of<K: Element, V: Element>(layer: &Layer<K, V>, row: usize) -> Option<Newest> {
+        let (span, held, dim) = (span(layer, row), layer.residual?, layer.head_dim);
+        let widened = |rings: Rings| {
+            let mut vectors = vec![0.0; span.len() * dim];
+            for (entry, vector) in (span.begin..span.end).zip(vectors.chunks_exact_mut(dim)) {
+                rings.copy_to((row * held.size + entry % held.size) * dim, vector);
+            }
+            vectors
+        };
+        (!span.is_empty()).then(|| Newest { span, keys: widened(held.keys), values: widened(held.values) })
+    }
+
+    /// `query` `[D]` is scaled and rotated.
+    pub fn attend(&self, query: &[f32], visible: &Visible, softcap: Option<f32>) -> Part {
+        let dim = query.len();
+        let seen = [visible.sinks, visible.tail].map(|span| span.intersect(self.span));
+        let seen =
+            seen.into_iter().flat_map(|span| span.begin..span.end).map(|entry| entry - self.span.begin);
+        let logits: Vec<(usize, f32)> =
+            seen.map(|i| (i, softcap_scalar(dot(query, &self.keys[i * dim..][..dim]), softcap))).collect();
+        let top = logits.iter().fold(f32::NEG_INFINITY, |top, &(_, logit)| top.max(logit));
+        let mut part = Part { top, total: 0.0, sum: vec![0.0; dim] };
+        for (i, logit) in logits {
+            let weight = (logit - top).exp();
+            part.total += weight;
+            let value = &self.values[i * dim..][..dim];
+            part.sum.iter_mut().zip(value).for_each(|(sum, x)| *sum += weight * x);
+        }
+        part
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (whole_a, rest_a) = a.as_chunks::<LANES>();
+    let (whole_b, rest_b) = b.as_chunks::<LANES>();
+    for (a, b) in whole_a.iter().zip(whole_b) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum::<f32>()
+}
+
+/// Holds the newest of T new tokens' vectors: rotated, in the slots of the entries that they become.
+///
+/// `rings` `[rows, size, D]`, `new` `[rows, T, D]`, `length` `[rows]` of the rows without them, `valid` `[B, T]`.
+pub fn hold<T: Float>(
+    rings: &mut [T],
+    (size, head_dim): (usize, usize),
+    new: &[T],
+    length: &[i64],
+    valid: Option<(usize, &[bool])>,
+) -> Result<()> {
+    let rows = length.len();
+    let steps = new.len().checked_div(rows * head_dim).unwrap_or(0);
+    let (batch, valid) = valid.map_or((1, None), |(batch, valid)| (batch, Some(valid)));
+    if size == 0 || batch == 0 || !rows.is_multiple_of(batch) {
+        return Err(Error::new(format!(
+            "rings must be of whole batches, got {rows} rows, {size} slots, {batch}"
+        )));
+    }
+    check_len("rings", rings.len(), rows * size * head_dim)?;
+    check_len("new", new.len(), rows * steps * head_dim)?;
+    if let Some(valid) = valid {
+        check_len("valid", valid.len(), batch * steps)?;
+    }
+    if let Some(wrong) = length.iter().find(|&&length| length < 0) {
+        return Err(Error::new(format!("length must be at least 0, got {wrong}")));
+    }
+    let mut turned = vec![0.0f32; head_dim];
+    for row in 0..rows {
+        let valid = valid.map(|valid| &valid[row / (rows / batch) * steps..][..steps]);
+        let stored: Vec<usize> = (0..steps).filter(|&step| valid.is_none_or(|valid| valid[step])).collect();
+        for (number, &step) in stored.iter().enumerate().skip(stored.len().saturating_sub(size)) {
+            widen(&new[(row * steps + step) * head_dim..][..head_dim], &mut turned);
+            rotate(&mut turned);
+            let slot = (length[row] as usize + number) % size;
+            let target = &mut rings[(row * size + slot) * head_dim..][..head_dim];
+            target.iter_mut().zip(&turned).for_each(|(to, &x)| *to = T::from_f32(x));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_tokens_take_the_slots_of_their_entries() {
+        let new: Vec<f32> = (0..10).map(|x| x as f32).collect(); // 2 rows, 5 tokens, D 1
+        let mut rings = vec![-1.0f32; 6];
+        hold(&mut rings, (3, 1), &new, &[4, 0], None).unwrap();
+        assert_eq!(rings, [2.0, 3.0, 4.0, 8.0, 9.0, 7.0]); // entries 6, 7, 8; 3, 4, 2
+        let valid = [true, false, true, false, false];
+        let mut rings = vec![-1.0f32; 6];
+        hold(&mut rings, (3, 1), &new, &[4, 0], Some((1, &valid))).unwrap();
+        assert_eq!(rings, [-1.0, 0.0, 2.0, 5.0, 7.0, -1.0]);
+        assert!(hold(&mut rings, (0, 1), &new, &[4, 0], None).is_err());
+        assert!(hold(&mut rings, (3, 1), &new, &[-4, 0], None).is_err());
+        assert!(hold(&mut rings, (2, 1), &new, &[4, 0], None).is_err());
+    }
+
+    #[test]
+    fn a_part_is_a_softmax() {
+        let held = Newest {
+            span: Span::new(5, 7),
+            keys: vec![1.0, 0.0, 0.0, 2.0],
+            values: vec![1.0, 2.0, 3.0, 4.0],
+        };
+        let visible = Visible { sinks: Span::new(0, 2), tail: Span::new(4, 6) };
+        let part = held.attend(&[3.0, 1.0], &visible, None);
+        assert_eq!((part.top, part.total, part.sum), (3.0, 1.0, vec![1.0, 2.0]));
+        let both = held.attend(&[3.0, 1.0], &Visible { tail: Span::new(0, 9), ..visible }, None);
+        let second = (2.0f32 - 3.0).exp();
+        assert_eq!((both.top, both.total), (3.0, 1.0 + second));
+        assert_eq!(both.sum, vec![1.0 + 3.0 * second, 2.0 + 4.0 * second]);
+        let nothing = held.attend(&[3.0, 1.0], &Visible::default(), None);
+        assert_eq!((nothing.top, nothing.total), (f32::NEG_INFINITY, 0.0));
+    }
+}
