@@ -4,9 +4,10 @@
 
 The tuned SmolLM2 in bfloat16 reads texts in which words and numbers are hidden, once for all. Each method compresses
 them without knowing the questions, to a share of the entries in bfloat16, and to as many more in each other storage of
-the cache as have the same bytes; the full cache is stored in all. An answer is right if every token of it is the most
-likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over
-tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions.
+the cache as have the same bytes; the full cache is stored in all. "int4 and 32" holds the 32 newest entries of each
+row in bfloat16 besides (`residual_length`), and so many fewer in 4 bits. An answer is right if every token of it is the
+most likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over
+tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions, and newest ones.
 
 `--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values of a text
 are rounded as it would and kept in bfloat16, those of a question are not rounded; bytes are counted, not measured.
@@ -18,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 from math import isclose
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measure import Row, add_json, finish
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import headkv
 from headkv.cache.quantised import BITS, quantised, restored, rotated
+from headkv.cache.ragged import STORAGES, Storage
 from headkv.data import needle_texts
 from headkv.data.needles import Needle
 from headkv.evaluation.reading import Reading
@@ -38,19 +40,34 @@ METHODS = ("AdaKV", "HeadKV", "KVzip")
 FULL = "full cache"
 Bits = tuple[int, int]  # of keys and of values
 BFLOAT16, INT8, INT4 = (16, 16), BITS["int8"], BITS["int4"]
-# Bits in the third of the heads that the ablation profile ranks first, and in the others.
-STORED: dict[str, tuple[Bits, Bits]] = {
-    "bfloat16": (BFLOAT16, BFLOAT16),
-    **{name: (bits, bits) for name, bits in BITS.items()},
+
+
+class Stored(NamedTuple):
+    """Bits in the third of the heads that the ablation profile ranks first, and in the others; as what of the cache's
+    storages, "model" where it is simulated, with how many newest entries besides."""
+
+    first: Bits
+    others: Bits
+    storage: Storage = "model"
+    residual_length: int = 0
+
+    @classmethod
+    def alike(cls, storage: Storage, residual_length: int = 0) -> Stored:
+        """All heads in one of the cache's storages."""
+        return cls(BITS[storage], BITS[storage], storage, residual_length)
+
+
+STORED = {"bfloat16": Stored(BFLOAT16, BFLOAT16)} | {
+    name: Stored.alike(name) for name in STORAGES if name in BITS
 }
-SIMULATED: dict[str, tuple[Bits, Bits]] = {
-    "K4 V4": (INT4, INT4),
-    "K4 V8": ((4, 8), (4, 8)),
-    "K8 V3": ((8, 3), (8, 3)),
-    "K3 V3": ((3, 3), (3, 3)),
-    "first third int8, others int4": (INT8, INT4),
-    "first third int4, others int8": (INT4, INT8),
-    "first third int4, others K3 V3": (INT4, (3, 3)),
+SIMULATED = {
+    "K4 V4": Stored(INT4, INT4),
+    "K4 V8": Stored((4, 8), (4, 8)),
+    "K8 V3": Stored((8, 3), (8, 3)),
+    "K3 V3": Stored((3, 3), (3, 3)),
+    "first third int8, others int4": Stored(INT8, INT4),
+    "first third int4, others int8": Stored(INT4, INT8),
+    "first third int4, others K3 V3": Stored(INT4, (3, 3)),
 }
 
 
@@ -69,12 +86,12 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return rotated(codes * scale).to(x.dtype)
 
 
-def store(cache: headkv.RaggedCache, name: str, bits: list[list[Bits]]) -> None:
+def store(cache: headkv.RaggedCache, how: Stored, bits: list[list[Bits]]) -> None:
     """Store what a cache of bfloat16 entries holds in another way, or round each head of each layer to its bits."""
     for layer, of_heads in zip(cache.attending, bits, strict=True):
         rows = layer.filled()
-        if name in BITS:
-            rows.quantise(name)
+        if how.storage != "model":
+            rows.quantise(how.storage, how.residual_length)
             continue
         for begin, length, sides in zip(rows.start, rows.length, of_heads, strict=True):
             here = slice(int(begin), int(begin + length))
@@ -86,7 +103,7 @@ def store(cache: headkv.RaggedCache, name: str, bits: list[list[Bits]]) -> None:
 def compressed(
     reading: Reading, make: Any, share: float, sizes: Tensor, wanted: float
 ) -> tuple[headkv.RaggedCache, float]:
-    """A method's cache of about `wanted` bytes, and its bytes; `sizes` `[layers, H]`: of an entry of each head."""
+    """A method's cache whose entries take about `wanted` bytes, and theirs; `sizes` `[layers, H]`: of one of a head."""
     for _ in range(4):
         share = min(share, 1.0)
         cache = reading.compressed(make(share, reading.cache.seen + 1))
@@ -106,9 +123,7 @@ def logits_of(reading: Reading, cache: headkv.RaggedCache, needle: Needle) -> Te
 
 
 @torch.inference_mode()
-def measure(
-    texts: int, tokens: int, shares: Sequence[float], stored: dict[str, tuple[Bits, Bits]]
-) -> list[Row]:
+def measure(texts: int, tokens: int, shares: Sequence[float], stored: dict[str, Stored]) -> list[Row]:
     """Every method at every share of the entries in bfloat16, and in the other storages at as many bytes."""
     model, tokenizer = headkv.load_smollm2(tuned=True)
     model = model.to(torch.bfloat16)
@@ -122,6 +137,7 @@ def measure(
         name: torch.tensor([[entry_bytes(x, dim) for x in row] for row in rows])
         for name, rows in bits.items()
     }
+    rings = {name: how.residual_length * worth.numel() * 2 * 2 * dim for name, how in stored.items()}
     cells = [(FULL, 1.0, name) for name in stored]
     cells += [(method, share, name) for method in METHODS for share in shares for name in stored]
     found: dict[tuple[str, float, str], list[tuple[float, bool, float, float]]] = {cell: [] for cell in cells}
@@ -136,13 +152,16 @@ def measure(
         for cell in cells:
             method, share, name = cell
             size = sizes[name]
-            wanted = everything * (
-                float(size.mean()) if method == FULL else share * entry_bytes(BFLOAT16, dim)
-            )
-            guess = share * entry_bytes(BFLOAT16, dim) / float(size.mean())
+            wanted = everything * share * entry_bytes(BFLOAT16, dim) - rings[name]
+            if method == FULL:
+                wanted = everything * float(size.mean())
+            if wanted <= 0:
+                continue  # the newest entries alone are more
+            guess = wanted / everything / float(size.mean())
             cache, held = compressed(reading, make[method], guess, size, wanted)
+            held += rings[name]
             entries = float(cache.lengths().sum()) / everything
-            store(cache, name, bits[name])
+            store(cache, stored[name], bits[name])
             saved = cache.snapshot()
             for number, needle in enumerate(text.needles):
                 cache.restore(saved)
@@ -165,6 +184,7 @@ def measure(
             "KL": f"{mean(kl for kl, *_ in one):.4f}",
         }
         for (method, share, name), one in found.items()
+        if one
     ]
 
 
@@ -178,10 +198,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="of entries, in 16 bits"
     )
+    parser.add_argument("--residual-lengths", type=int, nargs="+", default=[32], help="of int4's rows")
+    parser.add_argument("--only", nargs="+", metavar="STORED", help="of what is printed, bfloat16 besides")
     parser.add_argument("--simulate", action="store_true", help="fewer bits, and bits by head, too")
     add_json(parser)
     options = parser.parse_args(arguments)
-    stored = STORED | (SIMULATED if options.simulate else {})
+    stored = STORED | {f"int4 and {n}": Stored.alike("int4", n) for n in options.residual_lengths}
+    stored |= SIMULATED if options.simulate else {}
+    if unknown := set(options.only or ()) - stored.keys():
+        parser.error(f"--only must be of {', '.join(stored)}, got {', '.join(unknown)}")
+    if options.only:
+        stored = {name: how for name, how in stored.items() if name in ("bfloat16", *options.only)}
     rows = measure(options.texts, options.tokens, options.shares, stored)
     finish(options.json, {f"{options.texts} texts of {options.tokens} tokens": rows}, [])
 

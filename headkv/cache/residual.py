@@ -1,9 +1,10 @@
 """A row's newest entries in the dtype in which they came, beside their codes.
 
 A question stands at the end of its rows, and its own entries make most of the error that 4 bits bring. So the newest R
-entries of each row are held a second time, not rounded (KIVI's residual, arXiv 2402.02750, section 3.2). They have codes
-all the same: nothing needs to be rounded later, and what moves entries need not know. Attention sees an entry as it
-came as long as it is one of the row's newest `residual_count`, in a windowed row within the window; then by its codes.
+entries of each row are held a second time, not rounded (KIVI's residual, arXiv 2402.02750, section 3.2). They have
+codes all the same: nothing needs to be rounded later, and what moves entries need not know. Attention sees an entry as
+it came as long as it is one of the row's newest `residual_count`, in a windowed row within the window; then by its
+codes.
 
 Entry `i` of a row lies in slot `i % R` of its ring, rotated as codes are: one query, rotated once, meets both.
 """
@@ -126,7 +127,7 @@ def seen_as_they_came(rows: Rows) -> Tensor:
 
 
 def placed(rows: Rows, keys: Tensor, values: Tensor, row: Tensor, entry: Tensor, at: Tensor) -> None:
-    """Write the entries number `entry` of the rows `row` as they came, `[m]` each, to the places `at` of keys and values
+    """Write the entries `entry` of the rows `row`, `[m]` each, as they came to the places `at` of keys and values
     `[n, D]`."""
     held = Residual.of(rows)
     assert held is not None
