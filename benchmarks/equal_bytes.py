@@ -6,8 +6,8 @@ The tuned SmolLM2 in bfloat16 reads texts in which words and numbers are hidden,
 them without knowing the questions, to a share of the entries in bfloat16, and to as many more in each other storage of
 the cache as have the same bytes; the full cache is stored in all. "int4 and 32" holds the 32 newest entries of each
 row in bfloat16 besides (`residual_length`), and so many fewer in 4 bits. An answer is right if every token of it is the
-most likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean over
-tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions, and newest ones.
+most likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean
+over tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions, and newest ones.
 
 `--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values of a text
 are rounded as it would and kept in bfloat16, those of a question are not rounded; bytes are counted, not measured.

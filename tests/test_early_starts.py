@@ -16,6 +16,7 @@ from torch import Tensor
 import headkv
 from headkv.attention import triton as backend
 from headkv.cache.ragged import Storage
+from headkv.cache.residual import NAMES as RESIDUAL
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 tl = triton.language
@@ -93,7 +94,7 @@ def test_who_does_not_wait_reads_nan(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", ["as it was", "NaN"])
-@pytest.mark.parametrize("kernel", ["ring", "portable", "int8", "int4"])
+@pytest.mark.parametrize("kernel", ["ring", "portable", "int8", "int4", "int4 and 8"])
 def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
     """Right after their producer, and right after one another, steps are to the bit what they are one at a time.
 
@@ -101,14 +102,15 @@ def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
     there the step's second kernel would read NaN from the first.
     """
     kernels = backend.kernels()
-    storage: Storage = "int8" if kernel == "int8" else "int4" if kernel == "int4" else "model"
-    default = kernels.DecodeConfig.default(backend.rows_of(layers(storage)[0]))
+    storage, _, newest = kernel.partition(" and ")
+    how = ("model" if storage in ("ring", "portable") else storage, int(newest or 0))
+    default = kernels.DecodeConfig.default(backend.rows_of(layers(*how)[0]))
     if not default.early:
         pytest.skip("needs a Triton whose kernels can wait for the launch before: gdc_wait")
     config = replace(default, ring=0) if kernel == "portable" else default
     torch.use_deterministic_algorithms(fresh == "NaN", warn_only=True)
     try:
-        got, want = (steps(replace(config, early=early), storage) for early in (True, False))
+        got, want = (steps(replace(config, early=early), *how) for early in (True, False))
     finally:
         torch.use_deterministic_algorithms(False)
     assert bool(want["outputs"].isfinite().all())
@@ -118,24 +120,25 @@ def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def layers(storage: Storage) -> list[headkv.RaggedLayer]:
+def layers(storage: Storage, newest: int) -> list[headkv.RaggedLayer]:
     """Two of them, with room for a round."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for lengths in ((700, 33), (5, 1300)):
         rows = [tuple(torch.randn(2, n, DIM, generator=generator).bfloat16()) for n in lengths]
         made.append(headkv.RaggedLayer.from_rows([rows], headroom=len(TURNS)))
-        if storage != "model":
-            made[-1].quantise(storage)
+        made[-1].quantise(storage, newest)
         made[-1].to("cuda")
     return made
 
 
-def steps(config: Any, storage: Storage) -> dict[str, Tensor]:
+def steps(config: Any, storage: Storage, newest: int) -> dict[str, Tensor]:
     """The outputs of all rounds, and the rows after the last."""
-    kernels, both = backend.kernels(), layers(storage)
+    kernels, both = backend.kernels(), layers(storage, newest)
     rows = [backend.rows_of(layer) for layer in both]
-    begun, tickets = [layer.length.clone() for layer in both], [kernels.new_ticket(row) for row in rows]
+    changed = ("length", *(RESIDUAL if newest else ()))
+    begun = [{name: getattr(layer, name).clone() for name in changed} for layer in both]
+    tickets = [kernels.new_ticket(row) for row in rows]
     free = [headroom(layer) for layer in both]
     clock = torch.zeros(1, dtype=torch.int64, device="cuda")
     generator = torch.Generator("cuda").manual_seed(1)
@@ -148,8 +151,9 @@ def steps(config: Any, storage: Storage) -> dict[str, Tensor]:
 
     def play() -> None:
         targets.fill_(torch.nan)
-        for row, length, slots in zip(rows, begun, free, strict=True):
-            row.length.copy_(length)
+        for row, old, slots in zip(rows, begun, free, strict=True):
+            for name, tensor in old.items():
+                getattr(row, name).copy_(tensor)
             for pool in (row.keys, row.values) if row.scales is None else (row.scales,):
                 pool.index_fill_(0, slots, torch.nan)
         producers, found = iter(zip(sources, targets, strict=True)), []

@@ -43,10 +43,12 @@ def generate(
     graph: bool,
     compile_layers: bool = False,
     storage: Storage = "model",
+    residual_length: int = 0,
     **options: Any,
 ) -> Any:
     torch.manual_seed(3)
-    how: dict[str, Any] = {"cuda_graph": graph, "compile_layers": compile_layers, "storage": storage}
+    how: dict[str, Any] = {"cuda_graph": graph, "compile_layers": compile_layers}
+    how |= {"storage": storage, "residual_length": residual_length}
     with headkv.compress(model, method, **how) as session:
         out = model.generate(**inputs, **{**GREEDY, **options})
     assert "generate" not in vars(model)
@@ -72,15 +74,19 @@ def test_tokens_are_equal(name: str, batch: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("storage", ["int8", "k8v4", "int4"])
+@pytest.mark.parametrize(
+    "storage, newest", [("int8", 0), ("k8v4", 0), ("int4", 0), ("int8", 64), ("int4", 7)]
+)
 @pytest.mark.parametrize("name", ["AdaKV", "DuoAttention"])
-def test_rows_of_codes(name: str, storage: str) -> None:
+def test_rows_of_codes(name: str, storage: str, newest: int) -> None:
     """The same bits by a graph as without, and by the kernels."""
     model, inputs = on_gpu("llama")
-    outs = [generate(model, inputs, METHODS[name], graph, storage=storage) for graph in (False, True)]
+    how: dict[str, Any] = {"storage": storage, "residual_length": newest}
+    outs = [generate(model, inputs, METHODS[name], graph, **how) for graph in (False, True)]
     assert torch.equal(outs[0][0].sequences, outs[1][0].sequences)
     assert all(torch.equal(a, b) for a, b in zip(outs[0][0].logits, outs[1][0].logits, strict=True))
     for layer in outs[1][1].cache.layers:
+        assert layer.ragged.residual_length == newest
         assert layer.ragged.storage == storage and choose_backend(layer.ragged) == "triton"
 
 
