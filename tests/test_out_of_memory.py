@@ -53,6 +53,8 @@ HOLES = torch.rand(2, HEADS, 9, generator=torch.Generator().manual_seed(0)) < 0.
 HOLES[..., -4:] = True
 SAVED = filled(12, **WINDOW, compensate=FOLDS).snapshot()
 
+RINGS = {"storage": "int4", "residual_length": 3}
+
 # name -> (a layer, a change that needs memory)
 CHANGES: dict[str, tuple[Callable[[], RaggedLayer], Callable[[RaggedLayer], Any]]] = {
     "append": (filled, lambda layer: layer.append(*tokens(1))),
@@ -71,6 +73,17 @@ CHANGES: dict[str, tuple[Callable[[], RaggedLayer], Callable[[RaggedLayer], Any]
         lambda: filled(sinks=1, recent=2, headroom=2, compensate=FOLDS | True),
         lambda layer: layer.append(*tokens(3)),
     ),
+    "append to rings": (lambda: filled(**RINGS), lambda layer: layer.append(*tokens(1))),
+    "append of padding to rings": (
+        lambda: filled(headroom=4, **RINGS),
+        lambda layer: layer.append(*tokens(3), torch.tensor([[True, False, True]] * 2)),
+    ),
+    "append to rings of trimmed windows": (
+        lambda: filled(sinks=1, recent=2, headroom=2, **RINGS),
+        lambda layer: layer.append(*tokens(3)),
+    ),
+    "evict from rings": (lambda: filled(**RINGS), lambda layer: layer.evict(HOLES)),
+    "quantise": (filled, lambda layer: layer.quantise("int4", 3)),
     "reserve": (lambda: filled(**WINDOW, compensate=FOLDS), lambda layer: layer.reserve(100)),
     "evict": (filled, lambda layer: layer.evict(HOLES)),
     "evict, then windowed and compensating": (

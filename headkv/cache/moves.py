@@ -47,15 +47,15 @@ def append_reference(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | N
     new = Pools(keys.reshape(-1, head_dim), values.reshape(-1, head_dim), positions.repeat(rows.rows))
     if rows.scales is not None:
         new = quantised.quantised_pools(new, quantised.bits_of(rows.pools))
-    if rows.residual_count is not None:
-        residual.append(rows, keys, values, valid)
     if valid is None:
         slots = (end[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
-        layout.scatter(rows.pools, slots, new)
-        rows.length = rows.length + tokens
-        return
-    stored = valid.repeat_interleave(rows.num_kv_heads, dim=0)  # [rows, T]
-    slots = end[:, None] + stored.cumsum(1) - 1
-    picked = stored.reshape(-1)
-    layout.scatter(rows.pools, slots[stored], new.each(lambda pool: pool[picked]))
-    rows.length = rows.length + stored.sum(1)
+        length = rows.length + tokens
+    else:
+        stored = valid.repeat_interleave(rows.num_kv_heads, dim=0)  # [rows, T]
+        slots = (end[:, None] + stored.cumsum(1) - 1)[stored]
+        picked, length = stored.reshape(-1), rows.length + stored.sum(1)
+        new = new.each(lambda pool: pool[picked])
+    held = residual.appended(rows, keys, values, valid)
+    layout.scatter(rows.pools, slots, new)
+    residual.write(rows, held)
+    rows.length = length

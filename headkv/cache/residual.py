@@ -1,12 +1,13 @@
 """A row's newest entries in the dtype in which they came, beside their codes.
 
 A question stands at the end of its rows, and its own entries make most of the error that 4 bits bring. So the newest R
-entries of each row are held a second time, not rounded (KIVI's residual, arXiv 2402.02750, section 3.2). They have
-codes all the same: nothing needs to be rounded later, and what moves entries need not know. Attention sees an entry as
-it came as long as it is one of the row's newest `residual_count`, in a windowed row within the window; then by its
-codes.
+entries of each row are held a second time, in full (KIVI's residual, arXiv 2402.02750, section 3.2). They have codes
+all the same: nothing is left to round later, and what moves entries need not know. Attention sees an entry as it came
+as long as it is one of the row's newest `residual_count`, in a windowed row within the window; then by its codes. So
+what a question sees of itself depends on R, and on how many tokens come at once: R should hold a question.
 
-Entry `i` of a row lies in slot `i % R` of its ring, rotated as codes are: one query, rotated once, meets both.
+Entry `i` of a row lies in slot `i % R` of its ring, rotated as codes are, so that one query, rotated once, meets both.
+The rotation happens in float32, and its result is rounded to the dtype. What `crop` takes back leaves fewer than R.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ def entries_in_slots(length: Tensor, size: int) -> Tensor:
     return last - (last - torch.arange(size, device=length.device)) % size
 
 
-def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
-    """Hold new entries `[B, H, T, D]`, in place; `rows.length` is still without them. See `moves.append`."""
+def appended(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> Residual | None:
+    """What is held once new entries `[B, H, T, D]` stand behind the rows, in new tensors. See `moves.append`."""
     held = Residual.of(rows)
-    assert held is not None
+    if held is None:
+        return None
     tokens, head_dim = keys.shape[2:]
     stored, order = torch.full_like(rows.length, tokens), None
     if valid is not None:
@@ -85,11 +87,19 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     token = new.clamp(min=0)
     if order is not None:
         token = order.gather(1, token)
-    with torch.inference_mode():  # as `layout.scatter`
-        for ring, side in zip(held[:2], (keys, values), strict=True):
-            picked = side.reshape(rows.rows, tokens, head_dim).gather(1, token[..., None].expand_as(ring))
-            ring.copy_(torch.where((new >= 0)[..., None], _turned(picked), ring))
-        held.residual_count.copy_((held.residual_count + stored).clamp(max=held.size))
+    rings = []
+    for ring, side in zip(held[:2], (keys, values), strict=True):
+        picked = side.reshape(rows.rows, tokens, head_dim).gather(1, token[..., None].expand_as(ring))
+        rings.append(torch.where((new >= 0)[..., None], _turned(picked), ring))
+    return Residual(rings[0], rings[1], (held.residual_count + stored).clamp(max=held.size))
+
+
+def write(rows: Rows, new: Residual | None) -> None:
+    """Hold that, in place, as a CUDA graph may hold the tensors, and whoever made them. Allocates nothing."""
+    held = Residual.of(rows)
+    with torch.inference_mode():
+        for old, changed in zip(held or (), new or (), strict=True):
+            old.copy_(changed)
 
 
 def kept(rows: Rows, wanted: Tensor) -> Residual | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headkv.cache.quantised import bits_of, empty_codes
+from headkv.cache.residual import Residual
 from headkv.cache.rows import Pools, Rows
 
 INSTALL = "pip install headkv (from a checkout: maturin develop --release)"
@@ -76,9 +77,24 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     Raises:
         ValueError: when a row has no room or lies outside the pools; nothing is written then.
     """
-    scales, rings, new = None, _rings(rows), (keys, values)
+    scales, stored = None, torch.full_like(rows.length, keys.shape[2])
+    if valid is not None:
+        stored = valid.sum(1).repeat_interleave(rows.num_kv_heads)
+    length, held = rows.length + stored, Residual.of(rows)
+    count = None if held is None else (held.residual_count + stored).clamp(max=held.size)
+    mask = None if valid is None else array("valid", valid)
+    to_hold = [
+        (
+            array("rings", ring),
+            array("new", side.contiguous().view(rows.rows, -1, rows.head_dim)),
+            str(side.dtype).removeprefix("torch."),
+            array("length", rows.length),
+            mask,
+        )
+        for ring, side in zip(held or (), (keys, values), strict=False)
+    ]
     if rows.scales is None:
-        keys, values = (_apart(new, rows) for new in (keys, values))
+        keys, values = (_apart(x, rows) for x in (keys, values))
     else:
         keys, values, scales = _quantised((keys, values), bits_of(rows.pools))
     extension().append(
@@ -86,31 +102,14 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
         *(array(name, getattr(rows, name)) for name in ("start", "length", "capacity")),
         *(array("new " + name, _bytes(x)) for name, x in (("keys", keys), ("values", values))),
         None if scales is None else array("new scales", _bytes(scales)),
-        None if valid is None else array("valid", valid),
+        mask,
         rows.seen,
         torch.get_num_threads(),
     )
-    stored: Tensor | int = keys.shape[2]
-    if valid is not None:
-        stored = valid.sum(1).repeat_interleave(rows.num_kv_heads)
-    for ring, side in zip(rings, new, strict=False):
-        extension().hold(
-            array("rings", ring),
-            array("new", side.contiguous().view(rows.rows, -1, rows.head_dim)),
-            str(side.dtype).removeprefix("torch."),
-            array("length", rows.length),
-            None if valid is None else array("valid", valid),
-        )
-    if rows.residual_count is not None:
-        rows.residual_count = (rows.residual_count + stored).clamp(max=rows.residual_length)
-    rows.length = rows.length + stored
-
-
-def _rings(rows: Rows) -> tuple[Tensor, ...]:
-    """Of keys and of values, if newest entries are held as they came."""
-    if rows.residual_keys is None or rows.residual_values is None:
-        return ()
-    return rows.residual_keys, rows.residual_values
+    # What needs memory is done: nothing fails between one ring and the next.
+    for arguments in to_hold:
+        extension().hold(*arguments)
+    rows.length, rows.residual_count = length, count
 
 
 def _arrays(pools: Pools) -> SimpleNamespace:

@@ -94,12 +94,11 @@ def trim_in_place(rows: Rows, skip: Tensor) -> None:
     which, offsets = layout.rows_of_slots(moved)
     target = (rows.start + rows.sinks)[which] + offsets
     kept = layout.gather(rows.pools, target + skip[which])
-    held, left = residual.Residual.of(rows), residual.trimmed(rows, skip)
+    held = residual.trimmed(rows, skip)
     layout.scatter(rows.pools, target, kept)
-    with torch.inference_mode():  # in place, as a CUDA graph may hold the tensors, and whoever made them
+    residual.write(rows, held)
+    with torch.inference_mode():  # in place, as a CUDA graph may hold the tensor, and whoever made it
         rows.length -= skip
-        for old, new in zip(held or (), left or (), strict=True):
-            old.copy_(new)
 
 
 def cropped(rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
