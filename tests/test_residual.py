@@ -192,7 +192,7 @@ def test_batches_files_and_dense(tmp_path):
         lambda layer: layer.residual_count.fill_(-1),
         lambda layer: setattr(layer, "residual_values", layer.residual_values[:, :3].contiguous()),
         lambda layer: setattr(layer, "residual_keys", layer.residual_keys.half()),
-        lambda layer: setattr(layer, "residual_count", None),
+        lambda layer: setattr(layer, "residual_keys", layer.residual_keys[:, :0].contiguous()),
     ],
 )
 def test_a_file_whose_rings_do_not_fit_is_refused(tmp_path, change):
@@ -248,14 +248,18 @@ def test_every_instruction_set(isa, case):
     torch.testing.assert_close(got, want, rtol=4 * torch.finfo(case.dtype).eps + 1e-5, atol=1e-5)
 
 
-def test_what_is_no_number_is_seen_to_be_none():
-    case = Case("a key that is no number", ((40, 30),))
-    for bad in (torch.nan, torch.inf):
-        q, layer = case.build()
-        layer.keys[int(layer.start[1] + layer.length[1]) - 2] = bad
-        layer.quantise("int4", 5)
-        got = attended(q, layer, case, "rust")
-        assert bool(got[:, :2].isfinite().all()) and not bool(got[:, 2:].isfinite().any())
+@pytest.mark.parametrize("backend", ["reference", "rust"])
+@pytest.mark.parametrize("where", ["rings", "codes"])
+def test_what_is_no_number_is_seen_where_it_is_read(where, backend):
+    """In the rings alone, of a newest entry; in the codes alone, of one whose codes nobody reads."""
+    case = Case("a key that is no number", ((40, 30),), storage="int4", residual_length=5)
+    q, layer = case.build()
+    if where == "rings":
+        layer.residual_keys[1, (30 - 2) % 5] = torch.nan
+    else:
+        layer.scales[int(layer.start[1]) + 28] = torch.nan
+    finite = attended(q, layer, case, backend).isfinite()
+    assert bool(finite[:, :2].all()) and bool(finite[:, 2:].all()) == (where == "codes")
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -267,6 +271,20 @@ def test_rings_for_all_entries_lose_nothing(way, backend):
     """A masked full cache in full precision, though all entries have codes of 4 bits."""
     more = {"storage": "int4", "residual_length": 500, "backend": backend}
     as_masked(tiny_model("llama"), METHODS["AdaKV"], way, rounds=False, **more)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_drafts_are_verified_over_short_rings(size):
+    """More drafts at once than rings hold, and most of them taken back: both backends say the same all the way."""
+    model, told = tiny_model("llama"), []
+    for backend in ("rust", "reference"):
+        how = {"storage": "int4", "residual_length": size, "backend": backend}
+        cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"], **how)
+        told.append((generate(model, "prompt lookup", cache, tokens=40), cache))
+    assert torch.equal(told[0][0], told[1][0])
+    for one, other in zip(told[0][1].layers, told[1][1].layers, strict=True):
+        for name in ("residual_count", "residual_keys", "residual_values"):
+            torch.testing.assert_close(getattr(one.ragged, name), getattr(other.ragged, name))
 
 
 def test_the_question_is_nearer_to_the_full_cache():
@@ -293,6 +311,24 @@ def test_sessions_take_it():
     made = headkv.RaggedCache.for_model(model, METHODS["AdaKV"], storage="int4", residual_length=7)
     generate(model, cache=made)
     assert torch.equal(made.lengths(), session.cache.lengths()) and made.nbytes == session.cache.nbytes
+
+
+def test_a_cache_from_a_file_goes_on_so(tmp_path):
+    """Another prompt is stored as the one that was saved, and what was taken back is not in the file."""
+    model, how = tiny_model("llama"), {"storage": "int4", "residual_length": 7}
+    cache = headkv.RaggedCache.for_model(model, METHODS["AdaKV"], **how)
+    generate(model, cache=cache)
+    cache.crop(-3)
+    assert bool((cache.layers[0].ragged.residual_count == 4).all())
+    cache.save(tmp_path / "cache")
+    loaded = headkv.RaggedCache.load(tmp_path / "cache", model, method=METHODS["AdaKV"])
+    rings, was = (x.layers[0].ragged for x in (loaded, cache))
+    here = residual.entries_in_slots(rings.length, 7) >= (rings.length - 4)[:, None]
+    assert torch.equal(rings.residual_keys[here], was.residual_keys[here])
+    assert not rings.residual_keys[~here].any() and bool(was.residual_keys[~here].any())
+    loaded.reset()
+    generate(model, cache=loaded)
+    assert {(x.ragged.storage, x.ragged.residual_length) for x in loaded.layers} == {("int4", 7)}
 
 
 @pytest.mark.parametrize(

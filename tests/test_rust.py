@@ -16,6 +16,7 @@ import headkv
 from headkv.attention import reference, rust
 from headkv.cache import RaggedLayer, Rows, layout, moves
 from headkv.cache import rust as rust_moves
+from headkv.cache.residual import NAMES as RESIDUAL
 from headkv.logits import Rule
 
 _rust = pytest.importorskip("headkv._rust", reason="needs the compiled extension: maturin develop --release")
@@ -162,7 +163,7 @@ def good_layer(**changes):
             zip(("start", "length", "capacity"), torch.tensor([[0, 5], [3, 3], [5, 5]]).unbind(), strict=True)
         ),
         **{name: torch.zeros(2, dtype=torch.int64) for name in ("sinks", "recent")},
-        **dict.fromkeys(("key_sum", "value_sum", "count", "scales")),
+        **dict.fromkeys(("key_sum", "value_sum", "count", "scales", *RESIDUAL)),
     } | changes
     return SimpleNamespace(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in arrays.items()})
 
@@ -185,6 +186,8 @@ CODES = {name: torch.zeros(10, 8, dtype=torch.int8) for name in ("keys", "values
 BYTES = {name: torch.zeros(10, 8, dtype=torch.uint8) for name in ("keys", "values")} | {
     "scales": torch.zeros(10, 2)
 }
+RINGS = CODES | {"scales": torch.zeros(10, 2), "residual_count": torch.zeros(2, dtype=torch.int64)}
+RINGS |= {name: torch.zeros(2, 3, 8) for name in ("residual_keys", "residual_values")}
 FAR, LAST = 2**62, 2**63 - 1
 BAD = {
     "length past the capacity": (dict(length=rows(3, 6)), ValueError, "row 1 must lie within the 10 slots"),
@@ -217,6 +220,13 @@ BAD = {
     "short scales": (CODES | dict(scales=torch.zeros(9, 2)), ValueError, "scales must hold 20 elements, got 18"),
     "scales of float64": (CODES | dict(scales=torch.zeros(10, 2).double()), TypeError, "scales must be a numpy array of float32"),
     "short sums": (dict(count=rows(0, 0), key_sum=ONE, value_sum=TWO), ValueError, "key_sum must hold 16"),
+    "half of the rings": (RINGS | dict(residual_count=None), ValueError, "residual_count must be given together"),
+    "rings without codes": (RINGS | dict.fromkeys(("scales",)) | {x: torch.zeros(10, 8) for x in ("keys", "values")}, ValueError, "residual_keys must be given with scales only"),
+    "rings of bfloat16": (RINGS | dict(residual_keys=torch.zeros(2, 3, 8, dtype=torch.int16)), TypeError, "residual_keys must be a numpy array of float32"),
+    "rings turned around": (RINGS | dict(residual_values=torch.zeros(2, 8, 3)), ValueError, r"must have shape \[rows, R, 8\], got \[2, 3, 8\] and \[2, 8, 3\]"),
+    "rings without slots": (RINGS | {x: torch.zeros(2, 0, 8) for x in ("residual_keys", "residual_values")}, ValueError, "at least one slot a row"),
+    "rings of a row": (RINGS | {x: torch.zeros(1, 3, 8) for x in ("residual_keys", "residual_values")}, ValueError, "residual_keys must hold 48 elements, got 24"),
+    "fewer than none": (RINGS | dict(residual_count=rows(0, -1)), ValueError, "residual_count must be at least 0, got -1"),
 }  # fmt: skip
 BAD_CALLS = {
     "wrong dtype tag": (
@@ -282,6 +292,9 @@ def test_out_must_not_be_what_is_read():
     memory = torch.zeros(20, 8)
     with pytest.raises(ValueError, match="out must not share memory"):
         call(layer=good_layer(keys=memory[:10]), out=memory[8:12].view(1, 4, 1, 8))
+    with pytest.raises(ValueError, match="out must not share memory"):
+        rings = RINGS | {"residual_values": memory[:6].view(2, 3, 8)}
+        call(layer=good_layer(**rings), out=memory[4:8].view(1, 4, 1, 8))
     read_only = torch.zeros(1, 4, 1, 8).numpy()
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match="out can not be written"):

@@ -22,6 +22,7 @@ from headkv.cache.quantised import BITS
 from headkv.cache.quantised import DTYPES as CODES
 from headkv.cache.ragged import RaggedLayer
 from headkv.cache.residual import NAMES as RESIDUAL
+from headkv.cache.residual import Residual
 from headkv.cache.rows import SUMS, Pools, channels
 
 FORMAT = "headkv-cache"
@@ -122,8 +123,10 @@ def _about(header: dict[str, str]) -> dict[str, Any]:
 def _packed(layer: RaggedLayer) -> dict[str, Tensor]:
     """The contents of a layer on the CPU: its entries row after row, and what its rows are."""
     pools = moves.gather(layer.pools, layout.source_of_rows(layer.start, layer.length, layer.length))
-    beside = [name for name in (*SUMS, *RESIDUAL) if getattr(layer, name) is not None]
-    rest = {name: getattr(layer, name) for name in (*_NUMBERS, *beside)}
+    sums = [name for name in SUMS if getattr(layer, name) is not None]
+    rest = {name: getattr(layer, name) for name in (*_NUMBERS, *sums)}
+    if (held := Residual.of(layer)) is not None:
+        rest |= held.tidied(layer.length)._asdict()  # what a crop took back is not written
     return {
         name: x.cpu().clone().contiguous() for name, x in {**pools._asdict(), **rest}.items() if x is not None
     }
@@ -182,7 +185,7 @@ def _check(tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None
         shapes |= {"key_sum": sums, "value_sum": sums, "count": (rows, torch.int64)}
     if set(RESIDUAL) & tensors.keys() and scales is not None:
         ring = tensors.get("residual_keys", keys)
-        size = ring.shape[1] if ring.ndim == 3 else 1
+        size = max(1, ring.shape[1]) if ring.ndim == 3 else 1
         rings = [*rows, size, channels(keys)], scales.dtype
         shapes |= {"residual_keys": rings, "residual_values": rings, "residual_count": (rows, torch.int64)}
     found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}

@@ -296,13 +296,13 @@ class RaggedLayer(Rows):
 
         Keys and values are rotated by a Hadamard matrix (as far as a power of two divides D) and rounded to steps of a
         scale that each vector has for itself, in the layer's dtype (`headkv.cache.quantised`). What is returned, as by
-        `row`, and what attention sees, is what the codes stand for.
+        `row`, and what attention sees, is what the codes stand for, but for newest entries that are held as they came.
 
         Args:
             storage: "int8": 255 steps, half the bytes of 16 bits; "int4": 16 steps, about a quarter; "k8v4": keys in 8
                 bits, values in 4. 4 bits take an even D. A layer that is stored so already stays as it is.
-            residual_length: how many of each row's newest entries are held as they came besides, and seen so
-                (`headkv.cache.residual`).
+            residual_length: of each row this many newest entries are also kept in the layer's dtype, and seen so
+                (`headkv.cache.residual`); every row takes the bytes of as many, however few it stores.
 
         Raises:
             ValueError: another storage, or entries that were rounded already, to something else.

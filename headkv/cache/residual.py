@@ -48,6 +48,13 @@ class Residual(NamedTuple):
         slots = (slots % self.size)[..., None].expand_as(self.residual_keys)
         return Residual(self.residual_keys.gather(1, slots), self.residual_values.gather(1, slots), count)
 
+    def tidied(self, length: Tensor) -> Residual:
+        """The same with zeros in the slots that hold none of the `residual_count` newest of `length` `[rows]`."""
+        entry, oldest = entries_in_slots(length, self.size), length - self.residual_count
+        here = ((entry >= 0) & (entry >= oldest[:, None]))[..., None]
+        keys, values = (torch.where(here, ring, 0) for ring in self[:2])
+        return Residual(keys, values, self.residual_count)
+
 
 def newest(rows: Rows, size: int) -> Residual:
     """The last `size` entries of each row; `rows` are not quantised yet."""

@@ -126,7 +126,8 @@ class Rows:
 class Row(NamedTuple):
     """The entries of one row: `keys`, `values` `[n, D]`, `positions` `[n]` int32.
 
-    Views into the pools, but for keys and values that are stored as codes: those are made from them, in float32.
+    Views into the pools, but for keys and values that are stored as codes: those are made from them, in float32, and
+    newest ones from what is held of them.
     """
 
     keys: Tensor

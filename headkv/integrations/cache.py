@@ -117,7 +117,7 @@ class RaggedCache(StatefulCache):
                 by itself.) Heads that stream while the prompt is read (`streaming_prefill=True` of a method) do not
                 wait: they never hold more than a chunk and their window.
             decode_budget, every: bound what a long generation, and later turns, store; see `headkv.compress`.
-            storage, residual_length: as there. A cache that is loaded has the storage that was saved.
+            storage, residual_length: as there. A cache that is loaded goes on with those that were saved.
 
         Raises:
             TypeError, ValueError: on a model or option that is not supported; the model is unchanged then.
@@ -432,6 +432,8 @@ class RaggedCache(StatefulCache):
             path, lambda about: check_identity(about, model), [devices[i] for i in attend]
         )
         for layer, ragged in zip(cache.attending, layers, strict=True):
+            stored = {"storage": ragged.storage, "residual_length": ragged.residual_length}
+            layer.options = replace(layer.options, **stored)  # of another prompt, too
             layer.restore(ragged)
         cache.hold({i: filled(like, of_layer(beside, i, devices[i])) for i, like in cache.states.items()})
         cache._attach(model)

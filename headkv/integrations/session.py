@@ -84,8 +84,10 @@ def compress(
         storage: of what stays of a prompt and of what follows it: "model", in the model's dtype; "int8", in 8 bits
             with a scale a vector, half the bytes of 16 bits; "int4", in 4, about a quarter; "k8v4", keys in 8 bits and
             values in 4; see `RaggedLayer.quantise`. Prompts are read, and methods choose, in the model's dtype.
-        residual_length: how many of each row's newest entries are held in the model's dtype besides. Most of the error
-            of 4 bits is that of a question's own entries: 32 takes two thirds of it away.
+        residual_length: of each row this many newest entries are also kept in the model's dtype. Most of the error of
+            4 bits is that of a question's own entries; where a question fits into 32, they take three quarters of it
+            away. A longer one gains less, and drafts of assisted generation, which are read several at once, may then
+            change tokens. Every row takes the bytes of as many entries, however few it stores.
         cuda_graph: replay each decode step of `generate` (greedy or sampling) as one CUDA graph, see `DecodeGraph`: the
             same tokens, without the time that the host takes to launch over a thousand kernels. Recording costs a few
             steps.

@@ -153,12 +153,15 @@ pub fn hold<T: Float>(
     let rows = length.len();
     let steps = new.len().checked_div(rows * head_dim).unwrap_or(0);
     let (batch, valid) = valid.map_or((1, None), |(batch, valid)| (batch, Some(valid)));
-    if size == 0 || batch == 0 || !rows.is_multiple_of(batch) {
-        return Err(Error::new(format!(
-            "rings must be of whole batches, got {rows} rows, {size} slots, {batch}"
-        )));
+    if size == 0 {
+        return Err(Error::new("rings must have at least one slot a row, got none"));
     }
-    check_len("rings", rings.len(), rows * size * head_dim)?;
+    if batch == 0 || !rows.is_multiple_of(batch) {
+        return Err(Error::new(format!("rows must be a multiple of batch, got {rows} and {batch}")));
+    }
+    let numbers = rows.checked_mul(size).and_then(|slots| slots.checked_mul(head_dim));
+    let numbers = numbers.ok_or_else(|| Error::new("rings must fit the address space"))?;
+    check_len("rings", rings.len(), numbers)?;
     check_len("new", new.len(), rows * steps * head_dim)?;
     if let Some(valid) = valid {
         check_len("valid", valid.len(), batch * steps)?;

@@ -186,7 +186,24 @@ impl Attend<'_, '_> {
                 )));
             }
         }
-        apart("out", &out, &[&q, &keys, &values, &positions])?;
+        let mut read: Vec<&dyn Extent> = vec![&q, &keys, &values, &positions];
+        if let Some((keys, values, _)) = &held {
+            if keys.shape() != values.shape() || keys.shape()[2] != shape[3] {
+                return Err(PyValueError::new_err(format!(
+                    "residual_keys and residual_values must have shape [rows, R, {}], got {:?} and {:?}",
+                    shape[3],
+                    keys.shape(),
+                    values.shape()
+                )));
+            }
+            read.extend([keys.extent(), values.extent()]);
+        }
+        if let Some((key, value, _)) = &sums {
+            read.extend([key as &dyn Extent, value]);
+        }
+        read.extend(wide.as_ref().map(|scales| scales as &dyn Extent));
+        read.extend(bits.as_ref().map(|scales| scales as &dyn Extent));
+        apart("out", &out, &read)?;
 
         let queries = Queries {
             batch: shape[0],
@@ -244,6 +261,13 @@ impl<'py> Ring<'py> {
         match self {
             Ring::Wide(array) => array.shape(),
             Ring::Bits(array) => array.shape(),
+        }
+    }
+
+    fn extent(&self) -> &dyn Extent {
+        match self {
+            Ring::Wide(array) => array,
+            Ring::Bits(array) => array,
         }
     }
 
@@ -466,9 +490,8 @@ fn run_hold<Stored: numpy::Element, T: Float>(
     let new: Input<Stored> = input("new", new, 3)?;
     apart("rings", &rings, &[&new])?;
     let length: Vec<i64> = copied("length", length)?;
-    let valid: Option<Input<bool>> = valid.map(|valid| input("valid", valid, 2)).transpose()?;
-    let batch = valid.as_ref().map_or(1, |valid| valid.shape()[0]);
-    let valid = valid.as_ref().map(|valid| valid.as_slice()).transpose()?;
+    let batch = valid.map(|valid| input::<bool>("valid", valid, 2)).transpose()?.map_or(1, |x| x.shape()[0]);
+    let valid: Option<Vec<bool>> = valid.map(|valid| copied("valid", valid)).transpose()?;
     let (size, dim) = (rings.shape()[1], rings.shape()[2]);
     if new.shape()[0] != length.len() || new.shape()[2] != dim {
         return Err(PyValueError::new_err(format!(
@@ -478,8 +501,10 @@ fn run_hold<Stored: numpy::Element, T: Float>(
         )));
     }
     let (rings, new) = (meant_mut(rings.as_slice_mut()?), meant(new.as_slice()?));
-    py.detach(|| headkv_core::hold(rings, (size, dim), new, &length, valid.map(|valid| (batch, valid))))
-        .map_err(value_error)
+    py.detach(|| {
+        headkv_core::hold(rings, (size, dim), new, &length, valid.as_deref().map(|valid| (batch, valid)))
+    })
+    .map_err(value_error)
 }
 
 /// Names of the instruction sets that this CPU has, best first.
