@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -57,6 +58,7 @@ def run(script: str, *arguments: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@cache
 def measure(method: str) -> dict[str, int]:
     return run(SCRIPT, method)
 

@@ -133,6 +133,7 @@ PLAN = """async ({ source, cases }) => {
 }"""
 
 
+@pytest.mark.slow
 def test_thousands_of_random_plans_are_the_packages(chromium):
     """One layer each: few heads and entries, many ties, windows wider than the budget, every setting."""
     rng = np.random.default_rng(11)
