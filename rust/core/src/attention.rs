@@ -63,10 +63,23 @@ pub fn attend<K: Element, V: Element>(
     if out.is_empty() {
         return Ok(());
     }
+    if layer.head_dim.is_multiple_of(2) {
+        attend_checked(&layer.paired(), queries, options, out);
+    } else {
+        attend_checked(layer, queries, options, out);
+    }
+    Ok(())
+}
+
+fn attend_checked<K: Element, V: Element>(
+    layer: &Layer<K, V>,
+    queries: &Queries,
+    options: &Options,
+    out: &mut [f32],
+) {
     let plan = Plan::new(layer, queries, options);
     let (partial, owners) = plan.partials(layer, queries, options);
     plan.combine(layer, queries, options, &partial, &owners, out);
-    Ok(())
 }
 
 fn check<K: Element, V: Element>(

@@ -9,6 +9,11 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// Channels that one element holds.
     const CHANNELS: usize = 1;
 
+    /// As what vectors of even length are read: pairs, where vectors of pairs are cheaper to widen.
+    type Paired: Element;
+
+    fn paired(elements: &[Self]) -> &[Self::Paired];
+
     /// Its channel `which`, below `CHANNELS`.
     fn channel(self, which: usize) -> f32;
 
@@ -20,6 +25,12 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
 }
 
 impl Element for f32 {
+    type Paired = Self;
+
+    fn paired(elements: &[Self]) -> &[Self] {
+        elements
+    }
+
     #[inline(always)]
     fn channel(self, _: usize) -> f32 {
         self
@@ -33,6 +44,12 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    type Paired = [bf16; 2];
+
+    fn paired(elements: &[Self]) -> &[Self::Paired] {
+        elements.as_chunks().0
+    }
+
     #[inline(always)]
     fn channel(self, _: usize) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -45,7 +62,34 @@ impl Element for bf16 {
     }
 }
 
+/// Each is half of a 32-bit number, which a shift or a mask makes a float32.
+impl Element for [bf16; 2] {
+    const CHANNELS: usize = 2;
+    type Paired = Self;
+
+    fn paired(elements: &[Self]) -> &[Self] {
+        elements
+    }
+
+    #[inline(always)]
+    fn channel(self, which: usize) -> f32 {
+        self[which].channel(0)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(source: *const Self, which: usize) -> S::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { if which == 0 { S::load_even(source) } else { S::load_odd(source) } }
+    }
+}
+
 impl Element for f16 {
+    type Paired = Self;
+
+    fn paired(elements: &[Self]) -> &[Self] {
+        elements
+    }
+
     #[inline(always)]
     fn channel(self, _: usize) -> f32 {
         f16::to_f32(self)
@@ -60,6 +104,12 @@ impl Element for f16 {
 
 /// A code, without its scale.
 impl Element for i8 {
+    type Paired = Self;
+
+    fn paired(elements: &[Self]) -> &[Self] {
+        elements
+    }
+
     #[inline(always)]
     fn channel(self, _: usize) -> f32 {
         f32::from(self)
@@ -75,6 +125,11 @@ impl Element for i8 {
 /// Two codes of 4 bits, without their scale: the even channel's in the lower half, each as (code + 15) / 2.
 impl Element for u8 {
     const CHANNELS: usize = 2;
+    type Paired = Self;
+
+    fn paired(elements: &[Self]) -> &[Self] {
+        elements
+    }
 
     #[inline(always)]
     fn channel(self, which: usize) -> f32 {

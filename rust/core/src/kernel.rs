@@ -4,22 +4,23 @@
 use crate::element::Element;
 use crate::layer::{Span, Visible};
 use crate::math;
+use crate::products::{Ahead, scores, weighted_sum};
 use crate::quantised::{Scales, Side};
 use crate::scratch;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
-use crate::simd::{Isa, MAX_LANES, Simd, portable::Portable, prefetch};
+use crate::simd::{Isa, MAX_LANES, Simd, portable::Portable};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{avx2::Avx2, avx512::Avx512};
 
 /// Queries that the inner loops treat at a time.
 pub(crate) const LANE_QUERIES: usize = 4;
-/// Entries between two softmax updates. While the keys of a block are multiplied its values are fetched, and while the
-/// values are summed the keys of the next block: memory never rests. Small enough for both to fit the first-level cache.
-const BLOCK: usize = 32;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
+/// Most entries between two softmax updates.
+pub(crate) const BLOCK: usize = 64;
+/// Bytes of the keys between two softmax updates, if 16 entries take no more. While the keys of a block are multiplied its
+/// values are fetched, and while the values are summed the keys of the next block, line by line: memory never rests. All
+/// three together fit any first-level cache.
+const BLOCK_BYTES: usize = 8 << 10;
 
 /// The softmax of four queries so far, over the entries read so far.
 #[derive(Clone, Copy)]
@@ -80,7 +81,7 @@ pub(crate) fn run<K: Element, V: Element>(
             Isa::Avx2 => run_avx2(task, states, sums),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => run_with::<Neon, K, V, 4, 4>(task, states, sums),
-            _ => run_with::<Portable, K, V, 1, 1>(task, states, sums),
+            _ => run_with::<Portable, K, V, 2, 1>(task, states, sums),
         }
     }
 }
@@ -91,7 +92,7 @@ pub(crate) fn run<K: Element, V: Element>(
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 unsafe fn run_avx512<K: Element, V: Element>(task: &Task<K, V>, states: &mut [State], sums: &mut [f32]) {
     // SAFETY: the caller's promise.
-    unsafe { run_with::<Avx512, K, V, 2, 4>(task, states, sums) }
+    unsafe { run_with::<Avx512, K, V, 4, 4>(task, states, sums) }
 }
 
 /// # Safety
@@ -116,11 +117,13 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
     let dim = task.head_dim;
     let (key_len, value_len) = (dim / K::CHANNELS, dim / V::CHANNELS);
     let (query_width, sum_width) = (scratch::width::<K>(dim), scratch::width::<V>(dim));
+    let entry_bytes = (key_len * size_of::<K>()).max(value_len * size_of::<V>());
+    let entries = 1 << (BLOCK_BYTES / entry_bytes).clamp(16, BLOCK).ilog2();
     let mut weights = [0.0f32; BLOCK * LANE_QUERIES];
     for span in task.spans {
         let mut begin = span.begin;
         while begin < span.end {
-            let block = Span::new(begin, span.end.min(begin + BLOCK));
+            let block = Span::new(begin, span.end.min(begin + entries));
             begin = block.end;
             for (group, state) in states.iter_mut().enumerate() {
                 let visible: &[Visible] = &task.visible[group * LANE_QUERIES..][..LANE_QUERIES];
@@ -138,10 +141,7 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
                     let sums = sums.as_mut_ptr().add(group * LANE_QUERIES * sum_width);
                     let keys = task.keys.as_ptr().add(block.begin * key_len);
                     let values = task.values.as_ptr().add(block.begin * value_len);
-                    // The first queries of a tile bring the block into the cache for the others.
-                    let fetch = group == 0;
-                    let ahead = fetch.then(|| Ahead::of(values, value_len));
-                    scores::<S, K, KEYS>(queries, keys, ahead, dim, block.len(), &mut weights);
+                    scores::<S, K, V, KEYS>(queries, keys, Ahead(values), dim, block.len(), &mut weights);
                     if let Some(scales) = &task.scales {
                         scale(&mut weights, scales, block, Side::Key);
                     }
@@ -158,136 +158,11 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
                     if let Some(scales) = &task.scales {
                         scale(&mut weights, scales, block, Side::Value);
                     }
-                    let next = keys.wrapping_add(block.len() * key_len);
-                    let ahead = fetch.then(|| Ahead::of(next, key_len));
-                    weighted_sum::<S, V, COLUMNS>(&weights, values, ahead, dim, block.len(), sums);
+                    let next = Ahead(keys.wrapping_add(block.len() * key_len));
+                    weighted_sum::<S, V, K, COLUMNS>(&weights, values, next, dim, block.len(), sums);
                 }
             }
         }
-    }
-}
-
-/// Entries that will be read next, fetched one by one while others are multiplied.
-#[derive(Clone, Copy)]
-struct Ahead {
-    start: *const u8,
-    /// Of an entry.
-    bytes: usize,
-}
-
-impl Ahead {
-    fn of<T>(start: *const T, elements: usize) -> Self {
-        Self { start: start.cast(), bytes: elements * size_of::<T>() }
-    }
-
-    #[inline(always)]
-    fn fetch(self, entry: usize, count: usize) {
-        for at in (0..count * self.bytes).step_by(LINE) {
-            prefetch(self.start.wrapping_add(entry * self.bytes + at));
-        }
-    }
-}
-
-/// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`; fetches `n` entries `ahead` meanwhile.
-///
-/// # Safety
-/// `queries` holds `[4, width]`, `keys` `[n, dim / CHANNELS]`; `n <= BLOCK`.
-#[inline(always)]
-unsafe fn scores<S: Simd, T: Element, const KEYS: usize>(
-    queries: *const f32,
-    keys: *const T,
-    ahead: Option<Ahead>,
-    dim: usize,
-    n: usize,
-    weights: &mut [f32; BLOCK * LANE_QUERIES],
-) {
-    let (target, elements) = (weights.as_mut_ptr(), dim / T::CHANNELS);
-    let mut entry = 0;
-    // SAFETY: entry + KEYS <= n.
-    unsafe {
-        while entry + KEYS <= n {
-            if let Some(ahead) = ahead {
-                ahead.fetch(entry, KEYS);
-            }
-            dots::<S, T, KEYS>(queries, keys.add(entry * elements), dim, target.add(entry * LANE_QUERIES));
-            entry += KEYS;
-        }
-        while entry < n {
-            dots::<S, T, 1>(queries, keys.add(entry * elements), dim, target.add(entry * LANE_QUERIES));
-            entry += 1;
-        }
-    }
-}
-
-/// # Safety
-/// `queries` holds `[4, width]`, `keys` `[KEYS, dim / CHANNELS]`, `target` `[KEYS, 4]`.
-#[inline(always)]
-unsafe fn dots<S: Simd, T: Element, const KEYS: usize>(
-    queries: *const f32,
-    keys: *const T,
-    dim: usize,
-    target: *mut f32,
-) {
-    let (elements, run, width) = (dim / T::CHANNELS, scratch::run::<T>(dim), scratch::width::<T>(dim));
-    // SAFETY: columns end at `elements`; the last, partial one is read through a copy. Queries are 0 in their padding.
-    unsafe {
-        let mut dots = [[S::splat(0.0); LANE_QUERIES]; KEYS];
-        let mut column = 0;
-        while column + S::LANES <= elements {
-            for which in 0..T::CHANNELS {
-                let q = load_rows::<S>(queries.add(which * run + column), width);
-                for (k, dots) in dots.iter_mut().enumerate() {
-                    let key = T::load::<S>(keys.add(k * elements + column), which);
-                    for (dot, q) in dots.iter_mut().zip(q) {
-                        *dot = S::fma(key, q, *dot);
-                    }
-                }
-            }
-            column += S::LANES;
-        }
-        if column < elements {
-            for which in 0..T::CHANNELS {
-                let q = load_rows::<S>(queries.add(which * run + column), width);
-                for (k, dots) in dots.iter_mut().enumerate() {
-                    let key = load_part::<S, T>(keys.add(k * elements + column), elements - column, which);
-                    for (dot, q) in dots.iter_mut().zip(q) {
-                        *dot = S::fma(key, q, *dot);
-                    }
-                }
-            }
-        }
-        for (k, dots) in dots.into_iter().enumerate() {
-            target.add(k * LANE_QUERIES).cast::<[f32; LANE_QUERIES]>().write_unaligned(S::sums(dots));
-        }
-    }
-}
-
-/// # Safety
-/// `source` holds four rows, `width` apart, of at least `LANES` numbers each.
-#[inline(always)]
-unsafe fn load_rows<S: Simd>(source: *const f32, width: usize) -> [S::Vector; LANE_QUERIES] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        [
-            S::load(source),
-            S::load(source.add(width)),
-            S::load(source.add(2 * width)),
-            S::load(source.add(3 * width)),
-        ]
-    }
-}
-
-/// Channel `which` of `n < LANES` elements and of elements of zeros.
-///
-/// # Safety
-/// `source` is valid for `n` elements.
-#[inline(always)]
-unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize, which: usize) -> S::Vector {
-    let mut part = [T::default(); MAX_LANES];
-    // SAFETY: n < LANES <= MAX_LANES.
-    unsafe {
-        std::ptr::copy_nonoverlapping(source, part.as_mut_ptr(), n);
-        T::load::<S>(part.as_ptr(), which)
     }
 }
 
@@ -334,16 +209,20 @@ unsafe fn softmax<S: Simd>(
     let weights = weights.as_mut_ptr();
     // SAFETY: whole <= BLOCK * 4, a multiple of LANES; LANES <= MAX_LANES; width is a multiple of LANES.
     unsafe {
-        let mut largest = S::splat(f32::NEG_INFINITY);
+        // Two at a time, as each waits for the one before.
+        let mut largest = [S::splat(f32::NEG_INFINITY); 2];
         for at in (0..whole).step_by(S::LANES) {
-            largest = S::max(largest, S::load(weights.add(at)));
+            let [one, other] = largest;
+            largest = [other, S::max(one, S::load(weights.add(at)))];
         }
-        let mut lanes = [f32::NEG_INFINITY; MAX_LANES];
-        S::store(lanes.as_mut_ptr(), largest);
-        let mut base = [0.0; MAX_LANES];
-        for query in 0..LANE_QUERIES {
-            let top =
-                (query..S::LANES).step_by(LANE_QUERIES).fold(state.top[query], |top, at| top.max(lanes[at]));
+        let mut lanes = [0.0f32; MAX_LANES];
+        S::store(lanes.as_mut_ptr(), S::max(largest[0], largest[1]));
+        let mut top = S::repeat(&state.top);
+        for four in lanes[..S::LANES].as_chunks().0 {
+            top = S::max(S::repeat(four), top);
+        }
+        S::store(lanes.as_mut_ptr(), top);
+        for (query, &top) in lanes[..LANE_QUERIES].iter().enumerate() {
             if top > state.top[query] {
                 let shrink = (state.top[query] - top).exp();
                 state.top[query] = top;
@@ -353,110 +232,18 @@ unsafe fn softmax<S: Simd>(
                     S::store(at, S::mul(S::load(at), S::splat(shrink)));
                 }
             }
-            if top > f32::NEG_INFINITY {
-                base.iter_mut().skip(query).step_by(LANE_QUERIES).for_each(|lane| *lane = top);
-            }
         }
-        let base = S::load(base.as_ptr());
+        // Where nothing was seen yet, 0 instead of the difference of two infinities.
+        let base = S::zero_below(top, S::splat(f32::MIN), top);
         let mut total = S::splat(0.0);
         for at in (0..whole).step_by(S::LANES) {
             let weight = math::exp::<S>(S::sub(S::load(weights.add(at)), base));
             S::store(weights.add(at), weight);
             total = S::add(total, weight);
         }
-        let mut lanes = [0.0f32; MAX_LANES];
         S::store(lanes.as_mut_ptr(), total);
-        for query in 0..LANE_QUERIES {
-            state.sum[query] += (query..S::LANES).step_by(LANE_QUERIES).map(|at| lanes[at]).sum::<f32>();
-        }
-    }
-}
-
-/// Adds the weighted values of a block to the sums of four queries; fetches `n` entries `ahead` meanwhile.
-///
-/// # Safety
-/// `values` holds `[n, dim / CHANNELS]`, `sums` `[4, width]`, weights `[n, 4]`.
-#[inline(always)]
-unsafe fn weighted_sum<S: Simd, T: Element, const COLUMNS: usize>(
-    weights: &[f32; BLOCK * LANE_QUERIES],
-    values: *const T,
-    ahead: Option<Ahead>,
-    dim: usize,
-    n: usize,
-    sums: *mut f32,
-) {
-    let (elements, run, width) = (dim / T::CHANNELS, scratch::run::<T>(dim), scratch::width::<T>(dim));
-    // Elements whose channels fill as many vectors.
-    let many = COLUMNS / T::CHANNELS * S::LANES;
-    let mut column = 0;
-    // SAFETY: columns end at `elements`; the last, partial one is read through a copy and the sums are padded.
-    unsafe {
-        while many > 0 && column + many <= elements {
-            let at = |c: usize| (c % T::CHANNELS, column + c / T::CHANNELS * S::LANES);
-            columns::<S, COLUMNS>(
-                weights,
-                n,
-                |c| sums.add(at(c).0 * run + at(c).1),
-                width,
-                |entry, c| {
-                    if let Some(ahead) = ahead
-                        && column + c == 0
-                    {
-                        ahead.fetch(entry, 1);
-                    }
-                    T::load::<S>(values.add(entry * elements + at(c).1), at(c).0)
-                },
-            );
-            column += many;
-        }
-        while column + S::LANES <= elements {
-            for which in 0..T::CHANNELS {
-                let value = |entry, _| T::load::<S>(values.add(entry * elements + column), which);
-                columns::<S, 1>(weights, n, |_| sums.add(which * run + column), width, value);
-            }
-            column += S::LANES;
-        }
-        if column < elements {
-            for which in 0..T::CHANNELS {
-                let part = |entry, _| {
-                    load_part::<S, T>(values.add(entry * elements + column), elements - column, which)
-                };
-                columns::<S, 1>(weights, n, |_| sums.add(which * run + column), width, part);
-            }
-        }
-    }
-}
-
-/// # Safety
-/// `sum(c)` is where four rows of a vector begin, `width` apart; `value` may be called for entries below `n`.
-#[inline(always)]
-unsafe fn columns<S: Simd, const COLUMNS: usize>(
-    weights: &[f32; BLOCK * LANE_QUERIES],
-    n: usize,
-    sum: impl Fn(usize) -> *mut f32,
-    width: usize,
-    value: impl Fn(usize, usize) -> S::Vector,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut parts = [[S::splat(0.0); COLUMNS]; LANE_QUERIES];
-        for entry in 0..n {
-            let mut vectors = [S::splat(0.0); COLUMNS];
-            for (c, vector) in vectors.iter_mut().enumerate() {
-                *vector = value(entry, c);
-            }
-            for (query, part) in parts.iter_mut().enumerate() {
-                let weight = S::splat(*weights.get_unchecked(entry * LANE_QUERIES + query));
-                for (part, vector) in part.iter_mut().zip(vectors) {
-                    *part = S::fma(weight, vector, *part);
-                }
-            }
-        }
-        for (query, part) in parts.into_iter().enumerate() {
-            for (c, part) in part.into_iter().enumerate() {
-                let at = sum(c).add(query * width);
-                S::store(at, S::add(S::load(at), part));
-            }
+        for (lane, total) in lanes[..S::LANES].iter().enumerate() {
+            state.sum[lane % LANE_QUERIES] += total;
         }
     }
 }

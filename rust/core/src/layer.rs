@@ -120,6 +120,22 @@ impl<'a, K: Element, V: Element> Layer<'a, K, V> {
         Ok(())
     }
 
+    /// The same layer, whose vectors have even length.
+    pub(crate) fn paired(&self) -> Layer<'a, K::Paired, V::Paired> {
+        Layer {
+            head_dim: self.head_dim,
+            keys: K::paired(self.keys),
+            values: V::paired(self.values),
+            positions: self.positions,
+            rows: self.rows,
+            sinks: self.sinks,
+            recent: self.recent,
+            sums: self.sums,
+            scales: self.scales,
+            residual: self.residual,
+        }
+    }
+
     /// The entries of a row: keys and values `[length, D]`, positions `[length]`.
     pub(crate) fn row(&self, row: usize) -> (&'a [K], &'a [V], &'a [i32]) {
         let start = self.rows.start[row] as usize;

@@ -15,6 +15,7 @@ mod math;
 mod moves;
 mod openmp;
 mod pools;
+mod products;
 mod quantised;
 mod residual;
 mod schedule;

@@ -1,7 +1,8 @@
 //! Attention against its definition in f64, for every instruction set of this CPU.
 
 use headkv_core::{
-    Element, Isa, Layer, Options, Queries, Residual, Rings, Rows, Scales, Sums, attend, bf16, f16,
+    Code, Element, Isa, Layer, Options, Queries, Residual, Rings, Rows, Scales, Sums, attend, bf16, f16,
+    quantise,
 };
 use proptest::prelude::*;
 
@@ -168,14 +169,47 @@ impl Case {
 
     fn check<T: Element>(&self, isa: Isa, threads: usize, store: impl Fn(f32) -> T) {
         let built = self.build();
-        let (keys, values): (Vec<T>, Vec<T>) = (
-            built.keys.iter().map(|&x| store(x)).collect(),
-            built.values.iter().map(|&x| store(x)).collect(),
-        );
+        let keys: Vec<T> = built.keys.iter().map(|&x| store(x)).collect();
+        let values: Vec<T> = built.values.iter().map(|&x| store(x)).collect();
+        self.check_stored(&built, &keys, &values, None, isa, threads);
+    }
+
+    /// Against what the codes stand for.
+    fn check_codes<C: Code>(&self, isa: Isa, threads: usize) {
+        let mut built = self.build();
+        let mut scales = vec![0.0f32; 2 * built.positions.len()];
+        let [keys, values] = [&mut built.keys, &mut built.values].map(|pool| {
+            let mut codes = vec![C::default(); pool.len() / C::CHANNELS];
+            let mut steps = vec![0.0f32; pool.len() / self.dim];
+            quantise(self.dim, pool, &mut codes, &mut steps).unwrap();
+            for (slot, vector) in pool.chunks_exact_mut(self.dim).enumerate() {
+                for (i, x) in vector.iter_mut().enumerate() {
+                    let at = slot * self.dim + i;
+                    *x = codes[at / C::CHANNELS].channel(at % C::CHANNELS) * steps[slot];
+                }
+                rotate(vector);
+            }
+            (codes, steps)
+        });
+        for (pair, steps) in scales.chunks_exact_mut(2).zip(keys.1.iter().zip(&values.1)) {
+            pair.copy_from_slice(&[*steps.0, *steps.1]);
+        }
+        self.check_stored(&built, &keys.0, &values.0, Some(Scales::F32(&scales)), isa, threads);
+    }
+
+    fn check_stored<T: Element>(
+        &self,
+        built: &Built,
+        keys: &[T],
+        values: &[T],
+        scales: Option<Scales>,
+        isa: Isa,
+        threads: usize,
+    ) {
         let layer = Layer {
             head_dim: self.dim,
-            keys: &keys,
-            values: &values,
+            keys,
+            values,
             positions: &built.positions,
             rows: Rows { start: &built.start, length: &built.length, capacity: &built.capacity },
             sinks: &self.sinks,
@@ -185,7 +219,7 @@ impl Case {
                 value: &built.value_sum,
                 count,
             }),
-            scales: None,
+            scales,
             residual: None,
         };
         let queries = Queries {
@@ -200,10 +234,25 @@ impl Case {
         let options = Options { scale, sliding_window: self.window, softcap: self.softcap, threads, isa };
         let mut out = vec![f32::NAN; built.queries.len()];
         attend(&layer, &queries, &options, &mut out).unwrap();
-        for (i, (found, truth)) in out.iter().zip(self.truth(&built, f64::from(scale))).enumerate() {
+        for (i, (found, truth)) in out.iter().zip(self.truth(built, f64::from(scale))).enumerate() {
             let error = (f64::from(*found) - truth).abs();
             assert!(error < 2e-5, "{isa:?}, element {i}: {found} is not {truth}; {self:?}");
         }
+    }
+}
+
+/// `x` times the Hadamard matrix of the largest power of two that divides its length.
+fn rotate(x: &mut [f32]) {
+    let width = 1 << x.len().trailing_zeros();
+    for x in x.chunks_exact_mut(width) {
+        let mut turned: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        for bit in (0..width.trailing_zeros()).map(|bit| 1 << bit) {
+            let pair = |i: usize| (turned[i & !bit], turned[i | bit]);
+            turned = (0..width)
+                .map(|i| if i & bit == 0 { pair(i).0 + pair(i).1 } else { pair(i).0 - pair(i).1 })
+                .collect();
+        }
+        x.iter_mut().zip(turned).for_each(|(x, turned)| *x = (turned / (width as f64).sqrt()) as f32);
     }
 }
 
@@ -253,6 +302,10 @@ proptest! {
             case.check::<f32>(isa, threads, |x| x);
             case.check::<bf16>(isa, threads, bf16::from_f32);
             case.check::<f16>(isa, threads, f16::from_f32);
+            case.check_codes::<i8>(isa, threads);
+            if case.dim % 2 == 0 {
+                case.check_codes::<u8>(isa, threads);
+            }
         }
     }
 }

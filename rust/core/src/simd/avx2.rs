@@ -29,6 +29,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_even(source: *const [bf16; 2]) -> __m256 {
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(source.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_odd(source: *const [bf16; 2]) -> __m256 {
+        unsafe {
+            let pairs = _mm256_loadu_si256(source.cast());
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(source: *const f16) -> __m256 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.cast())) }
     }
@@ -46,6 +57,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_upper(source: *const u8) -> __m256 {
         unsafe { codes(_mm256_srli_epi32::<4>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(source.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn repeat(four: &[f32; 4]) -> __m256 {
+        unsafe { _mm256_broadcast_ps(&_mm_loadu_ps(four.as_ptr())) }
     }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: __m256) {
@@ -87,8 +102,12 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn sums(x: [__m256; 4]) -> [f32; 4] {
-        unsafe { sums256(x) }
+    unsafe fn sums(x: &[__m256]) -> __m256 {
+        unsafe {
+            let (a, b) = (halves(x[0], x[4]), halves(x[1], x[5]));
+            let (c, d) = (halves(x[2], x[6]), halves(x[3], x[7]));
+            _mm256_hadd_ps(quarters(a, b), quarters(c, d))
+        }
     }
 }
 
@@ -99,12 +118,16 @@ unsafe fn codes(n: __m256i) -> __m256 {
     unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(n), _mm256_set1_ps(2.0), _mm256_set1_ps(-15.0)) }
 }
 
+/// The lower half is the sum of the halves of `a`, the upper one that of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-pub(super) unsafe fn sums256(x: [__m256; 4]) -> [f32; 4] {
-    unsafe {
-        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-        let four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
-        std::mem::transmute::<__m128, [f32; 4]>(four)
-    }
+unsafe fn halves(a: __m256, b: __m256) -> __m256 {
+    unsafe { _mm256_add_ps(_mm256_blend_ps::<0xf0>(a, b), _mm256_permute2f128_ps::<0x21>(a, b)) }
+}
+
+/// The same within each half: two lanes of `a`, two of `b`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn quarters(a: __m256, b: __m256) -> __m256 {
+    unsafe { _mm256_add_ps(_mm256_blend_ps::<0xcc>(a, b), _mm256_shuffle_ps::<0x4e>(a, b)) }
 }

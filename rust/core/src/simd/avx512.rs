@@ -4,7 +4,6 @@ use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 use super::Simd;
-use super::avx2::sums256;
 
 pub(crate) struct Avx512;
 
@@ -30,6 +29,17 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_even(source: *const [bf16; 2]) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(source.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_odd(source: *const [bf16; 2]) -> __m512 {
+        unsafe {
+            let pairs = _mm512_loadu_si512(source.cast());
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(source: *const f16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(source.cast())) }
     }
@@ -44,6 +54,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_upper(source: *const u8) -> __m512 {
         unsafe { codes(_mm512_srli_epi32::<4>(_mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn repeat(four: &[f32; 4]) -> __m512 {
+        unsafe { _mm512_broadcast_f32x4(_mm_loadu_ps(four.as_ptr())) }
     }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: __m512) {
@@ -85,8 +99,15 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn sums(x: [__m512; 4]) -> [f32; 4] {
-        unsafe { sums256([fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3])]) }
+    unsafe fn sums(x: &[__m512]) -> __m512 {
+        unsafe {
+            let a = quarters(halves(x[0], x[4]), halves(x[8], x[12]));
+            let b = quarters(halves(x[1], x[5]), halves(x[9], x[13]));
+            let c = quarters(halves(x[2], x[6]), halves(x[10], x[14]));
+            let d = quarters(halves(x[3], x[7]), halves(x[11], x[15]));
+            let (e, f) = (eighths(a, b), eighths(c, d));
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(e, f), _mm512_shuffle_ps::<0xdd>(e, f))
+        }
     }
 }
 
@@ -102,12 +123,23 @@ unsafe fn codes(index: __m512i) -> __m512 {
     }
 }
 
-/// The lower half plus the upper half.
+/// The lower half is the sum of the halves of `a`, the upper one that of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn fold(x: __m512) -> __m256 {
-    unsafe {
-        let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x)));
-        _mm256_add_ps(_mm512_castps512_ps256(x), upper)
-    }
+unsafe fn halves(a: __m512, b: __m512) -> __m512 {
+    unsafe { _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4::<0x4e>(a, b)) }
+}
+
+/// The same of each half of `a` and then of `b`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn quarters(a: __m512, b: __m512) -> __m512 {
+    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
+}
+
+/// Within each quarter: two lanes of `a`, two of `b`.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn eighths(a: __m512, b: __m512) -> __m512 {
+    unsafe { _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps::<0x4e>(a, b)) }
 }

@@ -28,12 +28,17 @@ pub trait Simd {
     unsafe fn splat(x: f32) -> Self::Vector;
     unsafe fn load(source: *const f32) -> Self::Vector;
     unsafe fn load_bf16(source: *const bf16) -> Self::Vector;
+    /// The first of each of `LANES` pairs.
+    unsafe fn load_even(source: *const [bf16; 2]) -> Self::Vector;
+    unsafe fn load_odd(source: *const [bf16; 2]) -> Self::Vector;
     unsafe fn load_f16(source: *const f16) -> Self::Vector;
     unsafe fn load_i8(source: *const i8) -> Self::Vector;
     /// The codes of 4 bits, 2 n - 15, in the lower halves of bytes.
     unsafe fn load_lower(source: *const u8) -> Self::Vector;
     /// Those in the upper halves.
     unsafe fn load_upper(source: *const u8) -> Self::Vector;
+    /// Four numbers, over and over.
+    unsafe fn repeat(four: &[f32; 4]) -> Self::Vector;
     unsafe fn store(target: *mut f32, x: Self::Vector);
     unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     unsafe fn sub(a: Self::Vector, b: Self::Vector) -> Self::Vector;
@@ -47,8 +52,8 @@ pub trait Simd {
     unsafe fn zero_below(x: Self::Vector, bound: Self::Vector, value: Self::Vector) -> Self::Vector;
     /// `x * 2^n`, where the low bits of `biased` hold the small integer n.
     unsafe fn shift_exponent(x: Self::Vector, biased: Self::Vector) -> Self::Vector;
-    /// The four horizontal sums.
-    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4];
+    /// The sums of the lanes of each of `LANES` vectors.
+    unsafe fn sums(x: &[Self::Vector]) -> Self::Vector;
 }
 
 /// An instruction set, chosen at run time.

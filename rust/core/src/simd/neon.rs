@@ -25,6 +25,14 @@ impl Simd for Neon {
     unsafe fn load_bf16(source: *const bf16) -> float32x4_t {
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(source.cast()))) }
     }
+    #[inline(always)]
+    unsafe fn load_even(source: *const [bf16; 2]) -> float32x4_t {
+        unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vld1q_u32(source.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_odd(source: *const [bf16; 2]) -> float32x4_t {
+        unsafe { vreinterpretq_f32_u32(vandq_u32(vld1q_u32(source.cast()), vdupq_n_u32(!0xffff))) }
+    }
     /// With integer operations: the half-precision vector types are young in the compiler.
     #[inline(always)]
     unsafe fn load_f16(source: *const f16) -> float32x4_t {
@@ -57,6 +65,10 @@ impl Simd for Neon {
     #[inline(always)]
     unsafe fn load_upper(source: *const u8) -> float32x4_t {
         unsafe { codes(vshrq_n_u32::<4>(four_bytes(source))) }
+    }
+    #[inline(always)]
+    unsafe fn repeat(four: &[f32; 4]) -> float32x4_t {
+        unsafe { vld1q_f32(four.as_ptr()) }
     }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: float32x4_t) {
@@ -98,8 +110,8 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
-    unsafe fn sums(x: [float32x4_t; 4]) -> [f32; 4] {
-        unsafe { [vaddvq_f32(x[0]), vaddvq_f32(x[1]), vaddvq_f32(x[2]), vaddvq_f32(x[3])] }
+    unsafe fn sums(x: &[float32x4_t]) -> float32x4_t {
+        unsafe { vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])) }
     }
 }
 

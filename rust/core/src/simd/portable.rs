@@ -45,6 +45,14 @@ impl Simd for Portable {
         unsafe { channels(source, 0) }
     }
     #[inline(always)]
+    unsafe fn load_even(source: *const [bf16; 2]) -> Self::Vector {
+        unsafe { channels(source, 0) }
+    }
+    #[inline(always)]
+    unsafe fn load_odd(source: *const [bf16; 2]) -> Self::Vector {
+        unsafe { channels(source, 1) }
+    }
+    #[inline(always)]
     unsafe fn load_f16(source: *const f16) -> Self::Vector {
         unsafe { channels(source, 0) }
     }
@@ -59,6 +67,10 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_upper(source: *const u8) -> Self::Vector {
         unsafe { channels(source, 1) }
+    }
+    #[inline(always)]
+    unsafe fn repeat(four: &[f32; 4]) -> Self::Vector {
+        each(|i| four[i % 4])
     }
     #[inline(always)]
     unsafe fn store(target: *mut f32, x: Self::Vector) {
@@ -98,9 +110,9 @@ impl Simd for Portable {
         each(|i| f32::from_bits(x[i].to_bits().wrapping_add(biased[i].to_bits() << 23)))
     }
     #[inline(always)]
-    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
-        std::array::from_fn(|r| {
-            let half: [f32; 4] = std::array::from_fn(|i| x[r][i] + x[r][i + 4]);
+    unsafe fn sums(x: &[Self::Vector]) -> Self::Vector {
+        each(|i| {
+            let half: [f32; 4] = std::array::from_fn(|lane| x[i][lane] + x[i][lane + 4]);
             (half[0] + half[2]) + (half[1] + half[3])
         })
     }
