@@ -7,7 +7,7 @@ use crate::kernel::{self, LANE_QUERIES, State, Task};
 use crate::layer::{Layer, Visible};
 use crate::math::softcap_scalar;
 use crate::quantised::rotate;
-use crate::residual::{self, Newest, Part};
+use crate::residual::{self, Newest};
 use crate::schedule::{self, Item, Tile};
 use crate::scratch;
 use crate::simd::Isa;
@@ -273,6 +273,26 @@ impl Plan {
         kernel::run(options.isa, &task, states, sums);
     }
 
+    /// What the queries of a tile see as it came.
+    fn newest<K: Element, V: Element>(
+        &self,
+        layer: &Layer<K, V>,
+        queries: &Queries,
+        options: &Options,
+        tile: &Tile,
+    ) -> Option<Newest> {
+        layer.residual?;
+        let dim = layer.head_dim;
+        let first = tile.row * self.queries_of_row + tile.first;
+        let data = &queries.data[first * dim..(first + tile.count) * dim];
+        let mut turned: Vec<f32> = data.iter().map(|x| x * options.scale).collect();
+        turned.chunks_exact_mut(dim).for_each(rotate);
+        let visible = (0..tile.count)
+            .map(|i| self.visible[tile.row * self.steps + (tile.first + i) % self.steps])
+            .collect::<Vec<_>>();
+        Newest::attend(layer, tile.row, &turned, &visible, options.softcap, options.isa)
+    }
+
     fn read_by(&self, tile: &Tile, query: usize) -> &Visible {
         let read = if self.coded.is_empty() { &self.visible } else { &self.coded };
         &read[tile.row * self.steps + query % self.steps]
@@ -299,7 +319,8 @@ impl Plan {
         // For a few queries a row (decoding), merging is too little work to share.
         let threads = if self.steps > 1 || layer.residual.is_some() { self.threads } else { 1 };
         threads::for_each(threads, work, |(tile, owner, out)| {
-            let (means, newest) = (&self.means[tile.row], Newest::of(layer, tile.row));
+            let means = &self.means[tile.row];
+            let newest = self.newest(layer, queries, options, tile);
             for (i, out) in out.chunks_exact_mut(dim).enumerate() {
                 let query = tile.first + i;
                 let mean = means.get(query % self.steps).and_then(Option::as_ref).map(|mean| {
@@ -310,14 +331,7 @@ impl Plan {
                         mean.value.as_slice(),
                     )
                 });
-                let part = newest.as_ref().map(|newest| {
-                    let at = (tile.row * self.queries_of_row + query) * dim;
-                    let mut turned: Vec<f32> =
-                        queries.data[at..][..dim].iter().map(|x| x * options.scale).collect();
-                    rotate(&mut turned);
-                    let visible = &self.visible[tile.row * self.steps + query % self.steps];
-                    newest.attend(&turned, visible, options.softcap)
-                });
+                let part = newest.as_ref().map(|newest| newest.part(i));
                 let sink = queries.sink_logits.map_or(f32::NEG_INFINITY, |sinks| {
                     sinks[(tile.row * self.queries_of_row + query) / self.steps % queries.heads]
                 });
@@ -329,14 +343,15 @@ impl Plan {
     }
 }
 
-/// One query: the parts `groups`, in which it is number `lane`, perhaps one more part and one more entry (logit, value), and
-/// a logit that has no value, or `-inf`. With `rotated` the parts are sums of rotated values; the output is not.
+/// One query: the parts `groups`, in which it is number `lane`, perhaps one more part (largest logit, sum of weights, values)
+/// and one more entry (logit, value), and a logit that has no value, or `-inf`. With `rotated` the parts are sums of rotated
+/// values; the output is not.
 #[allow(clippy::too_many_arguments)]
 fn merge<V: Element>(
     partial: &Partial,
     groups: impl Iterator<Item = usize> + Clone,
     lane: usize,
-    part: Option<Part>,
+    part: Option<(f32, f32, &[f32])>,
     mean: Option<(f32, &[f32])>,
     sink: f32,
     rotated: bool,
@@ -344,7 +359,7 @@ fn merge<V: Element>(
 ) {
     let width = scratch::width::<V>(out.len());
     let tops = groups.clone().map(|group| partial.states[group].top[lane]);
-    let others = part.as_ref().map(|part| part.top).into_iter().chain(mean.map(|(logit, _)| logit));
+    let others = part.map(|(top, ..)| top).into_iter().chain(mean.map(|(logit, _)| logit));
     let top = tops.chain(others).fold(sink, f32::max);
     // Parts without a visible entry, and all of them when nothing is visible: weight 0, not e^(-inf + inf).
     let weight = |logit: f32| if logit == f32::NEG_INFINITY { 0.0 } else { (logit - top).exp() };
@@ -356,10 +371,10 @@ fn merge<V: Element>(
         total += weight * state.sum[lane];
         scratch::collect::<V>(weight, &partial.sums[(group * LANE_QUERIES + lane) * width..][..width], out);
     }
-    if let Some(part) = part {
-        let weight = if part.total.is_nan() { f32::NAN } else { weight(part.top) };
-        total += weight * part.total;
-        out.iter_mut().zip(&part.sum).for_each(|(out, x)| *out += weight * x);
+    if let Some((top, sum, values)) = part {
+        let weight = if sum.is_nan() { f32::NAN } else { weight(top) };
+        total += weight * sum;
+        scratch::collect::<f32>(weight, values, out);
     }
     if rotated {
         rotate(out);

@@ -1,16 +1,14 @@
-//! A row's newest entries as they came, beside their codes, as headkv/cache/residual.py specifies them. They are few: plain
-//! loops take a small part of the time that codes take.
+//! A row's newest entries as they came, beside their codes, as headkv/cache/residual.py specifies them.
 
 use half::{bf16, f16};
 
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
+use crate::kernel::{self, LANE_QUERIES, State, Task};
 use crate::layer::{Layer, Span, Visible};
-use crate::math::softcap_scalar;
 use crate::quantised::{Float, rotate};
-
-/// Products that are summed side by side, so that the compiler can use vectors.
-const LANES: usize = 16;
+use crate::scratch;
+use crate::simd::Isa;
 
 /// Rings of rotated vectors, `[rows, R, D]`.
 #[derive(Clone, Copy)]
@@ -79,24 +77,24 @@ pub(crate) fn span<K: Element, V: Element>(layer: &Layer<K, V>, row: usize) -> S
     Span::new(length - count.min(length), length)
 }
 
-/// Those entries of one row, widened.
+/// Of the queries of a tile, in groups of four: their softmax over the newest entries, and the rotated weighted sums, `scratch`
+/// of f32.
 pub(crate) struct Newest {
-    span: Span,
-    /// `[span, D]`
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
-
-/// A query's softmax over some entries: the largest logit, the sum of weights, the sum of rotated values times weights.
-pub(crate) struct Part {
-    pub top: f32,
-    pub total: f32,
-    pub sum: Vec<f32>,
+    states: Vec<State>,
+    sums: Vec<f32>,
+    width: usize,
 }
 
 impl Newest {
-    /// None without such entries.
-    pub fn of<K: Element, V: Element>(layer: &Layer<K, V>, row: usize) -> Option<Newest> {
+    /// None without such entries. `queries` `[n, D]` are scaled and rotated, `visible` `[n]` is what they see.
+    pub fn attend<K: Element, V: Element>(
+        layer: &Layer<K, V>,
+        row: usize,
+        queries: &[f32],
+        visible: &[Visible],
+        softcap: Option<f32>,
+        isa: Isa,
+    ) -> Option<Newest> {
         let (span, held, dim) = (span(layer, row), layer.residual?, layer.head_dim);
         let widened = |rings: Rings| {
             let mut vectors = vec![0.0; span.len() * dim];
@@ -105,39 +103,43 @@ impl Newest {
             }
             vectors
         };
-        (!span.is_empty()).then(|| Newest { span, keys: widened(held.keys), values: widened(held.values) })
+        if span.is_empty() {
+            return None;
+        }
+        let (width, groups) = (scratch::width::<f32>(dim), visible.len().div_ceil(LANE_QUERIES));
+        let mut spread = vec![0.0; groups * LANE_QUERIES * width];
+        for (query, target) in queries.chunks_exact(dim).zip(spread.chunks_exact_mut(width)) {
+            scratch::spread::<f32>(query, target);
+        }
+        let here = |seen: Span| {
+            let both = seen.intersect(span);
+            Span::new(both.begin - span.begin.min(both.begin), both.end.saturating_sub(span.begin))
+        };
+        let seen = |i: usize| visible[i.min(visible.len() - 1)];
+        let seen: Vec<Visible> = (0..groups * LANE_QUERIES)
+            .map(|i| Visible { sinks: here(seen(i).sinks), tail: here(seen(i).tail) })
+            .collect();
+        let (keys, values) = (widened(held.keys), widened(held.values));
+        let task = Task {
+            head_dim: dim,
+            keys: &keys[..],
+            values: &values[..],
+            scales: None,
+            spans: [Span::default(), Span::new(0, span.len())],
+            queries: &spread,
+            visible: &seen,
+            softcap,
+        };
+        let (mut states, mut sums) = (vec![State::EMPTY; groups], vec![0.0; spread.len()]);
+        kernel::run(isa, &task, &mut states, &mut sums);
+        Some(Newest { states, sums, width })
     }
 
-    /// `query` `[D]` is scaled and rotated.
-    pub fn attend(&self, query: &[f32], visible: &Visible, softcap: Option<f32>) -> Part {
-        let dim = query.len();
-        let seen = [visible.sinks, visible.tail].map(|span| span.intersect(self.span));
-        let seen =
-            seen.into_iter().flat_map(|span| span.begin..span.end).map(|entry| entry - self.span.begin);
-        let logits: Vec<(usize, f32)> =
-            seen.map(|i| (i, softcap_scalar(dot(query, &self.keys[i * dim..][..dim]), softcap))).collect();
-        let top = logits.iter().fold(f32::NEG_INFINITY, |top, &(_, logit)| top.max(logit));
-        let mut part = Part { top, total: 0.0, sum: vec![0.0; dim] };
-        for (i, logit) in logits {
-            let weight = (logit - top).exp();
-            part.total += weight;
-            let value = &self.values[i * dim..][..dim];
-            part.sum.iter_mut().zip(value).for_each(|(sum, x)| *sum += weight * x);
-        }
-        part
+    /// Query `i`: its largest logit, the sum of its weights, and its sum of values as `scratch` of f32.
+    pub fn part(&self, i: usize) -> (f32, f32, &[f32]) {
+        let (state, lane) = (&self.states[i / LANE_QUERIES], i % LANE_QUERIES);
+        (state.top[lane], state.sum[lane], &self.sums[i * self.width..][..self.width])
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let (whole_a, rest_a) = a.as_chunks::<LANES>();
-    let (whole_b, rest_b) = b.as_chunks::<LANES>();
-    for (a, b) in whole_a.iter().zip(whole_b) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane] * b[lane];
-        }
-    }
-    sums.iter().sum::<f32>() + rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum::<f32>()
 }
 
 /// Holds the newest of T new tokens' vectors: rotated, in the slots of the entries that they become.
@@ -201,23 +203,5 @@ mod tests {
         assert!(hold(&mut rings, (0, 1), &new, &[4, 0], None).is_err());
         assert!(hold(&mut rings, (3, 1), &new, &[-4, 0], None).is_err());
         assert!(hold(&mut rings, (2, 1), &new, &[4, 0], None).is_err());
-    }
-
-    #[test]
-    fn a_part_is_a_softmax() {
-        let held = Newest {
-            span: Span::new(5, 7),
-            keys: vec![1.0, 0.0, 0.0, 2.0],
-            values: vec![1.0, 2.0, 3.0, 4.0],
-        };
-        let visible = Visible { sinks: Span::new(0, 2), tail: Span::new(4, 6) };
-        let part = held.attend(&[3.0, 1.0], &visible, None);
-        assert_eq!((part.top, part.total, part.sum), (3.0, 1.0, vec![1.0, 2.0]));
-        let both = held.attend(&[3.0, 1.0], &Visible { tail: Span::new(0, 9), ..visible }, None);
-        let second = (2.0f32 - 3.0).exp();
-        assert_eq!((both.top, both.total), (3.0, 1.0 + second));
-        assert_eq!(both.sum, vec![1.0 + 3.0 * second, 2.0 + 4.0 * second]);
-        let nothing = held.attend(&[3.0, 1.0], &Visible::default(), None);
-        assert_eq!((nothing.top, nothing.total), (f32::NEG_INFINITY, 0.0));
     }
 }
