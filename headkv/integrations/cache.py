@@ -432,8 +432,10 @@ class RaggedCache(StatefulCache):
             path, lambda about: check_identity(about, model), [devices[i] for i in attend]
         )
         for layer, ragged in zip(cache.attending, layers, strict=True):
-            stored = {"storage": ragged.storage, "residual_length": ragged.residual_length}
-            layer.options = replace(layer.options, **stored)  # of another prompt, too
+            # Another prompt is stored so, too.
+            layer.options = replace(
+                layer.options, storage=ragged.storage, residual_length=ragged.residual_length
+            )
             layer.restore(ragged)
         cache.hold({i: filled(like, of_layer(beside, i, devices[i])) for i, like in cache.states.items()})
         cache._attach(model)
