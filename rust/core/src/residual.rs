@@ -113,7 +113,7 @@ impl Newest {
         }
         let here = |seen: Span| {
             let both = seen.intersect(span);
-            Span::new(both.begin - span.begin.min(both.begin), both.end.saturating_sub(span.begin))
+            Span::new(both.begin - span.begin, both.end - span.begin)
         };
         let seen = |i: usize| visible[i.min(visible.len() - 1)];
         let seen: Vec<Visible> = (0..groups * LANE_QUERIES)
