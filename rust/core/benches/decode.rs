@@ -10,7 +10,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use headkv_core::{Element, Isa, Layer, Options, Queries, Rows, Scales, attend, bf16, f16};
+use headkv_core::{Element, Floats, Isa, Layer, Options, Queries, Rows, attend, bf16, f16};
 
 /// Bytes of keys and values that the second-level cache holds, and that no last level does.
 const NEAR: usize = 1 << 20;
@@ -149,7 +149,7 @@ impl<T: Element> Row<T> {
             sinks: &[0],
             recent: &[0],
             sums: None,
-            scales: self.scales.as_deref().map(Scales::F32),
+            scales: self.scales.as_deref().map(Floats::F32),
             residual: None,
         };
         let queries = Queries {

@@ -246,20 +246,15 @@ impl Plan {
         let (keys, values, _) = layer.row(tile.row);
         let padded_count = tile.count.next_multiple_of(LANE_QUERIES);
         let mut scaled = vec![0.0; padded_count * width];
-        let first = tile.row * self.queries_of_row + tile.first;
-        let data = &queries.data[first * dim..(first + tile.count) * dim];
-        let mut turned = vec![0.0; dim];
-        for (target, query) in scaled.chunks_exact_mut(width).zip(data.chunks_exact(dim)) {
-            turned.iter_mut().zip(query).for_each(|(turned, x)| *turned = x * options.scale);
-            // Codes are of rotated keys; a query that is rotated as well has the same products with them.
-            if layer.scales.is_some() {
-                rotate(&mut turned);
-            }
-            scratch::spread::<K>(&turned, target);
+        let turned = self.turned(layer, queries, options, tile);
+        for (target, query) in scaled.chunks_exact_mut(width).zip(turned.chunks_exact(dim)) {
+            scratch::spread::<K>(query, target);
         }
         // The fourth query that is not there sees what the last one sees, so that no block is masked for its sake.
+        let read = if self.coded.is_empty() { &self.visible } else { &self.coded };
+        let read = &read[tile.row * self.steps..];
         let visible: Vec<Visible> =
-            (0..padded_count).map(|i| *self.read_by(tile, tile.first + i.min(tile.count - 1))).collect();
+            (0..padded_count).map(|i| read[(tile.first + i.min(tile.count - 1)) % self.steps]).collect();
         let task = Task {
             head_dim: dim,
             keys,
@@ -282,20 +277,29 @@ impl Plan {
         tile: &Tile,
     ) -> Option<Newest> {
         layer.residual?;
+        let turned = self.turned(layer, queries, options, tile);
+        let seen = &self.visible[tile.row * self.steps..];
+        let visible: Vec<Visible> = (0..tile.count).map(|i| seen[(tile.first + i) % self.steps]).collect();
+        Newest::attend(layer, tile.row, &turned, &visible, options.softcap, options.isa)
+    }
+
+    /// The queries of a tile, scaled, `[count, D]`.
+    fn turned<K: Element, V: Element>(
+        &self,
+        layer: &Layer<K, V>,
+        queries: &Queries,
+        options: &Options,
+        tile: &Tile,
+    ) -> Vec<f32> {
         let dim = layer.head_dim;
         let first = tile.row * self.queries_of_row + tile.first;
         let data = &queries.data[first * dim..(first + tile.count) * dim];
         let mut turned: Vec<f32> = data.iter().map(|x| x * options.scale).collect();
-        turned.chunks_exact_mut(dim).for_each(rotate);
-        let visible = (0..tile.count)
-            .map(|i| self.visible[tile.row * self.steps + (tile.first + i) % self.steps])
-            .collect::<Vec<_>>();
-        Newest::attend(layer, tile.row, &turned, &visible, options.softcap, options.isa)
-    }
-
-    fn read_by(&self, tile: &Tile, query: usize) -> &Visible {
-        let read = if self.coded.is_empty() { &self.visible } else { &self.coded };
-        &read[tile.row * self.steps + query % self.steps]
+        // Codes are of rotated keys; a query that is rotated as well has the same products with them.
+        if layer.scales.is_some() {
+            turned.chunks_exact_mut(dim).for_each(rotate);
+        }
+        turned
     }
 
     /// Merges the parts of each tile, what is seen as it came, the compensation entry, and the sink, into the output.

@@ -3,7 +3,7 @@
 
 use crate::element::Element;
 use crate::layer::{Layer, Span, Visible};
-use crate::quantised::{Scales, Side, rotate};
+use crate::quantised::{Floats, Side, rotate};
 
 /// Entries summed before their sum is added to the total, which keeps the rounding error small.
 const BLOCK: usize = 256;
@@ -54,7 +54,7 @@ pub(crate) fn means<K: Element, V: Element>(
     means
 }
 
-fn add_entries<T: Element>(entries: &[T], scales: Option<(Scales, Side)>, span: Span, total: &mut [f32]) {
+fn add_entries<T: Element>(entries: &[T], scales: Option<(Floats, Side)>, span: Span, total: &mut [f32]) {
     let dim = total.len();
     let mut part = vec![0.0f32; dim];
     let (mut at, elements) = (span.begin, dim / T::CHANNELS);

@@ -5,7 +5,7 @@ use crate::element::Element;
 use crate::layer::{Span, Visible};
 use crate::math;
 use crate::products::{Ahead, scores, weighted_sum};
-use crate::quantised::{Scales, Side};
+use crate::quantised::{Floats, Side};
 use crate::scratch;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
@@ -42,7 +42,7 @@ pub(crate) struct Task<'a, K, V> {
     pub keys: &'a [K],
     pub values: &'a [V],
     /// Of the row's entries, where keys and values are codes.
-    pub scales: Option<Scales<'a>>,
+    pub scales: Option<Floats<'a>>,
     pub spans: [Span; 2],
     /// Scaled queries as `scratch` of keys, `[count rounded up to 4, width]`, zeros where there is none.
     pub queries: &'a [f32],
@@ -168,7 +168,7 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
 
 /// Multiplies what belongs to an entry of the block by one of its scales.
 #[inline(always)]
-fn scale(weights: &mut [f32; BLOCK * LANE_QUERIES], scales: &Scales, block: Span, side: Side) {
+fn scale(weights: &mut [f32; BLOCK * LANE_QUERIES], scales: &Floats, block: Span, side: Side) {
     let mut steps = [0.0f32; BLOCK];
     scales.copy_to(block.begin, side, &mut steps[..block.len()]);
     for (weights, step) in weights.as_chunks_mut::<LANE_QUERIES>().0.iter_mut().zip(steps) {

@@ -2,7 +2,7 @@
 
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
-use crate::quantised::Scales;
+use crate::quantised::Floats;
 use crate::residual::Residual;
 
 /// Where each row lies in the pools; every slice has one number a row.
@@ -78,7 +78,7 @@ pub struct Layer<'a, K, V> {
     pub recent: &'a [i64],
     pub sums: Option<Sums<'a>>,
     /// `[slots, 2]`; None where keys and values are no codes but what they stand for
-    pub scales: Option<Scales<'a>>,
+    pub scales: Option<Floats<'a>>,
     /// Newest entries as they came, beside their codes
     pub residual: Option<Residual<'a>>,
 }
@@ -145,7 +145,7 @@ impl<'a, K: Element, V: Element> Layer<'a, K, V> {
     }
 
     /// The scales of a row's entries.
-    pub(crate) fn scales_of(&self, row: usize) -> Option<Scales<'a>> {
+    pub(crate) fn scales_of(&self, row: usize) -> Option<Floats<'a>> {
         let start = self.rows.start[row] as usize;
         self.scales.map(|scales| scales.of(start, start + self.rows.length[row] as usize))
     }

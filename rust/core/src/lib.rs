@@ -28,8 +28,8 @@ pub use element::Element;
 pub use error::{Error, Result};
 pub use layer::{Layer, Rows, Sums};
 pub use moves::{Entries, Pools, append, gather};
-pub use quantised::{Code, Float, Scales, quantise};
-pub use residual::{Residual, Rings, hold};
+pub use quantised::{Code, Float, Floats, quantise};
+pub use residual::{Residual, hold};
 pub use simd::Isa;
 
 pub use half::slice::HalfBitsSliceExt;

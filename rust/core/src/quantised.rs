@@ -6,9 +6,10 @@ use crate::element::Element;
 use crate::error::{Result, check_len};
 use crate::layer::check_dim;
 
-/// Of each entry the scale of its key's codes and of its value's, `[slots, 2]`.
+/// Numbers of the dtype in which vectors come: of each entry the scale of its key's codes and of its value's, `[slots, 2]`; or
+/// vectors that are held as they came.
 #[derive(Clone, Copy)]
-pub enum Scales<'a> {
+pub enum Floats<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
     F16(&'a [f16]),
@@ -21,21 +22,30 @@ pub(crate) enum Side {
     Value,
 }
 
-impl<'a> Scales<'a> {
+impl<'a> Floats<'a> {
     pub(crate) fn len(&self) -> usize {
         match self {
-            Scales::F32(scales) => scales.len(),
-            Scales::Bf16(scales) => scales.len(),
-            Scales::F16(scales) => scales.len(),
+            Floats::F32(scales) => scales.len(),
+            Floats::Bf16(scales) => scales.len(),
+            Floats::F16(scales) => scales.len(),
         }
     }
 
-    /// Those of the entries from `begin` to `end`.
-    pub(crate) fn of(self, begin: usize, end: usize) -> Scales<'a> {
+    /// Writes the numbers from `at` on to `target`.
+    pub(crate) fn widen(&self, at: usize, target: &mut [f32]) {
         match self {
-            Scales::F32(scales) => Scales::F32(&scales[2 * begin..2 * end]),
-            Scales::Bf16(scales) => Scales::Bf16(&scales[2 * begin..2 * end]),
-            Scales::F16(scales) => Scales::F16(&scales[2 * begin..2 * end]),
+            Floats::F32(numbers) => widen(&numbers[at..], target),
+            Floats::Bf16(numbers) => widen(&numbers[at..], target),
+            Floats::F16(numbers) => widen(&numbers[at..], target),
+        }
+    }
+
+    /// The scales of the entries from `begin` to `end`.
+    pub(crate) fn of(self, begin: usize, end: usize) -> Floats<'a> {
+        match self {
+            Floats::F32(scales) => Floats::F32(&scales[2 * begin..2 * end]),
+            Floats::Bf16(scales) => Floats::Bf16(&scales[2 * begin..2 * end]),
+            Floats::F16(scales) => Floats::F16(&scales[2 * begin..2 * end]),
         }
     }
 
@@ -45,15 +55,19 @@ impl<'a> Scales<'a> {
         one[0]
     }
 
-    /// Writes one side's, of the entries from `begin` on, to `target`.
+    /// Writes one side's scales, of the entries from `begin` on, to `target`.
     #[inline(always)]
     pub(crate) fn copy_to(&self, begin: usize, side: Side, target: &mut [f32]) {
         match self {
-            Scales::F32(scales) => one_side(scales, begin, side, target),
-            Scales::Bf16(scales) => one_side(scales, begin, side, target),
-            Scales::F16(scales) => one_side(scales, begin, side, target),
+            Floats::F32(scales) => one_side(scales, begin, side, target),
+            Floats::Bf16(scales) => one_side(scales, begin, side, target),
+            Floats::F16(scales) => one_side(scales, begin, side, target),
         }
     }
+}
+
+pub(crate) fn widen<T: Element>(vector: &[T], target: &mut [f32]) {
+    target.iter_mut().zip(vector).for_each(|(to, x)| *to = x.channel(0));
 }
 
 #[inline(always)]
@@ -152,7 +166,7 @@ pub fn quantise<T: Float, C: Code>(
     let mut turned = vec![0.0f32; head_dim];
     let each = vectors.chunks_exact(head_dim).zip(codes.chunks_exact_mut(head_dim / C::CHANNELS)).zip(scales);
     for ((vector, codes), scale) in each {
-        turned.iter_mut().zip(vector).for_each(|(turned, x)| *turned = x.channel(0));
+        widen(vector, &mut turned);
         rotate(&mut turned);
         // What is no number becomes the scale.
         let largest =

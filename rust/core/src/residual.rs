@@ -1,54 +1,22 @@
 //! A row's newest entries as they came, beside their codes, as headkv/cache/residual.py specifies them.
 
-use half::{bf16, f16};
-
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::kernel::{self, LANE_QUERIES, State, Task};
 use crate::layer::{Layer, Span, Visible};
-use crate::quantised::{Float, rotate};
+use crate::quantised::{Float, Floats, rotate, widen};
 use crate::scratch;
 use crate::simd::Isa;
-
-/// Rings of rotated vectors, `[rows, R, D]`.
-#[derive(Clone, Copy)]
-pub enum Rings<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [bf16]),
-    F16(&'a [f16]),
-}
 
 /// What rows hold as it came: entry `i` of a row in slot `i % size` of its rings.
 #[derive(Clone, Copy)]
 pub struct Residual<'a> {
     pub size: usize,
-    pub keys: Rings<'a>,
-    pub values: Rings<'a>,
+    /// Rotated, `[rows, size, D]`
+    pub keys: Floats<'a>,
+    pub values: Floats<'a>,
     /// `[rows]`, how many of a row's newest entries
     pub count: &'a [i64],
-}
-
-impl Rings<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Rings::F32(rings) => rings.len(),
-            Rings::Bf16(rings) => rings.len(),
-            Rings::F16(rings) => rings.len(),
-        }
-    }
-
-    /// Writes the vector that begins at `at` to `target` `[D]`.
-    fn copy_to(&self, at: usize, target: &mut [f32]) {
-        match self {
-            Rings::F32(rings) => widen(&rings[at..], target),
-            Rings::Bf16(rings) => widen(&rings[at..], target),
-            Rings::F16(rings) => widen(&rings[at..], target),
-        }
-    }
-}
-
-fn widen<T: Element>(vector: &[T], target: &mut [f32]) {
-    target.iter_mut().zip(vector).for_each(|(to, x)| *to = x.channel(0));
 }
 
 impl Residual<'_> {
@@ -96,10 +64,10 @@ impl Newest {
         isa: Isa,
     ) -> Option<Newest> {
         let (span, held, dim) = (span(layer, row), layer.residual?, layer.head_dim);
-        let widened = |rings: Rings| {
+        let widened = |rings: Floats| {
             let mut vectors = vec![0.0; span.len() * dim];
             for (entry, vector) in (span.begin..span.end).zip(vectors.chunks_exact_mut(dim)) {
-                rings.copy_to((row * held.size + entry % held.size) * dim, vector);
+                rings.widen((row * held.size + entry % held.size) * dim, vector);
             }
             vectors
         };

@@ -1,8 +1,7 @@
 //! Attention against its definition in f64, for every instruction set of this CPU.
 
 use headkv_core::{
-    Code, Element, Isa, Layer, Options, Queries, Residual, Rings, Rows, Scales, Sums, attend, bf16, f16,
-    quantise,
+    Code, Element, Floats, Isa, Layer, Options, Queries, Residual, Rows, Sums, attend, bf16, f16, quantise,
 };
 use proptest::prelude::*;
 
@@ -194,7 +193,7 @@ impl Case {
         for (pair, steps) in scales.chunks_exact_mut(2).zip(keys.1.iter().zip(&values.1)) {
             pair.copy_from_slice(&[*steps.0, *steps.1]);
         }
-        self.check_stored(&built, &keys.0, &values.0, Some(Scales::F32(&scales)), isa, threads);
+        self.check_stored(&built, &keys.0, &values.0, Some(Floats::F32(&scales)), isa, threads);
     }
 
     fn check_stored<T: Element>(
@@ -202,7 +201,7 @@ impl Case {
         built: &Built,
         keys: &[T],
         values: &[T],
-        scales: Option<Scales>,
+        scales: Option<Floats>,
         isa: Isa,
         threads: usize,
     ) {
@@ -386,7 +385,7 @@ fn wrong_sizes_are_refused() {
         sinks: &[0],
         recent: &[0],
         sums: None,
-        scales: Some(Scales::F32(&[1.0; 4])),
+        scales: Some(Floats::F32(&[1.0; 4])),
         residual: None,
     };
     assert!(attend(&codes, &ask, &options, &mut [0.0; 4]).is_ok());
@@ -396,7 +395,7 @@ fn wrong_sizes_are_refused() {
     let error = attend(&codes, &Queries { data: &keys[..3], ..ask }, &options, &mut [0.0; 3]).unwrap_err();
     assert!(error.to_string().contains("even"), "{error}");
     let held = |size, count| {
-        let rings = Rings::F32(&[1.0; 8]);
+        let rings = Floats::F32(&[1.0; 8]);
         Some(Residual { size, keys: rings, values: rings, count })
     };
     assert!(fails(Layer { residual: held(2, &[1]), ..good }, ask, options, 4), "without scales");
@@ -409,7 +408,7 @@ fn wrong_sizes_are_refused() {
     assert!(fails(Layer { rows: Rows { start: &[1], ..rows }, ..good }, ask, options, 4));
     assert!(fails(Layer { sinks: &[-1], ..good }, ask, options, 4));
     assert!(fails(Layer { recent: &[], ..good }, ask, options, 4));
-    assert!(fails(Layer { scales: Some(Scales::F32(&[1.0; 3])), ..good }, ask, options, 4));
+    assert!(fails(Layer { scales: Some(Floats::F32(&[1.0; 3])), ..good }, ask, options, 4));
     let sums = Sums { key: &[0.0; 3], value: &[0.0; 4], count: &[0] };
     assert!(fails(Layer { sums: Some(sums), ..good }, ask, options, 4));
     let sums = Sums { key: &[0.0; 4], ..sums };

@@ -6,8 +6,8 @@
 mod arrays;
 
 use headkv_core::{
-    Code, Element, Entries, Error, Float, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries, Residual,
-    Rings, Rows, Scales, Sums, bf16, f16,
+    Code, Element, Entries, Error, Float, Floats, HalfBitsSliceExt, Isa, Layer, Options, Pools, Queries,
+    Residual, Rows, Sums, bf16, f16,
 };
 use numpy::prelude::*;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -143,22 +143,13 @@ impl Attend<'_, '_> {
                 "scales must be given with int8 or uint8 keys, and with no others",
             ));
         }
-        let given = arrays.scales.as_ref();
-        let (wide, bits) = if self.dtype == "float32" { (given, None) } else { (None, given) };
-        let wide: Option<Input<f32>> = wide.map(|scales| input("scales", scales, 2)).transpose()?;
-        let bits: Option<Input<u16>> = bits.map(|scales| input("scales", scales, 2)).transpose()?;
-        let scales = match (&wide, &bits, self.dtype) {
-            (Some(scales), _, _) => Some(Scales::F32(scales.as_slice()?)),
-            (_, Some(scales), "bfloat16") => Some(Scales::Bf16(as_bf16(scales.as_slice()?))),
-            (_, Some(scales), "float16") => Some(Scales::F16(as_f16(scales.as_slice()?))),
-            (_, Some(_), other) => return Err(wrong_dtype(other)),
-            (None, None, _) => None,
-        };
-        let held: Option<(Ring, Ring, Vec<i64>)> =
+        let numbers = |name, array, dims| Numbers::new(name, array, dims, self.dtype);
+        let scales = arrays.scales.as_ref().map(|scales| numbers("scales", scales, 2)).transpose()?;
+        let held: Option<(Numbers, Numbers, Vec<i64>)> =
             match (&arrays.residual_keys, &arrays.residual_values, &arrays.residual_count) {
                 (Some(keys), Some(values), Some(count)) => Some((
-                    Ring::new("residual_keys", keys, self.dtype)?,
-                    Ring::new("residual_values", values, self.dtype)?,
+                    numbers("residual_keys", keys, 3)?,
+                    numbers("residual_values", values, 3)?,
                     copied("residual_count", count)?,
                 )),
                 (None, None, None) => None,
@@ -201,8 +192,7 @@ impl Attend<'_, '_> {
         if let Some((key, value, _)) = &sums {
             read.extend([key as &dyn Extent, value]);
         }
-        read.extend(wide.as_ref().map(|scales| scales as &dyn Extent));
-        read.extend(bits.as_ref().map(|scales| scales as &dyn Extent));
+        read.extend(scales.as_ref().map(Numbers::extent));
         apart("out", &out, &read)?;
 
         let queries = Queries {
@@ -227,12 +217,12 @@ impl Attend<'_, '_> {
                 }
                 None => None,
             },
-            scales,
+            scales: scales.as_ref().map(Numbers::floats).transpose()?,
             residual: match &held {
                 Some((keys, values, count)) => Some(Residual {
                     size: keys.shape()[1],
-                    keys: keys.rings(self.dtype)?,
-                    values: values.rings(self.dtype)?,
+                    keys: keys.floats()?,
+                    values: values.floats()?,
                     count,
                 }),
                 None => None,
@@ -243,39 +233,42 @@ impl Attend<'_, '_> {
     }
 }
 
-/// Newest entries of all rows, `[rows, R, D]`.
-enum Ring<'py> {
-    Wide(Input<'py, f32>),
-    Bits(Input<'py, u16>),
+/// An array of the dtype in which vectors come.
+enum Numbers<'py> {
+    F32(Input<'py, f32>),
+    Bf16(Input<'py, u16>),
+    F16(Input<'py, u16>),
 }
 
-impl<'py> Ring<'py> {
-    fn new(name: &str, array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Self> {
+impl<'py> Numbers<'py> {
+    fn new(name: &str, array: &Bound<'py, PyAny>, dims: usize, dtype: &str) -> PyResult<Self> {
         Ok(match dtype {
-            "float32" => Ring::Wide(input(name, array, 3)?),
-            _ => Ring::Bits(input(name, array, 3)?),
+            "float32" => Numbers::F32(input(name, array, dims)?),
+            "bfloat16" => Numbers::Bf16(input(name, array, dims)?),
+            "float16" => Numbers::F16(input(name, array, dims)?),
+            other => return Err(wrong_dtype(other)),
         })
     }
 
     fn shape(&self) -> &[usize] {
         match self {
-            Ring::Wide(array) => array.shape(),
-            Ring::Bits(array) => array.shape(),
+            Numbers::F32(array) => array.shape(),
+            Numbers::Bf16(array) | Numbers::F16(array) => array.shape(),
         }
     }
 
     fn extent(&self) -> &dyn Extent {
         match self {
-            Ring::Wide(array) => array,
-            Ring::Bits(array) => array,
+            Numbers::F32(array) => array,
+            Numbers::Bf16(array) | Numbers::F16(array) => array,
         }
     }
 
-    fn rings(&self, dtype: &str) -> PyResult<Rings<'_>> {
+    fn floats(&self) -> PyResult<Floats<'_>> {
         Ok(match self {
-            Ring::Wide(array) => Rings::F32(array.as_slice()?),
-            Ring::Bits(array) if dtype == "bfloat16" => Rings::Bf16(as_bf16(array.as_slice()?)),
-            Ring::Bits(array) => Rings::F16(as_f16(array.as_slice()?)),
+            Numbers::F32(array) => Floats::F32(array.as_slice()?),
+            Numbers::Bf16(array) => Floats::Bf16(as_bf16(array.as_slice()?)),
+            Numbers::F16(array) => Floats::F16(as_f16(array.as_slice()?)),
         })
     }
 }
