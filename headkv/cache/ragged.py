@@ -204,7 +204,8 @@ class RaggedLayer(Rows):
         length = int(self.length[r])
         here = slice(int(self.start[r]), int(self.start[r]) + length)
         keys, values = quantised.entries(self.pools, here)
-        if newest := int(residual.seen_as_they_came(self)[r]):
+        if self.residual_length:
+            newest = int(residual.seen_as_they_came(self)[r])
             at = torch.arange(length - newest, length, device=self.device)
             residual.placed(self, keys, values, torch.full_like(at, r), at, at)
         return Row(keys, values, self.positions[here])

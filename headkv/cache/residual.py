@@ -138,9 +138,9 @@ def cropped(rows: Rows, length: Tensor) -> Tensor | None:
 def seen_as_they_came(rows: Rows) -> Tensor:
     """How many of each row's newest entries attention sees so, `[rows]` int64."""
     held = Residual.of(rows)
-    if held is None:
-        return torch.zeros_like(rows.length)
-    return torch.where(rows.recent > 0, torch.minimum(held.residual_count, rows.recent), held.residual_count)
+    assert held is not None
+    count = held.residual_count
+    return torch.where(rows.recent > 0, torch.minimum(count, rows.recent), count)
 
 
 def placed(rows: Rows, keys: Tensor, values: Tensor, row: Tensor, entry: Tensor, at: Tensor) -> None:

@@ -77,9 +77,8 @@ def append(rows: Rows, keys: Tensor, values: Tensor, valid: Tensor | None) -> No
     Raises:
         ValueError: when a row has no room or lies outside the pools; nothing is written then.
     """
-    scales, stored = None, torch.full_like(rows.length, keys.shape[2])
-    if valid is not None:
-        stored = valid.sum(1).repeat_interleave(rows.num_kv_heads)
+    scales = None
+    stored = keys.shape[2] if valid is None else valid.sum(1).repeat_interleave(rows.num_kv_heads)
     length, held = rows.length + stored, Residual.of(rows)
     count = None if held is None else (held.residual_count + stored).clamp(max=held.size)
     mask = None if valid is None else array("valid", valid)
