@@ -237,14 +237,26 @@ SEARCH = (
 )
 
 
-# The same of rows of codes, which only the portable kernel reads: entries a block, stages, warps, programs a SM.
-SEARCH_8 = (
-    *((64, 3, 4, 1), (64, 3, 4, 2), (64, 3, 8, 1), (64, 3, 8, 2)),
-    *((128, 3, 4, 1), (128, 3, 8, 2), (128, 3, 16, 1), (32, 3, 4, 2)),
+# The same of rows of codes, by storage; without a ring, of the portable kernel, and with three stages.
+CUTS_8 = (
+    *(
+        (256, 2, 4, 1, 128),
+        (256, 3, 4, 1, 512),
+        (128, 2, 4, 1, 512),
+        (128, 3, 4, 1, 512),
+        (128, 4, 4, 1, 512),
+    ),
+    *((256, 2, 8, 1, 512), (128, 2, 4, 2, 512), (64, 0, 4, 2, 128), (64, 0, 4, 1, 128)),
 )
-SEARCH_4 = (
-    *((64, 3, 4, 1), (64, 6, 4, 1), (64, 3, 4, 2), (64, 6, 4, 2), (64, 4, 8, 1)),
-    *((128, 3, 4, 1), (128, 3, 4, 2), (128, 3, 8, 1), (128, 4, 8, 1), (32, 6, 4, 2)),
+CUTS_4 = (
+    *(
+        (256, 2, 4, 1, 128),
+        (256, 3, 4, 1, 512),
+        (512, 2, 4, 1, 512),
+        (128, 3, 4, 1, 512),
+        (128, 6, 4, 1, 512),
+    ),
+    *((256, 2, 8, 1, 512), (128, 4, 4, 2, 512), (64, 0, 4, 2, 128), (128, 0, 4, 2, 128)),
 )
 
 
@@ -269,10 +281,15 @@ def variants_of_codes(layer: Layer, storage: str, search: bool) -> dict[str, Ste
     rows = as_codes(layer, storage).rows
     config, hopper = DecodeConfig.default(rows), torch.cuda.get_device_capability()[0] >= 9
     found = {f"headkv, {storage}": stepping(config, ahead=hopper)}
+    if hopper:
+        found[f"headkv, {storage}, portable kernel"] = stepping(
+            DecodeConfig.default(rows, ring=False), ahead=True
+        )
     processors = torch.cuda.get_device_properties(rows.keys.device).multi_processor_count
-    for block, stages, warps, times in (SEARCH_4 if 4 in BITS[storage] else SEARCH_8) if search else ():
-        other = replace(config, block=block, stages=stages, warps=warps, programs=times * processors)
-        found[f"  {storage}, {block} x {stages}, {warps} warps, {times} a SM"] = stepping(other, ahead=hopper)
+    for block, ring, warps, times, gap in (CUTS_4 if 4 in BITS[storage] else CUTS_8) if search else ():
+        other = replace(config, block=block, ring=ring, warps=warps, gap=gap, programs=times * processors)
+        name = f"  {storage}, {block} x {ring}, {warps} warps, {times} a SM, gap {gap}"
+        found[name] = stepping(other, ahead=hopper)
     return found
 
 

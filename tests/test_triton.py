@@ -446,6 +446,16 @@ RINGS = [
 RINGS = [case for case in RINGS if not case.compensate] + [
     Case("ring, D 128", ((700, 0, 90),), dim=128, dtype=FP16)
 ]
+RINGS_OF_CODES = [
+    replace(case, name=f"{case.name}, {storage}", storage=storage)
+    for case, storage in product(RINGS, ("int8", "k8v4", "int4"))
+    if case.group <= 4
+]
+RINGS_OF_CODES += [
+    # One entry has nearly all of the weight, the rest of its block the rest.
+    Case(f"ring, peaked, {storage}", ((700, 90),), dim=128, dtype=BF16, scale=1.5, storage=storage)
+    for storage in ("int8", "k8v4", "int4")
+]
 
 
 @device
@@ -466,6 +476,41 @@ def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
         pytest.skip("needs a GPU of compute capability 9.0: the kernel is for Hopper")
     config = backend.kernels().DecodeConfig
     fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, gap=gap))
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "programs, block, ring, warps, gap", [(132, 256, 2, 4, 512), (5, 128, 3, 4, 64), (5, 256, 2, 8, 0)]
+)
+@pytest.mark.parametrize("case", RINGS_OF_CODES, ids=lambda case: case.name)
+def test_fused_steps_through_a_ring_of_codes(case, block, ring, warps, gap, programs):
+    """The same for codes, of which products are whole numbers."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0: the kernel is for Hopper")
+    config = backend.kernels().DecodeConfig
+    fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, gap=gap))
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", ["key", "value", "query"])
+@pytest.mark.parametrize("storage", ["int8", "k8v4", "int4"])
+def test_whole_numbers_keep_what_is_no_number(storage, side):
+    """It reaches the outputs of its own row, or its own query, and no other."""
+    case = Case("no number", ((300, 40),), dim=128, dtype=BF16, storage=storage)
+    q, layer = case.build(DEVICE)
+    kernels, rows = backend.kernels(), backend.rows_of(layer)
+    if side == "query":
+        q[0, 3, 0, 5] = torch.nan
+    else:
+        layer.scales[int(layer.start[1]) + 7, int(side == "value")] = torch.nan
+    got = kernels.ragged_decode(q[:, :, 0], rows, scale=0.1)[0].isnan().all(-1)
+    heads = len(got) // 2
+    assert got.tolist() == [
+        side == "query" and head == 3 or side != "query" and head >= heads for head in range(2 * heads)
+    ]
+    assert bool(kernels.ragged_decode(q[:, :, 0], rows, scale=0.1)[0, 0].isfinite().all())
 
 
 def fused_steps(case, config):

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -236,25 +237,63 @@ def test_the_ring_compiles(
     case: Case, block: int, ring: int, warps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small enough for a multiprocessor's shared memory."""
-    import headkv_kernels.ring
+    at_once, ahead = through_a_ring("ring", "ring_shares", case, (block, ring, warps), monkeypatch)
+    assert not LOAD.search(before_the_wait(at_once))
+    assert ahead.metadata.shared <= 227 * 1024
+    assert "cp.async.cg.shared.global" in ahead.asm["ptx"]
+
+
+RINGS_OF_CODES = [
+    Case("int8, D 128", ROWS, group=4, dim=128, dtype=BF16, storage="int8"),
+    Case(
+        "k8v4, D 64, softcap, windows",
+        ROWS,
+        dim=64,
+        dtype=FP16,
+        storage="k8v4",
+        softcap=2.0,
+        sinks=1,
+        recent=8,
+    ),
+    Case("int4, one head a group", ((40,),), group=1, dim=128, dtype=FP16, storage="int4"),
+]
+
+
+@pytest.mark.parametrize("case", RINGS_OF_CODES, ids=lambda case: case.name)
+def test_the_ring_of_codes_compiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies bytes as they are stored, and holds all it needs in registers: what changes hands does so in
+    shared memory once a row, never in its loop."""
+    at_once, ahead = through_a_ring("ring_codes", "ring_codes", case, (256, 2, 4), monkeypatch)
+    assert not LOAD.search(before_the_wait(at_once))
+    for compiled in (at_once, ahead):
+        assert 114 * 1024 < compiled.metadata.shared <= 227 * 1024, "one program a multiprocessor"
+        assert spilled(compiled) == 0
+        assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in compiled.asm["ptx"]
+        assert ".bf16x2" not in compiled.asm["ptx"] and ".f16x2" not in compiled.asm["ptx"], (
+            "a code is widened"
+        )
+
+
+def through_a_ring(
+    file: str, name: str, case: Case, cut: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
+    """The kernel of that name, compiled for Hopper: for a launch after the one before, and for a step that starts
+    ahead."""
     from headkv_kernels import decode, rows
 
+    module = import_module(f"headkv_kernels.{file}")
     monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
     monkeypatch.setattr(decode, "guard", lambda tensor: nullcontext())
-    stand = Compiler(headkv_kernels.ring.ring_shares, 90)
-    monkeypatch.setattr(headkv_kernels.ring, "ring_shares", stand)
+    stand = Compiler(getattr(module, name), 90)
+    monkeypatch.setattr(module, name, stand)
     monkeypatch.setattr(decode, "combine_segments", Compiler(decode.combine_segments, 90))
     q, layer = case.build()
-    batch = layer.batch_size
+    batch, (block, ring, warps) = layer.batch_size, cut
     kernels, ragged = backend.kernels(), backend.rows_of(layer)
     config = kernels.DecodeConfig(132, block, warps=warps, ring=ring, early=True)
-    new = layer.keys.new_zeros(2, batch, layer.rows // batch, case.dim)
-    options = {"scale": 1.0, "softcap": case.softcap, "ahead": True, "config": config}
-    kernels.ragged_step(
-        q[:, :, 0], *new, ragged, layer.capacity, kernels.new_ticket(ragged), layer.length[:1], **options
-    )
-    kernels.ragged_decode(q[:, :, 0], ragged, **options | {"ahead": False})
-    (compiled, at_once) = stand.compiled
-    assert not LOAD.search(before_the_wait(at_once))
-    assert compiled.metadata.shared <= 227 * 1024
-    assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+    new = torch.zeros(2, batch, layer.rows // batch, case.dim, dtype=case.dtype)
+    options = {"scale": 1.0, "softcap": case.softcap, "config": config}
+    kernels.ragged_decode(q[:, :, 0], ragged, **options)
+    step = (ragged, layer.capacity, kernels.new_ticket(ragged), layer.length[:1])
+    kernels.ragged_step(q[:, :, 0], *new, *step, ahead=True, **options)
+    return stand.compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class DecodeConfig:
         stages: blocks that are in flight, plus one.
         warps: of 32 threads, a program.
         early: start each kernel while the one before it ends (programmatic dependent launch; Hopper on).
-        ring: blocks of the ring of `ring.py`, at least 2, where that kernel serves (`ring_serves`); 0 or
-            elsewhere: the portable kernel.
+        ring: blocks of the ring of `ring.py` or `ring_codes.py`, at least 2, where that kernel serves (`ring_serves`);
+            0 or elsewhere: the portable kernel.
         gap: entries that could be read in the time that one more segment takes a program.
     """
 
@@ -55,17 +56,19 @@ class DecodeConfig:
             )
 
     @classmethod
-    def default(cls, rows: Rows) -> DecodeConfig:
+    def default(cls, rows: Rows, ring: bool = True) -> DecodeConfig:
         """One program for each multiprocessor; up to 32 KiB of keys and values at a time (of codes for float32, once
-        they are that), through a ring on Hopper.
+        they are that), through a ring on Hopper. `ring` False: without.
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
         numbers = sum(pool.element_size() / PACKED.get(pool.dtype, 1) for pool in (rows.keys, rows.values))
         entry = int(rows.dim_pad * (8 if rows.dtype == torch.float32 else numbers))
         programs, early, shared = device_traits(rows.keys.device)
+        ring = ring and early and shared >= RING_BYTES
+        if ring and rows.scales is not None:
+            return cls(programs, block=256, early=True, ring=2, gap=512)
         block, warps = max(16, min(128, 1 << (32768 // entry).bit_length() - 1)), 4
-        ring = 4 if early and shared >= RING_BYTES else 0
         if rows.scales is not None:
             # Codes are widened in registers, by as few warps as have room for them: more would do the same work twice.
             block, warps = min(block, 64), max(4, min(8, rows.dim_pad // 32))
@@ -73,16 +76,29 @@ class DecodeConfig:
             if rows.keys.shape[0] >= 4 * block * programs:
                 programs *= 2
         stages = 3 if block * entry <= 32768 else 2
-        return cls(programs, block, stages, warps, early=early, ring=ring)
+        return cls(programs, block, stages, warps, early=early, ring=4 if ring else 0)
 
 
-def ring_serves(
-    config: DecodeConfig, rows: Rows, narrow: bool, group_pad: int, sliding_window: int | None
-) -> bool:
-    """Whether `ring.py` can do it: 16 bits, D 64 or 128, up to 16 queries a row, nothing special."""
-    plain = narrow and rows.count is None and sliding_window is None
-    fits = rows.dim in (64, 128) and group_pad == 16
-    return config.ring > 1 and plain and fits and config.block >= 16 * config.warps and not INTERPRETED
+def ring_serves(config: DecodeConfig, rows: Rows, q: Tensor, group: int, sliding_window: int | None) -> bool:
+    """Whether `ring.py` or, for codes, `ring_codes.py` can do it: numbers of 16 bits, D 64 or 128, up to 16 queries a
+    row (codes: 4), nothing special."""
+    queries, entries, warps = (16, 16, 1) if rows.scales is None else (4, 32, 4)  # entries: a warp's
+    narrow = q.element_size() == 2 and q.dtype == rows.dtype
+    plain = rows.count is None and rows.residual_count is None and sliding_window is None
+    fits = rows.dim in (64, 128) and group <= queries
+    cut = config.ring > 1 and config.warps >= warps and config.block >= entries * config.warps
+    return narrow and plain and fits and cut and not INTERPRETED
+
+
+def ring_kernel(rows: Rows) -> Any:
+    """The one for these rows. Gluon, in which it is written, is there on GPUs only."""
+    if rows.scales is not None:
+        from headkv_kernels.ring_codes import ring_codes
+
+        return ring_codes
+    from headkv_kernels.ring import ring_shares
+
+    return ring_shares
 
 
 def new_ticket(rows: Rows) -> Tensor:
@@ -192,38 +208,37 @@ def _launch(
     capacity: Tensor | None = None,
     ticket: Tensor | None = None,
 ) -> Tensor:
-    config = config or DecodeConfig.default(rows)
     dim, group_pad, dim_pad = rows.dim, padded(group), rows.dim_pad
-    narrow = rows.keys.element_size() == 2 and q.dtype == rows.keys.dtype
-    kernel, stages = decode_shares, config.stages
-    if ring_serves(config, rows, narrow, group_pad, rule.sliding_window):
-        from headkv_kernels.ring import ring_shares  # Gluon is there on GPUs only
-
-        kernel, stages = ring_shares, config.ring
+    cut = config or DecodeConfig.default(rows)
+    if ring_serves(cut, rows, q, group, rule.sliding_window):
+        kernel, stages = ring_kernel(rows), cut.ring
+    else:
+        cut = config or DecodeConfig.default(rows, ring=False)
+        kernel, stages = decode_shares, cut.stages
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.
-    partial = torch.empty((config.programs + rows.number) * group * (dim + 1), device=q.device)
-    table, gap = rows.table(rows.number // q.shape[0], capacity), config.gap // UNIT.value
-    shape = {"PAD": padded(rows.number), "G": group, "D": dim, "EARLY": config.early}
+    partial = torch.empty((cut.programs + rows.number) * group * (dim + 1), device=q.device)
+    table, gap = rows.table(rows.number // q.shape[0], capacity), cut.gap // UNIT.value
+    shape = {"PAD": padded(rows.number), "G": group, "D": dim, "EARLY": cut.early}
     # Not all targets know launch_pdl.
-    launch = FUSED | ({"launch_pdl": True} if config.early else {})
+    launch = FUSED | ({"launch_pdl": True} if cut.early else {})
     rotated = rows.scales is not None
     columns = dim_pad if rotated else min(dim_pad, 64)
     with guard(q):
-        kernel[(config.programs,)](
+        kernel[(cut.programs,)](
             *(Strided.of(q), query_positions, table, rows.pools, new, rule, gap, partial),
             **shape,
             G_PAD=group_pad,
             D_PAD=dim_pad,
-            BLOCK=config.block,
+            BLOCK=cut.block,
             STAGES=stages,
             OPERAND=rows.operand(q),
-            AHEAD=config.early and ahead,
-            num_warps=config.warps,
+            AHEAD=cut.early and ahead,
+            num_warps=cut.warps,
             **launch,
         )
         combine_segments[(rows.number * group, dim_pad // columns)](
-            *(table, rule, gap, config.programs, ticket, partial, out),
+            *(table, rule, gap, cut.programs, ticket, partial, out),
             **shape,
             BLOCK=64,
             COLUMNS=columns,

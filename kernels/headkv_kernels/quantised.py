@@ -19,18 +19,25 @@ ASSEMBLED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
-def rotated(x, D: tl.constexpr):
-    """`x` `[M, D_PAD]` float32, 0 beyond D, times the Hadamard matrix of as many channels as the largest power of two
-    that divides D: orthonormal, and its own inverse. The order of sums is the specification's, and so are the bits."""
+def butterflies(x, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """`x` `[M, D_PAD]` after some steps of the product with a Hadamard matrix: of channels that are `FIRST` apart, then
+    twice that, and so on before `LAST`, the sums and differences."""
     M: tl.constexpr = x.shape[0]
     D_PAD: tl.constexpr = x.shape[1]
-    WIDTH: tl.constexpr = D & -D
     for bit in tl.static_range(9):  # D is at most 512
-        if (1 << bit) < WIDTH:
+        if (1 << bit) >= FIRST and (1 << bit) < LAST:
             pairs = tl.reshape(x, [M * D_PAD // (2 << bit), 2, 1 << bit])
             left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
             x = tl.permute(tl.join(left + right, left - right), (0, 2, 1))
-    return tl.reshape(x, [M, D_PAD]) * WIDTH**-0.5
+    return tl.reshape(x, [M, D_PAD])
+
+
+@triton.jit
+def rotated(x, D: tl.constexpr):
+    """`x` `[M, D_PAD]` float32, 0 beyond D, times the Hadamard matrix of as many channels as the largest power of two
+    that divides D: orthonormal, and its own inverse. The order of sums is the specification's, and so are the bits."""
+    WIDTH: tl.constexpr = D & -D
+    return butterflies(x, 1, WIDTH) * WIDTH**-0.5
 
 
 @triton.jit
@@ -48,8 +55,8 @@ def quantised(turned, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     MAGIC: tl.constexpr = 1.5 * 2.0**23
     # Bits of numbers that are not negative are in their order, with what is no number above all.
     largest = tl.max(tl.abs(turned).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)).to(DTYPE)
-    scale = tl.where(scale.to(tl.float32) < TINY, tl.full(scale.shape, TINY, tl.float32).to(DTYPE), scale)
+    scale = tl.div_rn(largest, LARGEST * 1.0).to(DTYPE).to(tl.float32)
+    scale = tl.where(scale < TINY, TINY, scale).to(DTYPE)
     steps = tl.div_rn(turned, tl.broadcast_to(scale.to(tl.float32)[:, None], turned.shape))
     # MAGIC rounds to the nearest, and to even: float32 has no more digits there.
     if LARGEST == 16:

@@ -26,17 +26,25 @@ def block_at(at, segment):
 
 
 @gluon.jit
-def fetch(
-    k_slot, v_slot, segment, at, stop, n, offsets, plan, rows, pools, rule, D: gl.constexpr, BLOCK: gl.constexpr
-):  # fmt: skip
-    """Begin to copy the block at the cursor, which is a segment and an entry `at` in it, zeros behind its end;
-    returns the cursor behind it. Its segment's `unit` is not below `stop` once nothing is left."""
+def next_block(segment, at, stop, plan, rows, rule):
+    """The block at the cursor, which is a segment and an entry `at` in it: both, or those behind the segment's end; how
+    many entries are left from there to the end of the span, and their first slot. The segment's `unit` is not below
+    `stop` once nothing is left."""
     while (at >= segment.end) & (segment.unit < stop):
         segment = segment_at(segment.unit_end, stop, plan, rows, rule)
         at = segment.begin
     number = gl.where(segment.unit < stop, block_at(at, segment), 0)
     entry = gl.where(at < segment.front, segment.first + at, segment.back + at - segment.front)
-    begin = (segment.base + entry) * D
+    return segment, at, number, segment.base + entry
+
+
+@gluon.jit
+def fetch(
+    k_slot, v_slot, segment, at, stop, n, offsets, plan, rows, pools, rule, D: gl.constexpr, BLOCK: gl.constexpr
+):  # fmt: skip
+    """Begin to copy the block at the cursor, zeros behind its end; returns the cursor behind it."""
+    segment, at, number, slot = next_block(segment, at, stop, plan, rows, rule)
+    begin = slot * D
     real = (n < number)[:, :, None]
     copy(k_slot, pools.key + begin + offsets, mask=real)
     copy(v_slot, pools.value + begin + offsets, mask=real)
@@ -92,7 +100,7 @@ def ring_shares(
     d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, copied)))
     offsets = n[:, :, None] * D + d[None, None, :]
     cursor, cursor_at = segment, segment.begin
-    for ahead in gl.static_range(STAGES - 1):
+    for ahead in range(STAGES - 1):
         cursor, cursor_at = fetch(
             k_ring.index(ahead), v_ring.index(ahead), cursor, cursor_at, stop, n, offsets,
             plan, rows, pools, rule, D, BLOCK,
