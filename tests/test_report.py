@@ -181,8 +181,10 @@ def test_the_map_has_every_cell_and_all_tasks_together():
     assert (every["bytes"], every["full_bytes"], every["entries"]) == (300_000, 2_000_000, 0.1)
     assert by_place[0, 1, 0, 1, 1, 1]["score"] == 0.25
     assert found["made_by"] == [
-        "headkv eval --model tiny --method SnapKV --budget 0.1 0.5 --tasks mills harbours --lengths 512 1024 "
-        "--question unseen seen --seed 0 --limit 4 --new-tokens 8"
+        "headkv eval --model tiny --method SnapKV --budget 0.1 --tasks mills harbours --lengths 512 "
+        "--question unseen --seed 0 --limit 4 --new-tokens 8",
+        "headkv eval --model tiny --method SnapKV --budget 0.5 --tasks mills --lengths 1024 "
+        "--question seen --seed 0 --limit 1 --new-tokens 8",
     ]
     with pytest.raises(ValueError, match="rows must hold one or more"):
         as_map([], "")

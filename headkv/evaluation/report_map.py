@@ -75,22 +75,29 @@ def as_map(rows: Sequence[SweepRow], command: str) -> dict[str, Any]:
 
 
 def _sweeps(rows: Sequence[SweepRow]) -> list[str]:
-    """The commands, one a model, that make these rows; of a sweep in several parts, as if it had been one."""
+    """The commands, one a model and the ways to ask at a length, that make these rows; of a sweep in several parts, as if
+    it had been one."""
     found = []
     for model in dict.fromkeys(row.model for row in rows):
-        own = [row for row in rows if row.model == model]
-        words: dict[str, list[Any]] = {
-            "method": [name for name in dict.fromkeys(row.method for row in own) if name != FULL],
-            "budget": sorted({f"{row.budget:g}" for row in own if row.method != FULL}, key=float),
-            "tasks": list(dict.fromkeys(row.task for row in own)),
-            "lengths": sorted({row.length for row in own}),
-            "question": list(dict.fromkeys(row.question for row in own)),
-            "seed": sorted({row.seed for row in own}),
-            "limit": [len({row.doc_id for row in own})],
-            "new-tokens": [max(row.max_new_tokens for row in own)],
-        }
-        options = [[f"--{name}", *map(str, values)] for name, values in words.items()]
-        found.append(shlex.join(["headkv", "eval", "--model", model, *sum(options, [])]))
+        asked: dict[int, dict[str, None]] = {}
+        for row in rows:
+            if row.model == model:
+                asked.setdefault(row.length, {})[row.question] = None
+        for ways in dict.fromkeys(map(tuple, asked.values())):
+            lengths = sorted(length for length in asked if tuple(asked[length]) == ways)
+            own = [row for row in rows if row.model == model and row.length in lengths]
+            words: dict[str, list[Any]] = {
+                "method": [name for name in dict.fromkeys(row.method for row in own) if name != FULL],
+                "budget": sorted({f"{row.budget:g}" for row in own if row.method != FULL}, key=float),
+                "tasks": list(dict.fromkeys(row.task for row in own)),
+                "lengths": lengths,
+                "question": list(ways),
+                "seed": sorted({row.seed for row in own}),
+                "limit": [len({row.doc_id for row in own})],
+                "new-tokens": [max(row.max_new_tokens for row in own)],
+            }
+            options = [[f"--{name}", *map(str, values)] for name, values in words.items()]
+            found.append(shlex.join(["headkv", "eval", "--model", model, *sum(options, [])]))
     return found
 
 
