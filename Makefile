@@ -23,7 +23,7 @@ MODEL := $(VENV)/.model$(subst /,-,$(HEADKV_HOME))
 BUILT := book/_build/html/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book lab test fuzz soak families test-floor test-kvpress test-gpu sanitize-gpu lint format bench bench-cpu bench-gpu constraints clean
+.PHONY: help setup book lab test fuzz soak families test-floor test-kvpress test-gpu test-rust sanitize-gpu lint lint-python lint-rust format bench bench-cpu bench-gpu constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,8 +39,8 @@ lab: PORT := $(if $(filter file,$(origin PORT)),8888,$(PORT))
 lab: setup ## open JupyterLab on the chapters, as notebooks that run (PORT=8888; without a browser it prints the address)
 	@$(PY) tools/lab.py book --port $(PORT)
 
-test: setup lint ## everything that must hold: style, types, Rust, Python, pages in a browser (PYTEST_ARGS=...)
-	cargo test --workspace --quiet
+test: setup ## everything that must hold: style, types, Rust, Python, pages in a browser (PYTEST_ARGS=...)
+	@$(MAKE) --no-print-directory -j2 lint test-rust  # mypy has use for one core only
 	@$(PY) tools/browser.py --install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
@@ -70,7 +70,9 @@ sanitize-gpu: setup ## the kernels under compute-sanitizer: memory, races, unini
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton.py \
 	  -k "test_equals_truth or test_any_cut or test_steps_in_a_row or test_append or (test_fused_steps_through_a_ring and 128)" || exit 1; done
 
-lint: $(VENV)/.rust ## ruff, mypy, import-linter, stubtest, deno (JavaScript), cargo fmt, clippy
+lint: lint-python lint-rust ## ruff, mypy, import-linter, stubtest, deno (JavaScript), cargo fmt, clippy
+
+lint-python: $(VENV)/.rust
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -79,10 +81,15 @@ lint: $(VENV)/.rust ## ruff, mypy, import-linter, stubtest, deno (JavaScript), c
 	$(BIN)/deno lint --quiet
 	$(BIN)/deno fmt --quiet --check
 	$(BIN)/deno check --quiet $(SCRIPTS)
+
+lint-rust: $(VENV)/.rust
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || { \
 	  echo "headkv: rustfmt or clippy is missing: rustup component add rustfmt clippy (Debian: apt-get install rustfmt rust-clippy)"; exit 1; }
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+test-rust: $(VENV)/.rust
+	cargo test --workspace --quiet
 
 format: $(VENV)/.deps ## write the style that lint asks for
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,14 @@ WIDGETS_READY = """() => {
 FIRST_READY = """() => document.readyState !== "loading" &&
   ['ready', 'failed', undefined].includes(document.querySelector(".widget-host")?.dataset.state)"""
 
+# The browser takes requests in their order: what the page asked for before is known, or over, when this one is.
+FENCE = """async () => {
+  await window.MathJax?.startup?.promise;
+  await document.fonts.ready;
+  await (await fetch(location.href)).text();
+  return true;
+}"""
+
 
 def computed(session: Any) -> float:
     """Seconds that a page's main thread has computed: script, layout, painting, whatever else the machine does."""
@@ -136,6 +144,7 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
         touch: bool = False,
     ) -> Iterator[Any]:
         faults: list[str] = []
+        pending: set[Any] = set()
         screen = {"viewport": {"width": width, "height": 900}, "has_touch": touch, "is_mobile": touch}
         context = chromium.new_context(**screen, color_scheme=theme)
         context.route("**/*", lambda route: _only_local(route, address, faults))
@@ -145,6 +154,9 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
         page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
         page.on("response", lambda r: faults.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
         page.on("requestfailed", lambda r: faults.append(f"failed: {r.url}"))
+        page.on("request", lambda r: pending.add(r))
+        for over in ("requestfinished", "requestfailed"):
+            page.on(over, lambda r: pending.discard(r))
         session = counting(page)
         try:
             seconds = _seconds_to_first_picture(page, session, f"{address}/{path}")
@@ -152,15 +164,23 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
                 seconds = min(seconds, *(_alone(chromium, screen, f"{address}/{path}") for _ in range(2)))
             if seconds > 1:
                 faults.append(f"{seconds:.2f} s of computing until the first picture")
-            page.wait_for_load_state("networkidle")
+            page.wait_for_load_state("load")
             page.wait_for_function(WIDGETS_READY)
+            _settle(page, pending)
             yield page
-            page.wait_for_load_state("networkidle")
+            _settle(page, pending)
         finally:
             context.close()
             assert not faults, "\n".join([f"{path} ({width} px, {theme}):", *faults])
 
     return check
+
+
+def _settle(page: Any, pending: set[Any]) -> None:
+    """Waits until formulas and fonts are there, and every request that the page has made has its answer."""
+    page.wait_for_function(FENCE)
+    while pending:
+        page.wait_for_event("requestfinished")
 
 
 def _only_local(route: Any, address: str, faults: list[str]) -> None:

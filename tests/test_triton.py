@@ -76,6 +76,11 @@ def test_in_the_interpreter():
     assert int(summary.split(" passed")[0].split()[-1]) > len(CASES), summary
 
 
+def sized(compiled, interpreted):
+    """How many of what a GPU does at once, and the interpreter one after the other."""
+    return interpreted if INTERPRETED else compiled
+
+
 def combined(*axes):
     """All combinations; of the interpreter's, which is slow, a third, with each value of each axis in one at least."""
     some = [
@@ -150,11 +155,11 @@ def test_equals_truth(case):
     assert_true(got, case, q, layer)
 
 
-MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(25)), dim=32, gaps=False)
-UNEVEN = Case("uneven", ((1, 700, 0, 33, 64),), gaps=False, group=3)
-SINKS = Case(
-    "sinks of uneven rows", ((1, 700, 0, 33, 64), (3, 0, 5, 9, 40)), gaps=False, sink_logits=(2.0, 5.0, -1.0)
-)
+MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(sized(25, 5))), dim=32, gaps=False)
+LENGTHS = (1, sized(700, 130), 0, 33, 64)
+SHARES = sized(200, 100)  # the interpreter's are more than these rows have units of entries
+UNEVEN = Case("uneven", (LENGTHS,), gaps=False, group=3)
+SINKS = Case("sinks of uneven rows", (LENGTHS, (3, 0, 5, 9, 40)), gaps=False, sink_logits=(2.0, 5.0, -1.0))
 WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
 CODES = Case("codes", ((1, 130, 0, 33),), gaps=False, group=1, dim=80, dtype=FP16, storage="int8")
 
@@ -170,7 +175,7 @@ def test_a_layer_from_a_file_gives_the_same_bits(case, tmp_path):
 
 @device
 @pytest.mark.parametrize(
-    "case, programs, gap", combined([UNEVEN, SINKS, WINDOWS], [200, 1, 2, 5], [0, 8, 500]), ids=str
+    "case, programs, gap", combined([UNEVEN, SINKS, WINDOWS], [SHARES, 1, 2, 5], [0, 8, 500]), ids=str
 )
 def test_any_number_of_shares(case, programs, gap):
     """However the entries are cut, also into more shares than there are entries."""
@@ -183,17 +188,17 @@ def test_any_number_of_shares(case, programs, gap):
 
 
 EXTENDED = [
-    replace(UNEVEN, lengths=((1, 300, 0, 33, 64),), tokens=21, dtype=BF16),
+    replace(UNEVEN, tokens=21, dtype=BF16),
     replace(UNEVEN, lengths=((140, 71),), tokens=70),
     replace(WINDOWS, lengths=((90, 250), (3, 40)), tokens=30, compensate=False),
     Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
     replace(MANY, tokens=5),
-    replace(SINKS, lengths=((1, 300, 0, 33, 64), (3, 0, 5, 9, 40)), tokens=21),
+    replace(SINKS, tokens=21),
     replace(CODES, tokens=9),
 ]
 if not INTERPRETED:
     EXTENDED += [replace(CODES, name=kind, tokens=9, storage=kind) for kind in ("k8v4", "int4")]
-CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, 40)]
+CUTS = [(16, 16, 0), (16, 64, 3), (64, 16, 7), (128, 32, 1), (32, 32, sized(40, 12))]
 
 
 @device
@@ -519,8 +524,8 @@ def fused_steps(case, config):
     options = backend._keywords(rule)
     rows, ticket = backend.rows_of(layer), backend.kernels().new_ticket(backend.rows_of(layer))
     generator = torch.Generator().manual_seed(0)
-    # In the interpreter, which is slow, one of the steps that fill the rows is an append, and one finds no room, not two.
-    for fused in (True, False, True, True) if INTERPRETED else (True,) * 5:
+    # In the interpreter, which is slow, two of the steps that fill the rows are appends, and one finds no room, not two.
+    for fused in (False, False, True, True) if INTERPRETED else (True,) * 5:
         new = torch.randn(2, *layer.start.view(len(case.lengths), -1).shape, 2, case.dim, generator=generator)
         keys, values = new.to(DEVICE, case.dtype)[..., 1, :]
         seen = torch.tensor([layer.seen], device=DEVICE)
@@ -546,12 +551,11 @@ def fused_steps(case, config):
 
 @device
 @pytest.mark.parametrize("storage", ["model"] if INTERPRETED else ["model", "int8", "k8v4", "int4"])
-@pytest.mark.parametrize("cut", combined([1, 2, 5, 200], [(16, 1), (16, 4), (64, 2), (128, 8)]), ids=str)
+@pytest.mark.parametrize("cut", combined([1, 2, 5, SHARES], [(16, 1), (16, 4), (64, 2), (128, 8)]), ids=str)
 def test_any_cut_of_a_fused_step(storage, cut):
     """The same, however the entries are cut."""
     programs, (block, warps) = cut
-    lengths = (1, 700, 0, 33, 64), (40, 2, 1, 5, 9)
-    case = Case("cut", lengths, group=3, dtype=FP16, gaps=False, storage=storage)
+    case = Case("cut", (LENGTHS, (40, 2, 1, 5, 9)), group=3, dtype=FP16, gaps=False, storage=storage)
     q, layer = case.build(DEVICE)
     kernels, rows = backend.kernels(), backend.rows_of(layer)
     config = kernels.DecodeConfig(programs, block, warps=warps)
