@@ -40,7 +40,7 @@ lab: setup ## open JupyterLab on the chapters, as notebooks that run (PORT=8888;
 	@$(PY) tools/lab.py book --port $(PORT)
 
 test: setup ## everything that must hold: style, types, Rust, Python, pages in a browser (PYTEST_ARGS=...)
-	@$(MAKE) --no-print-directory -j2 lint test-rust  # mypy has use for one core only
+	@$(MAKE) --no-print-directory -j$(CORES) lint test-rust  # mypy has use for one core only
 	@$(PY) tools/browser.py --install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
@@ -82,14 +82,15 @@ lint-python: $(VENV)/.rust
 	$(BIN)/deno fmt --quiet --check
 	$(BIN)/deno check --quiet $(SCRIPTS)
 
+# With a plus, cargo and make share the jobs of -j.
 lint-rust: $(VENV)/.rust
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || { \
 	  echo "headkv: rustfmt or clippy is missing: rustup component add rustfmt clippy (Debian: apt-get install rustfmt rust-clippy)"; exit 1; }
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	+cargo clippy --workspace --all-targets --quiet -- -D warnings
 
 test-rust: $(VENV)/.rust
-	cargo test --workspace --quiet
+	+cargo test --workspace --quiet
 
 format: $(VENV)/.deps ## write the style that lint asks for
 	$(BIN)/ruff check --fix .

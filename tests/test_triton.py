@@ -463,6 +463,11 @@ RINGS_OF_CODES += [
 ]
 
 
+# D whole, padded, and padded to what two programs combine; `test_equals_truth` has the others in the interpreter as well.
+if INTERPRETED:
+    STEPS = [case for case in STEPS if case.dim in (64, 40, 112)]
+
+
 @device
 @pytest.mark.parametrize("case", STEPS + STEPS_IN_CODES, ids=lambda case: case.name)
 def test_fused_steps(case):
