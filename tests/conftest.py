@@ -164,7 +164,6 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
                 seconds = min(seconds, *(_alone(chromium, screen, f"{address}/{path}") for _ in range(2)))
             if seconds > 1:
                 faults.append(f"{seconds:.2f} s of computing until the first picture")
-            page.wait_for_load_state("load")
             page.wait_for_function(WIDGETS_READY)
             _settle(page, pending)
             yield page
@@ -178,6 +177,7 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
 
 def _settle(page: Any, pending: set[Any]) -> None:
     """Waits until formulas and fonts are there, and every request that the page has made has its answer."""
+    page.wait_for_load_state("load")
     page.wait_for_function(FENCE)
     while pending:
         page.wait_for_event("requestfinished")
