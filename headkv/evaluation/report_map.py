@@ -75,8 +75,8 @@ def as_map(rows: Sequence[SweepRow], command: str) -> dict[str, Any]:
 
 
 def _sweeps(rows: Sequence[SweepRow]) -> list[str]:
-    """The commands, one a model and the ways to ask at a length, that make these rows; of a sweep in several parts, as if
-    it had been one."""
+    """The commands that make these rows, one for each model and the ways to ask at a length; of a sweep in several
+    parts, as if it had been one."""
     found = []
     for model in dict.fromkeys(row.model for row in rows):
         asked: dict[int, dict[str, None]] = {}
