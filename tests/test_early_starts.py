@@ -94,7 +94,7 @@ def test_who_does_not_wait_reads_nan(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", ["as it was", "NaN"])
-@pytest.mark.parametrize("kernel", ["ring", "portable", "int8", "int4", "int4 and 8"])
+@pytest.mark.parametrize("kernel", ["ring", "portable", "int8", "int4", "portable int4", "int4 and 8"])
 def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
     """Right after their producer, and right after one another, steps are to the bit what they are one at a time.
 
@@ -102,12 +102,13 @@ def test_steps_that_read_at_once(kernel: str, fresh: str) -> None:
     there the step's second kernel would read NaN from the first.
     """
     kernels = backend.kernels()
-    storage, _, newest = kernel.partition(" and ")
+    storage, _, newest = kernel.removeprefix("portable ").partition(" and ")
     how = ("model" if storage in ("ring", "portable") else storage, int(newest or 0))
-    default = kernels.DecodeConfig.default(backend.rows_of(layers(*how)[0]))
-    if not default.early:
+    rows = backend.rows_of(layers(*how)[0])
+    config = kernels.DecodeConfig.default(rows, ring=not kernel.startswith("portable"))
+    if not config.early:
         pytest.skip("needs a Triton whose kernels can wait for the launch before: gdc_wait")
-    config = replace(default, ring=0) if kernel == "portable" else default
+    assert bool(config.ring) == (kernel in ("ring", "int8", "int4"))
     torch.use_deterministic_algorithms(fresh == "NaN", warn_only=True)
     try:
         got, want = (steps(replace(config, early=early), *how) for early in (True, False))

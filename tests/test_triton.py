@@ -457,8 +457,7 @@ RINGS_OF_CODES = [
     if case.group <= 4
 ]
 RINGS_OF_CODES += [
-    # One entry has nearly all of the weight, the rest of its block the rest.
-    Case(f"ring, peaked, {storage}", ((700, 90),), dim=128, dtype=BF16, scale=1.5, storage=storage)
+    Case(f"ring, long, {storage}", ((4097, 3, 0),), group=4, dim=128, dtype=BF16, storage=storage)
     for storage in ("int8", "k8v4", "int4")
 ]
 
@@ -491,7 +490,8 @@ def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
 @compiled
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "programs, block, ring, warps, gap", [(132, 256, 2, 4, 512), (5, 128, 3, 4, 64), (5, 256, 2, 8, 0)]
+    "programs, block, ring, warps, gap",
+    [(132, 256, 2, 4, 512), (5, 256, 2, 4, 0), (5, 128, 3, 4, 64), (5, 256, 2, 8, 0)],
 )
 @pytest.mark.parametrize("case", RINGS_OF_CODES, ids=lambda case: case.name)
 def test_fused_steps_through_a_ring_of_codes(case, block, ring, warps, gap, programs):
@@ -504,23 +504,43 @@ def test_fused_steps_through_a_ring_of_codes(case, block, ring, warps, gap, prog
 
 @compiled
 @pytest.mark.gpu
-@pytest.mark.parametrize("side", ["key", "value", "query"])
+@pytest.mark.parametrize("side", ["key", "value", "query", "infinite query"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("storage", ["int8", "k8v4", "int4"])
-def test_whole_numbers_keep_what_is_no_number(storage, side):
-    """It reaches the outputs of its own row, or its own query, and no other."""
+def test_what_is_no_number_stays_in_its_row_or_query(storage, softcap, side):
+    """With one program, whose blocks have other entries, too."""
     case = Case("no number", ((300, 40),), dim=128, dtype=BF16, storage=storage)
     q, layer = case.build(DEVICE)
-    kernels, rows = backend.kernels(), backend.rows_of(layer)
-    if side == "query":
-        q[0, 3, 0, 5] = torch.nan
+    rows = backend.rows_of(layer)
+    if "query" in side:
+        q[0, 3, 0, 5] = torch.inf if "infinite" in side else torch.nan
     else:
         layer.scales[int(layer.start[1]) + 7, int(side == "value")] = torch.nan
-    got = kernels.ragged_decode(q[:, :, 0], rows, scale=0.1)[0].isnan().all(-1)
-    heads = len(got) // 2
-    assert got.tolist() == [
-        side == "query" and head == 3 or side != "query" and head >= heads for head in range(2 * heads)
-    ]
-    assert bool(kernels.ragged_decode(q[:, :, 0], rows, scale=0.1)[0, 0].isfinite().all())
+    config = replace(backend.kernels().DecodeConfig.default(rows), programs=1)
+    got = backend.kernels().ragged_decode(q[:, :, 0], rows, scale=0.1, softcap=softcap, config=config)[0]
+    wrong = [3] if "query" in side else [2, 3]
+    assert bool(got[wrong].isnan().all())
+    assert bool(got[[head for head in range(4) if head not in wrong]].isfinite().all())
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["int8", "k8v4", "int4"])
+def test_small_weights_of_large_values_count(storage):
+    """An entry with nearly all of the weight and next to no value, as attention sinks are, beside hundreds of others."""
+    torch.manual_seed(0)
+    direction = torch.randn(128)
+    keys = direction * torch.full((300, 1), 0.2).index_fill(0, torch.tensor([7]), 1.0)
+    values = (1 + 0.1 * torch.randn(300, 128)).index_fill(0, torch.tensor([7]), 1e-3)
+    layer = RaggedLayer.from_rows([[(keys.to(BF16), values.to(BF16))]])
+    layer.quantise(storage)
+    layer.to(DEVICE)
+    q = (direction * 11.5 / direction.square().sum() / 0.8).to(BF16).expand(1, 4, 128).to(DEVICE).contiguous()
+    got = backend.kernels().ragged_decode(q, backend.rows_of(layer), scale=1.0)[0].double()
+    keys, values, *_ = layer.row(0, 0)
+    weights = (q[0].double() @ keys.double().T).softmax(-1)
+    assert weights[0, 7] > 0.99 and float(weights[0].sort().values[-2]) < 2e-5
+    torch.testing.assert_close(got, weights @ values.double(), rtol=2**-8, atol=1e-4)
 
 
 def fused_steps(case, config):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from headkv_kernels.rows import (
 )
 from headkv_kernels.shares import UNIT, decode_shares
 
+HOPPER_BYTES = 227 * 1024  # of shared memory that a program can have
+BESIDES = 24 * 1024  # of it, what the ring of codes takes besides its blocks
 RING_BYTES = 164 * 1024  # of shared memory for a ring of 4 blocks of 32 KiB, and what merging its parts takes
 
 
@@ -37,7 +39,8 @@ class DecodeConfig:
         warps: of 32 threads, a program.
         early: start each kernel while the one before it ends (programmatic dependent launch; Hopper on).
         ring: blocks of the ring of `ring.py` or `ring_codes.py`, at least 2, where that kernel serves (`ring_serves`);
-            0 or elsewhere: the portable kernel.
+            0 or elsewhere: the portable kernel, for codes in a cut of its own. A ring of codes has a multiprocessor for
+            itself: more programs than these wait for one another.
         gap: entries that could be read in the time that one more segment takes a program.
     """
 
@@ -57,15 +60,15 @@ class DecodeConfig:
 
     @classmethod
     def default(cls, rows: Rows, ring: bool = True) -> DecodeConfig:
-        """One program for each multiprocessor; up to 32 KiB of keys and values at a time (of codes for float32, once
-        they are that), through a ring on Hopper. `ring` False: without.
+        """One program for each multiprocessor, and through a ring on Hopper what it serves. Without one, up to 32 KiB
+        of keys and values at a time, of codes for float32 once they are that. `ring` False: without.
 
         The fastest of those in `benchmarks/gpu_attention.py`.
         """
         numbers = sum(pool.element_size() / PACKED.get(pool.dtype, 1) for pool in (rows.keys, rows.values))
         entry = int(rows.dim_pad * (8 if rows.dtype == torch.float32 else numbers))
         programs, early, shared = device_traits(rows.keys.device)
-        ring = ring and early and shared >= RING_BYTES
+        ring = ring and early and shared >= RING_BYTES and fits_ring(rows)
         if ring and rows.scales is not None:
             return cls(programs, block=256, early=True, ring=2, gap=512)
         block, warps = max(16, min(128, 1 << (32768 // entry).bit_length() - 1)), 4
@@ -79,15 +82,25 @@ class DecodeConfig:
         return cls(programs, block, stages, warps, early=early, ring=4 if ring else 0)
 
 
+def fits_ring(rows: Rows) -> bool:
+    """Whether these are rows for a ring: numbers of 16 bits, D 64 or 128, nothing but entries, that can be copied 16
+    bytes at a time (of codes, scales 4)."""
+    plain = rows.count is None and rows.residual_count is None
+    aligned = all(pool.data_ptr() % 16 == 0 for pool in (rows.keys, rows.values))
+    aligned = aligned and (rows.scales is None or rows.scales.data_ptr() % 4 == 0)
+    return rows.dtype.itemsize == 2 and rows.dim in (64, 128) and plain and aligned
+
+
 def ring_serves(config: DecodeConfig, rows: Rows, q: Tensor, group: int, sliding_window: int | None) -> bool:
-    """Whether `ring.py` or, for codes, `ring_codes.py` can do it: numbers of 16 bits, D 64 or 128, up to 16 queries a
-    row (codes: 4), nothing special."""
-    queries, entries, warps = (16, 16, 1) if rows.scales is None else (4, 32, 4)  # entries: a warp's
-    narrow = q.element_size() == 2 and q.dtype == rows.dtype
-    plain = rows.count is None and rows.residual_count is None and sliding_window is None
-    fits = rows.dim in (64, 128) and group <= queries
-    cut = config.ring > 1 and config.warps >= warps and config.block >= entries * config.warps
-    return narrow and plain and fits and cut and not INTERPRETED
+    """Whether `ring.py` or, for codes, `ring_codes.py` can do it: for rows that fit, up to 16 queries a row (codes: 4)
+    of their dtype, and no sliding window."""
+    fits = fits_ring(rows) and q.dtype == rows.dtype and sliding_window is None and not INTERPRETED
+    if rows.scales is None:
+        return fits and group <= 16 and config.ring > 1 and config.block >= 16 * config.warps
+    cut = config.ring > 1 and config.warps in (4, 8) and config.block >= 32 * config.warps
+    entry = sum(pool[0].nbytes for pool in (rows.keys, rows.values, rows.scales)) if len(rows.keys) else 0
+    most = device_traits(rows.keys.device)[2] or HOPPER_BYTES
+    return fits and group <= 4 and cut and config.ring * config.block * entry + BESIDES <= most
 
 
 def ring_kernel(rows: Rows) -> Any:
@@ -213,7 +226,8 @@ def _launch(
     if ring_serves(cut, rows, q, group, rule.sliding_window):
         kernel, stages = ring_kernel(rows), cut.ring
     else:
-        cut = config or DecodeConfig.default(rows, ring=False)
+        if rows.scales is not None and cut.ring:  # its blocks are too large to be widened
+            cut = replace(DecodeConfig.default(rows, ring=False), early=cut.early)
         kernel, stages = decode_shares, cut.stages
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of every segment an output and, behind all outputs, a log-sum-exp.

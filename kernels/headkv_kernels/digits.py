@@ -1,8 +1,10 @@
 """Whole numbers as bytes, of which tensor cores take products, for `ring_codes.py`.
 
-A number of many digits is a whole number up to 32,512 of steps of some scale, and that is 256 times a high byte and a
-low one, both with a sign. A product sums over four neighbouring bytes of a thread: of keys these are channels, as they
-are stored, but of values four entries, so that bytes of four entries and four channels change places first.
+A number x is n steps, a step the largest |x| over 32,512 = 127 * 256, and n two bytes with signs, 256 * high + low.
+What is below half a step counts as 0: of a query's channels, and of a block's weights times their values' scales,
+where N of them are less than N / 65,024 of the largest. A product sums over four bytes that lie side by side in a
+thread: of keys these are four channels, as they are stored; of values they must be four entries, so that `transposed`
+turns 4 x 4 bytes around.
 """
 
 import triton.language as tl
@@ -11,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 from headkv_kernels.quantised import butterflies
 
-LARGEST = gl.constexpr(32512.0)  # 127 * 256
+MOST_STEPS = gl.constexpr(32512.0)  # 127 * 256
 MAGIC = gl.constexpr(1.5 * 2.0**23)  # added to a small number, the sum's low bits are that number, rounded
 MAGIC_BITS = gl.constexpr(0x4B400000)
 QUERIES = gl.constexpr(4)  # a row has at most
@@ -50,7 +52,7 @@ def nibbles(x):
 
 @gluon.jit
 def nibbles_of_values(x):
-    """The low four bits of each byte, and 16 times what the high four are above 8: that saves a shift."""
+    """The low four bits of each byte, and 16 * (high four - 8), a byte with a sign: that saves a shift."""
     return gl.inline_asm_elementwise(
         """{
         and.b32 $0, $2, 0x0f0f0f0f;
@@ -89,7 +91,7 @@ def transposed(x):
 
 @gluon.jit
 def channels_first(x):
-    """Values `[WARPS, N, BYTES]` with their bytes turned around, as `[WARPS, BYTES, N]`; of both the order is another.
+    """Values `[WARPS, N, BYTES]` with their bytes turned around, as `[WARPS, BYTES, N]`, both in another order.
 
     From its lowest bit on, an entry's number is made of bits 0, 3, 1, 2, 4 and 5 of what it was, as `entries_first` has
     it; a byte's of bits 4, 5 and 6 (of 128), then 0, 1, 2 and 3. Then each thread has what the product wants of it.
@@ -122,7 +124,7 @@ def entries_first(x):
 
 
 @gluon.jit
-def bytes_apart(x):
+def high_and_low(x):
     """The first and the second half of dimension 1 of `[WARPS, 16, N]`: stays in registers."""
     return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, 8, x.shape[2]]), (0, 2, 3, 1)))
 
@@ -148,15 +150,16 @@ def rotated_in_warps(x, d, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def largest_of(x, axis: gl.constexpr):
-    """The largest of numbers that are not negative, or what is no number: its bits are the greatest."""
+    """The largest of numbers that are not negative, or what is no number: its bits are the greatest. (Scales are not
+    negative: `quantised` makes them of largest magnitudes.)"""
     return gl.max(x.to(gl.int32, bitcast=True), axis).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def whole_numbers(x, largest):
-    """`x` `[..., N]` in steps of its `largest` over `LARGEST`, in the low bits of what is returned."""
-    some = largest > 1e-30  # else nothing is lost that float32 would hold
-    inverse = gl.where(some, LARGEST / gl.where(some, largest, 1.0), 0.0)
+    """`x` `[..., N]` in steps of its `largest` over `MOST_STEPS`, in the low bits of what is returned."""
+    some = largest > 1e-30  # what is less counts as 0
+    inverse = gl.where(some, MOST_STEPS / gl.where(some, largest, 1.0), 0.0)
     return (x * gl.expand_dims(inverse, -1) + MAGIC).to(gl.int32, bitcast=True)
 
 
@@ -179,6 +182,6 @@ def halves(x):
 
 
 @gluon.jit
-def each_once(x):
+def one_of_two(x):
     """Of what each query has twice, `[2 * QUERIES]`, one each."""
     return gl.max(gl.reshape(x, [2, QUERIES]), 0)

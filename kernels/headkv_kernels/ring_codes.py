@@ -12,20 +12,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from headkv_kernels.digits import (
-    LARGEST,
     MAGIC_BITS,
+    MOST_STEPS,
     QUERIES,
     ROWS,
-    bytes_apart,
     channels_first,
-    each_once,
     entries_first,
     for_each_warp,
     halves,
+    high_and_low,
     in_order,
     largest_of,
     nibbles,
     nibbles_of_values,
+    one_of_two,
     rotated_in_warps,
     scale_of,
     transposed,
@@ -37,7 +37,7 @@ from headkv_kernels.ring import barrier, block_at, copy, next_block
 from headkv_kernels.shares import plan_rows, segment_at, share_of
 from headkv_kernels.softmax import base_two
 
-HALF = gl.constexpr(116 * 1024)  # of the shared memory of Hopper's multiprocessors
+HALF = gl.constexpr(116 * 1024)  # a little more than half of a Hopper multiprocessor's shared memory
 
 
 @gluon.jit
@@ -66,13 +66,15 @@ def store_row(codes, pool, target, row, d, which: gl.constexpr):
 
 @gluon.jit
 def store_queries(queries, query_bytes, steps, sums, PACKED: gl.constexpr):
-    """The bytes of `[QUERIES, D]`, their steps, and 15 times the sums of steps. Each query is there twice, so that both
-    bytes of a weight have a column of their own."""
+    """The bytes of `[QUERIES, D]`, their steps, and 15 times the sums of these. Rows 0 to 7 are the high bytes of the
+    queries 0 to 3, twice, 8 to 15 the low ones: so logits and weights are there twice, and both bytes of a weight have
+    a column of their own."""
     D: gl.constexpr = queries.shape[1]
     extent = largest_of(gl.abs(queries), 1)
     whole = whole_numbers(queries, extent)
     for i in gl.static_range(2):
-        steps.slice(i * QUERIES, QUERIES).store(extent * (1.0 / LARGEST))
+        # Of what is not finite, steps are no number: then its bytes, which mean nothing, do no harm.
+        steps.slice(i * QUERIES, QUERIES).store((extent + extent * 0.0) * (1.0 / MOST_STEPS))
         if PACKED:
             sums.slice(i * QUERIES, QUERIES).store(gl.sum(whole - MAGIC_BITS, 1) * 15)
         for byte in gl.static_range(2):
@@ -87,14 +89,14 @@ def store_queries(queries, query_bytes, steps, sums, PACKED: gl.constexpr):
 
 @gluon.jit
 def store_new(
-    fresh, pools, target, row, d, SCALE: gl.constexpr, KEYS_PACKED: gl.constexpr, VALUES_PACKED: gl.constexpr
+    new_turned, pools, target, row, d, SCALE: gl.constexpr, KEYS_PACKED: gl.constexpr, VALUES_PACKED: gl.constexpr
 ):  # fmt: skip
     """A key and a value, the first two of `[QUERIES, D]`, as codes into the slot `target`; returns what these say."""
-    codes, scale = quantised(fresh, SCALE, 16 if KEYS_PACKED else 127)
+    codes, scale = quantised(new_turned, SCALE, 16 if KEYS_PACKED else 127)
     store_row(codes, pools.key, target, row, d, 0)
     which = gl.max(row, 1)
     if KEYS_PACKED != VALUES_PACKED:
-        value_codes, value_scale = quantised(fresh, SCALE, 16 if VALUES_PACKED else 127)
+        value_codes, value_scale = quantised(new_turned, SCALE, 16 if VALUES_PACKED else 127)
         codes, scale = gl.where(row == 0, codes, value_codes), gl.where(which == 0, scale, value_scale)
     store_row(codes, pools.value, target, row, d, 1)
     gl.store(pools.scale + target * 2 + which, scale, mask=which < 2)
@@ -106,11 +108,11 @@ def weights_of(
     operand, k, factor, less, scales, here, rule, top, total, SCALE: gl.constexpr, mma: gl.constexpr
 ):
     """Of a block's entries that are `here` the weights times their values' scales, `[WARPS, 8, N]`, and the largest of
-    each query; the softmax's new top and total, and by what the old ones shrink."""
+    each query; by what sums so far shrink; and the softmax's new top and total."""
     both = gl.zeros([k[0].shape[0], 16, k[0].shape[2]], gl.int32, layout=mma)
     for i in gl.static_range(len(k)):
         both = mma_v2(operand[i], k[i], both)
-    high, low = bytes_apart(both)
+    high, low = high_and_low(both)
     products = high * 256 + low
     if len(k) == 2:  # a code is twice its bits, less 15
         products = products * 2 - less[:, :, None]
@@ -243,7 +245,7 @@ def ring_codes(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))[:, None]
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, wide))[None, :]
     none = gl.zeros([WARPS, 16, N], gl.int32, layout=mma)
-    high, low = bytes_apart(none)
+    high, low = high_and_low(none)
     by_entry: gl.constexpr = gl.SliceLayout(1, high.type.layout)  # [WARPS, N] of [WARPS, 8, N]
     one_query: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, high.type.layout))  # [8]
     first = gl.arange(0, 8, layout=one_query)[None, :, None] < QUERIES
@@ -266,19 +268,21 @@ def ring_codes(
             x += gl.load(key, mask=(row == QUERIES) & grows & real, other=0.0).to(gl.float32)
             value = new.value.data + batch * new.value.batch + head * new.value.head + (row * 0 + channel)
             x += gl.load(value, mask=(row == QUERIES + 1) & grows & real, other=0.0).to(gl.float32)
-        queries, fresh = halves(rotated_in_warps(x, channel, wide))
+        queries, new_turned = halves(rotated_in_warps(x, channel, wide))
         store_queries(queries, query_bytes, steps, sums, KEYS_PACKED)
         if new is not None:  # noqa: SIM102 (known to the compiler)
             if grows:
                 target = segment.base + segment.entries - 1
-                here, unused = halves(row + channel * 0)
-                where, unused = halves(channel + row * 0)
-                held = store_new(fresh, pools, target, here, where, SCALE, KEYS_PACKED, VALUES_PACKED)
+                row_of, unused = halves(row + channel * 0)
+                channel_of, unused = halves(channel + row * 0)
+                held = store_new(
+                    new_turned, pools, target, row_of, channel_of, SCALE, KEYS_PACKED, VALUES_PACKED
+                )
                 gl.store(pools.position + target, gl.load(new.seen).to(gl.int32))
                 turned.slice(0, QUERIES).store(queries)
                 turned.slice(QUERIES, QUERIES).store(held)
-        barrier()
-        total = gl.max(bytes_apart(none)[0].to(gl.float32), 2)
+        barrier()  # the merge below has some, too, after which these buffers are free
+        total = gl.max(high_and_low(none)[0].to(gl.float32), 2)
         top = total - float("inf")
         factor = steps.slice(0, 8).load(one_query)[None, :] * rule.scale
         if rule.softcap is None:
@@ -287,7 +291,7 @@ def ring_codes(
         even = for_each_warp(query_bytes.index(0).slice(0, 16).load(gl.SliceLayout(0, left)), WARPS)
         odd = for_each_warp(query_bytes.index(PARTS - 1).slice(0, 16).load(gl.SliceLayout(0, left)), WARPS)
         operand = (even, odd) if KEYS_PACKED else (even,)
-        weighed = total  # sums of what stands for weights
+        share_sum = total  # sums of what stands for weights
         empty = gl.zeros([WARPS, VALUE_BYTES, 8], gl.float32, layout=mma)
         acc = (empty, empty) if VALUES_PACKED else (empty,)
         at = segment.begin
@@ -311,10 +315,10 @@ def ring_codes(
             )
             whole = whole_numbers(weights, largest)
             byte = gl.where(first, (whole + 128) >> 8, whole).to(gl.int8)  # [WARPS, 8, N]
-            step = largest * (1.0 / LARGEST)
+            step = largest * (1.0 / MOST_STEPS)
             v = channels_first(transposed(v_ring.index(slot).load(values_loaded)))  # [WARPS, VALUE_BYTES, N]
             if VALUES_PACKED:
-                weighed = weighed * shrink + (gl.sum(whole, 2) - MAGICS).to(gl.float32) * step
+                share_sum = share_sum * shrink + (gl.sum(whole, 2) - MAGICS).to(gl.float32) * step
             v = nibbles_of_values(v) if VALUES_PACKED else (v,)
             acc = add_values(v, byte, step, shrink, acc, mma)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
@@ -331,15 +335,15 @@ def ring_codes(
         if (
             VALUES_PACKED
         ):  # a code is twice its low bits, less 15, or an eighth of what its high bits are, and 1
-            weighed_all = each_once(gl.sum(gl.convert_layout(weighed, parts) * shrink, 0))
-            weighed_all = gl.convert_layout(weighed_all, gl.SliceLayout(0, acc_all.type.layout))[None, :]
-            odd = sum_of_parts(acc[-1], shrink, merged) * 0.125 + weighed_all
-            acc_all = gl.join(acc_all * 2.0 - 15.0 * weighed_all, odd)
+            share_sums = one_of_two(gl.sum(gl.convert_layout(share_sum, parts) * shrink, 0))
+            share_sums = gl.convert_layout(share_sums, gl.SliceLayout(0, acc_all.type.layout))[None, :]
+            odd = sum_of_parts(acc[-1], shrink, merged) * 0.125 + share_sums
+            acc_all = gl.join(acc_all * 2.0 - 15.0 * share_sums, odd)
             acc_all = gl.reshape(gl.permute(acc_all, (0, 2, 1)), [D, QUERIES])
         out = gl.convert_layout(acc_all, result)  # [D, QUERIES]
         of_query: gl.constexpr = gl.SliceLayout(0, result)
-        top_all = gl.convert_layout(each_once(top_all), of_query)
-        total_all = gl.convert_layout(each_once(total_all), of_query)
+        top_all = gl.convert_layout(one_of_two(top_all), of_query)
+        total_all = gl.convert_layout(one_of_two(total_all), of_query)
         if new is not None:
             against = turned.slice(0, QUERIES).permute((1, 0)).load(result)
             new_key = turned.slice(QUERIES, 1).permute((1, 0)).load(result)  # [D, 1]
