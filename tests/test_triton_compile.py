@@ -278,6 +278,54 @@ def test_the_ring_of_codes_compiles(case: Case, monkeypatch: pytest.MonkeyPatch)
         )
 
 
+def moved(layer: Any, name: str, numbers: int) -> None:
+    """The same pool, that many numbers behind the beginning of a storage."""
+    pool = getattr(layer, name)
+    storage = torch.zeros(pool.numel() + numbers, dtype=pool.dtype)
+    setattr(layer, name, storage[numbers:].view(pool.shape))
+
+
+SERVED = Case("served", ROWS, group=4, dim=128, dtype=BF16, storage="int8")
+
+
+@pytest.mark.parametrize(
+    ("served", "case", "cut", "change"),
+    [
+        (True, SERVED, (256, 2, 4), None),
+        (True, replace(SERVED, storage="model", group=16), (64, 4, 4), None),
+        (True, SERVED, (256, 2, 4), ("keys", 16)),
+        (True, SERVED, (256, 2, 4), ("scales", 2)),
+        (False, SERVED, (256, 2, 4), ("keys", 8)),
+        (False, SERVED, (256, 2, 4), ("scales", 1)),
+        (False, replace(SERVED, storage="model"), (64, 4, 4), ("values", 4)),
+        (False, SERVED, (256, 4, 4), None),  # more than a multiprocessor's memory
+        (True, replace(SERVED, storage="int4"), (256, 4, 4), None),
+        (False, SERVED, (512, 2, 16), None),
+        (False, SERVED, (64, 2, 4), None),
+        (False, SERVED, (256, 1, 4), None),
+        (False, replace(SERVED, group=5), (256, 2, 4), None),
+        (False, replace(SERVED, dim=80), (256, 2, 4), None),
+        (False, replace(SERVED, dtype=torch.float32), (256, 2, 4), None),
+        (False, replace(SERVED, residual_length=8), (256, 2, 4), None),
+        (False, replace(SERVED, sliding_window=5), (256, 2, 4), None),
+        (False, replace(SERVED, **WINDOW), (256, 2, 4), None),
+    ],
+)
+def test_which_rows_go_through_a_ring(
+    served: bool, case: Case, cut: tuple[int, int, int], change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headkv_kernels import rows as tables
+    from headkv_kernels.decode import DecodeConfig, ring_serves
+
+    monkeypatch.setattr(tables, "on_device", lambda name, tensor: None)
+    q, layer = case.build()
+    if change:
+        moved(layer, *change)
+    (block, ring, warps), rows = cut, backend.rows_of(layer)
+    config = DecodeConfig(132, block, warps=warps, ring=ring, early=True)
+    assert ring_serves(config, rows, q[:, :, 0], case.group, case.sliding_window) == served
+
+
 def through_a_ring(
     file: str, name: str, case: Case, cut: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> list[Any]:

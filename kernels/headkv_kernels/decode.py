@@ -98,7 +98,7 @@ def ring_serves(config: DecodeConfig, rows: Rows, q: Tensor, group: int, sliding
     if rows.scales is None:
         return fits and group <= 16 and config.ring > 1 and config.block >= 16 * config.warps
     cut = config.ring > 1 and config.warps in (4, 8) and config.block >= 32 * config.warps
-    entry = sum(pool[0].nbytes for pool in (rows.keys, rows.values, rows.scales)) if len(rows.keys) else 0
+    entry = sum(pool.shape[1] * pool.element_size() for pool in (rows.keys, rows.values, rows.scales))
     most = device_traits(rows.keys.device)[2] or HOPPER_BYTES
     return fits and group <= 4 and cut and config.ring * config.block * entry + BESIDES <= most
 
