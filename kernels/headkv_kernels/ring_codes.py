@@ -332,9 +332,8 @@ def ring_codes(
         shrink = gl.exp2(top - lost[None, :])
         total_all = gl.sum(gl.convert_layout(total, parts) * shrink, 0)
         acc_all = sum_of_parts(acc[0], shrink, merged)
-        if (
-            VALUES_PACKED
-        ):  # a code is twice its low bits, less 15, or an eighth of what its high bits are, and 1
+        if VALUES_PACKED:
+            # A code is twice its low bits, less 15, or an eighth of what its high bits are, and 1.
             share_sums = one_of_two(gl.sum(gl.convert_layout(share_sum, parts) * shrink, 0))
             share_sums = gl.convert_layout(share_sums, gl.SliceLayout(0, acc_all.type.layout))[None, :]
             odd = sum_of_parts(acc[-1], shrink, merged) * 0.125 + share_sums
