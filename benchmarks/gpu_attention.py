@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -239,25 +239,28 @@ SEARCH = (
 
 # The same of rows of codes, by storage; without a ring, of the portable kernel, and with three stages.
 CUTS_8 = (
-    *(
-        (256, 2, 4, 1, 128),
-        (256, 3, 4, 1, 512),
-        (128, 2, 4, 1, 512),
-        (128, 3, 4, 1, 512),
-        (128, 4, 4, 1, 512),
-    ),
-    *((256, 2, 8, 1, 512), (64, 0, 4, 2, 128), (64, 0, 4, 1, 128)),
+    *((256, 2, 4, 1, 128), (256, 3, 4, 1, 512), (256, 2, 8, 1, 512)),
+    *((128, 2, 4, 1, 512), (128, 3, 4, 1, 512), (128, 4, 4, 1, 512)),
+    *((64, 0, 4, 2, 128), (64, 0, 4, 1, 128)),
 )
 CUTS_4 = (
-    *(
-        (256, 2, 4, 1, 128),
-        (256, 3, 4, 1, 512),
-        (512, 2, 4, 1, 512),
-        (128, 3, 4, 1, 512),
-        (128, 6, 4, 1, 512),
-    ),
-    *((256, 2, 8, 1, 512), (64, 0, 4, 2, 128), (128, 0, 4, 2, 128)),
+    *((256, 2, 4, 1, 128), (256, 3, 4, 1, 512), (256, 2, 8, 1, 512), (512, 2, 4, 1, 512)),
+    *((128, 3, 4, 1, 512), (128, 6, 4, 1, 512), (64, 0, 4, 2, 128), (128, 0, 4, 2, 128)),
 )
+
+
+def other_cuts(
+    config: DecodeConfig, cuts: Sequence[tuple[int, int, int, int, int]], prefix: str = ""
+) -> dict[str, Step]:
+    """The step under other cuts than that configuration's, by name."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = {}
+    for block, ring, warps, times, gap in cuts:
+        programs = times * properties.multi_processor_count
+        cut = replace(config, block=block, ring=ring, warps=warps, gap=gap, programs=programs)
+        name = f"  {prefix}{block} x {ring}, {warps} warps, {times} a SM, gap {gap}"
+        found[name] = stepping(cut, ahead=properties.major >= 9)
+    return found
 
 
 def variants(search: bool) -> dict[str, Step]:
@@ -268,11 +271,8 @@ def variants(search: bool) -> dict[str, Step]:
         found["headkv, after the launch before"] = stepping(config, ahead=False)
         found["headkv, no early start"] = stepping(replace(config, early=False), ahead=False)
         found["headkv, portable kernel"] = stepping(replace(config, ring=0), ahead=True)
-    for block, ring, warps, times, gap in SEARCH if search else ():
-        other = replace(
-            config, block=block, ring=ring, warps=warps, gap=gap, programs=times * config.programs
-        )
-        found[f"  {block} x {ring}, {warps} warps, {times} a SM, gap {gap}"] = stepping(other, ahead=hopper)
+    if search:
+        found |= other_cuts(config, SEARCH)
     return found
 
 
@@ -285,11 +285,8 @@ def variants_of_codes(layer: Layer, storage: str, search: bool) -> dict[str, Ste
         found[f"headkv, {storage}, portable kernel"] = stepping(
             DecodeConfig.default(rows, ring=False), ahead=True
         )
-    processors = torch.cuda.get_device_properties(rows.keys.device).multi_processor_count
-    for block, ring, warps, times, gap in (CUTS_4 if 4 in BITS[storage] else CUTS_8) if search else ():
-        other = replace(config, block=block, ring=ring, warps=warps, gap=gap, programs=times * processors)
-        name = f"  {storage}, {block} x {ring}, {warps} warps, {times} a SM, gap {gap}"
-        found[name] = stepping(other, ahead=hopper)
+    if search:
+        found |= other_cuts(config, CUTS_4 if 4 in BITS[storage] else CUTS_8, f"{storage}, ")
     return found
 
 

@@ -474,30 +474,21 @@ def test_fused_steps(case):
     fused_steps(case, None)
 
 
-@compiled
-@pytest.mark.gpu
-@pytest.mark.parametrize("programs", [5, 132])
-@pytest.mark.parametrize("block, ring, warps, gap", [(64, 3, 4, 64), (32, 2, 2, 0)])
-@pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
-def test_fused_steps_through_a_ring(case, block, ring, warps, gap, programs):
-    """The kernel for Hopper, which has no interpreter."""
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0: the kernel is for Hopper")
-    config = backend.kernels().DecodeConfig
-    fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, gap=gap))
+# Programs, block, ring, warps, gap.
+CUT_RINGS = [(programs, *cut) for cut in ((64, 3, 4, 64), (32, 2, 2, 0)) for programs in (5, 132)]
+CUT_RINGS_OF_CODES = [(132, 256, 2, 4, 512), (5, 256, 2, 4, 0), (5, 128, 3, 4, 64), (5, 256, 2, 8, 0)]
 
 
 @compiled
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "programs, block, ring, warps, gap",
-    [(132, 256, 2, 4, 512), (5, 256, 2, 4, 0), (5, 128, 3, 4, 64), (5, 256, 2, 8, 0)],
+    "case, cut", [*product(RINGS, CUT_RINGS), *product(RINGS_OF_CODES, CUT_RINGS_OF_CODES)], ids=str
 )
-@pytest.mark.parametrize("case", RINGS_OF_CODES, ids=lambda case: case.name)
-def test_fused_steps_through_a_ring_of_codes(case, block, ring, warps, gap, programs):
-    """The same for codes, of which products are whole numbers."""
+def test_fused_steps_through_a_ring(case, cut):
+    """The kernels for Hopper, which have no interpreter."""
     if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0: the kernel is for Hopper")
+        pytest.skip("needs a GPU of compute capability 9.0: the kernels are for Hopper")
+    programs, block, ring, warps, gap = cut
     config = backend.kernels().DecodeConfig
     fused_steps(case, config(programs, block, warps=warps, early=True, ring=ring, gap=gap))
 

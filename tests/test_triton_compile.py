@@ -33,6 +33,7 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 }
 # What a program may use on the smallest of the supported GPUs, compute capability 8.6 and 8.9.
 SHARED = 99 * 1024
+HOPPER = (132, True, 227 * 1024)  # multiprocessors, early starts, a program's shared memory
 LOAD = re.compile(r"\bld\.global|\bcp\.async\.c[ag]\.")
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -239,7 +240,7 @@ def test_the_ring_compiles(
     """Small enough for a multiprocessor's shared memory."""
     at_once, ahead = through_a_ring("ring", "ring_shares", case, (block, ring, warps), monkeypatch)
     assert not LOAD.search(before_the_wait(at_once))
-    assert ahead.metadata.shared <= 227 * 1024
+    assert ahead.metadata.shared <= HOPPER[2]
     assert "cp.async.cg.shared.global" in ahead.asm["ptx"]
 
 
@@ -267,7 +268,7 @@ def test_the_ring_of_codes_compiles(case: Case, monkeypatch: pytest.MonkeyPatch)
     at_once, ahead = through_a_ring("ring_codes", "ring_codes", case, (256, 2, 4), monkeypatch)
     assert not LOAD.search(before_the_wait(at_once))
     for compiled in (at_once, ahead):
-        assert 114 * 1024 < compiled.metadata.shared <= 227 * 1024, "one program a multiprocessor"
+        assert 114 * 1024 < compiled.metadata.shared <= HOPPER[2], "one program a multiprocessor"
         assert spilled(compiled) == 0
         before, product, rest = compiled.asm["ptx"].partition(
             "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
@@ -314,16 +315,17 @@ SERVED = Case("served", ROWS, group=4, dim=128, dtype=BF16, storage="int8")
 def test_which_rows_go_through_a_ring(
     served: bool, case: Case, cut: tuple[int, int, int], change: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from headkv_kernels import decode
     from headkv_kernels import rows as tables
-    from headkv_kernels.decode import DecodeConfig, ring_serves
 
     monkeypatch.setattr(tables, "on_device", lambda name, tensor: None)
+    monkeypatch.setattr(decode, "device_traits", lambda device: HOPPER)
     q, layer = case.build()
     if change:
         moved(layer, *change)
     (block, ring, warps), rows = cut, backend.rows_of(layer)
-    config = DecodeConfig(132, block, warps=warps, ring=ring, early=True)
-    assert ring_serves(config, rows, q[:, :, 0], case.group, case.sliding_window) == served
+    config = decode.DecodeConfig(132, block, warps=warps, ring=ring, early=True)
+    assert decode.ring_serves(config, rows, q[:, :, 0], case.group, case.sliding_window) == served
 
 
 def through_a_ring(
@@ -336,6 +338,7 @@ def through_a_ring(
     module = import_module(f"headkv_kernels.{file}")
     monkeypatch.setattr(rows, "on_device", lambda name, tensor: None)
     monkeypatch.setattr(decode, "guard", lambda tensor: nullcontext())
+    monkeypatch.setattr(decode, "device_traits", lambda device: HOPPER)
     stand = Compiler(getattr(module, name), 90)
     monkeypatch.setattr(module, name, stand)
     monkeypatch.setattr(decode, "combine_segments", Compiler(decode.combine_segments, 90))

@@ -79,22 +79,21 @@ def _sweeps(rows: Sequence[SweepRow]) -> list[str]:
     parts, as if it had been one."""
     found = []
     for model in dict.fromkeys(row.model for row in rows):
+        own = [row for row in rows if row.model == model]
         asked: dict[int, dict[str, None]] = {}
-        for row in rows:
-            if row.model == model:
-                asked.setdefault(row.length, {})[row.question] = None
+        for row in own:
+            asked.setdefault(row.length, {})[row.question] = None
         for ways in dict.fromkeys(map(tuple, asked.values())):
-            lengths = sorted(length for length in asked if tuple(asked[length]) == ways)
-            own = [row for row in rows if row.model == model and row.length in lengths]
+            part = [row for row in own if tuple(asked[row.length]) == ways]
             words: dict[str, list[Any]] = {
-                "method": [name for name in dict.fromkeys(row.method for row in own) if name != FULL],
-                "budget": sorted({f"{row.budget:g}" for row in own if row.method != FULL}, key=float),
-                "tasks": list(dict.fromkeys(row.task for row in own)),
-                "lengths": lengths,
+                "method": [name for name in dict.fromkeys(row.method for row in part) if name != FULL],
+                "budget": sorted({f"{row.budget:g}" for row in part if row.method != FULL}, key=float),
+                "tasks": list(dict.fromkeys(row.task for row in part)),
+                "lengths": sorted({row.length for row in part}),
                 "question": list(ways),
-                "seed": sorted({row.seed for row in own}),
-                "limit": [len({row.doc_id for row in own})],
-                "new-tokens": [max(row.max_new_tokens for row in own)],
+                "seed": sorted({row.seed for row in part}),
+                "limit": [len({row.doc_id for row in part})],
+                "new-tokens": [max(row.max_new_tokens for row in part)],
             }
             options = [[f"--{name}", *map(str, values)] for name, values in words.items()]
             found.append(shlex.join(["headkv", "eval", "--model", model, *sum(options, [])]))

@@ -23,8 +23,7 @@ from headkv_kernels.rows import (
 )
 from headkv_kernels.shares import UNIT, decode_shares
 
-HOPPER_BYTES = 227 * 1024  # of shared memory that a program can have
-BESIDES = 24 * 1024  # of it, what the ring of codes takes besides its blocks
+BESIDES = 24 * 1024  # of shared memory, what the ring of codes takes besides its blocks
 RING_BYTES = 164 * 1024  # of shared memory for a ring of 4 blocks of 32 KiB, and what merging its parts takes
 
 
@@ -97,10 +96,10 @@ def ring_serves(config: DecodeConfig, rows: Rows, q: Tensor, group: int, sliding
     fits = fits_ring(rows) and q.dtype == rows.dtype and sliding_window is None and not INTERPRETED
     if rows.scales is None:
         return fits and group <= 16 and config.ring > 1 and config.block >= 16 * config.warps
+    shared = device_traits(rows.keys.device)[2]
     cut = config.ring > 1 and config.warps in (4, 8) and config.block >= 32 * config.warps
     entry = sum(pool.shape[1] * pool.element_size() for pool in (rows.keys, rows.values, rows.scales))
-    most = device_traits(rows.keys.device)[2] or HOPPER_BYTES
-    return fits and group <= 4 and cut and config.ring * config.block * entry + BESIDES <= most
+    return fits and group <= 4 and cut and config.ring * config.block * entry + BESIDES <= shared
 
 
 def ring_kernel(rows: Rows) -> Any:

@@ -33,37 +33,15 @@ def value_layout(warps, entries, width):
     return gl.DistributedLinearLayout(registers, lanes, over, [], [warps, entries, width])
 
 
-@gluon.jit
-def nibbles(x):
-    """The low and the high four bits of each byte."""
-    return gl.inline_asm_elementwise(
-        """{
-        and.b32 $0, $2, 0x0f0f0f0f;
-        shr.u32 $1, $2, 4;
-        and.b32 $1, $1, 0x0f0f0f0f;
-        }""",
-        "=&r,=r,r",
-        [x],
-        dtype=(gl.int8, gl.int8),
-        is_pure=True,
-        pack=4,
-    )
+# The low four bits of each byte, and the high four, or 16 * (high four - 8), a byte with a sign: that saves a shift.
+NIBBLES = gl.constexpr("and.b32 $0, $2, 0x0f0f0f0f; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;")
+SIGNED_NIBBLES = gl.constexpr("and.b32 $0, $2, 0x0f0f0f0f; lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;")
 
 
 @gluon.jit
-def nibbles_of_values(x):
-    """The low four bits of each byte, and 16 * (high four - 8), a byte with a sign: that saves a shift."""
-    return gl.inline_asm_elementwise(
-        """{
-        and.b32 $0, $2, 0x0f0f0f0f;
-        lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
-        }""",
-        "=&r,=r,r",
-        [x],
-        dtype=(gl.int8, gl.int8),
-        is_pure=True,
-        pack=4,
-    )
+def halves_of_bytes(x, NIBBLES: gl.constexpr):
+    """Two numbers of each byte, by the instructions `NIBBLES` or `SIGNED_NIBBLES`."""
+    return gl.inline_asm_elementwise(NIBBLES, "=&r,=r,r", [x], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
 
 
 @gluon.jit
@@ -124,12 +102,6 @@ def entries_first(x):
 
 
 @gluon.jit
-def high_and_low(x):
-    """The first and the second half of dimension 1 of `[WARPS, 16, N]`: stays in registers."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, 8, x.shape[2]]), (0, 2, 3, 1)))
-
-
-@gluon.jit
 def rotated_in_warps(x, d, LAYOUT: gl.constexpr):
     """`quantised.rotated` of `[ROWS, D]`, where a thread has neighbouring channels `d` and a warp all of a row."""
     D: gl.constexpr = x.shape[1]
@@ -176,7 +148,7 @@ def scale_of(pair, DTYPE: gl.constexpr, which: gl.constexpr):
 
 
 @gluon.jit
-def halves(x):
+def halves_of_rows(x):
     """The first and the second half of `[ROWS, D]`: stays in registers."""
     return gl.split(gl.permute(gl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), (1, 2, 0)))
 

@@ -52,11 +52,27 @@ def fetch(
     return segment, at + gl.minimum(number, BLOCK)
 
 
+@gluon.constexpr_function
+def copied_layout(warps, numbers, wide):
+    """Of a block's entries `[WARPS, N, numbers]`: each warp copies its own, `wide` numbers, 16 bytes, a thread."""
+    lanes = numbers // wide  # that copy one entry
+    return gl.BlockedLayout([1, 1, wide], [1, 32 // lanes, lanes], [warps, 1, 1], [2, 1, 0])
+
+
 @gluon.jit
-def first_half(x, HALF: gl.constexpr):
-    """The first `HALF` of dimension 1 of `[WARPS, 2 * HALF, N]`: stays in registers."""
-    low, high = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, HALF, x.shape[2]]), (0, 2, 3, 1)))
-    return low
+def offsets_of(LAYOUT: gl.constexpr, WARPS: gl.constexpr, N: gl.constexpr, NUMBERS: gl.constexpr):
+    """A block's entries `[WARPS, N]`, and where each number of these `[WARPS, N, NUMBERS]` lies behind the first."""
+    pairs: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    part = gl.arange(0, WARPS, layout=gl.SliceLayout(1, pairs))[:, None]
+    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]
+    d = gl.arange(0, NUMBERS, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    return n, n[:, :, None] * NUMBERS + d[None, None, :]
+
+
+@gluon.jit
+def halves(x):
+    """The first and the second half of dimension 1 of `[WARPS, M, N]`: stays in registers."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2, x.shape[2]]), (0, 2, 3, 1)))
 
 
 @gluon.jit
@@ -69,9 +85,8 @@ def ring_shares(
     WARPS: gl.constexpr = gl.num_warps()
     N: gl.constexpr = BLOCK // WARPS
     M: gl.constexpr = G_PAD // 2 if G <= G_PAD // 2 else G_PAD
-    lanes: gl.constexpr = D // WIDE  # that copy one entry
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    copied: gl.constexpr = gl.BlockedLayout([1, 1, WIDE], [1, 32 // lanes, lanes], [WARPS, 1, 1], [2, 1, 0])
+    copied: gl.constexpr = copied_layout(WARPS, D, WIDE)
     ring: gl.constexpr = gl.SwizzledSharedLayout(WIDE, 1, 8, [2, 1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -94,11 +109,7 @@ def ring_shares(
     segment = segment_at(unit, stop, plan, rows, rule)
     unit = segment.unit
 
-    pairs: gl.constexpr = gl.SliceLayout(2, copied)
-    part = gl.arange(0, WARPS, layout=gl.SliceLayout(1, pairs))[:, None]
-    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]  # [WARPS, N]
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, copied)))
-    offsets = n[:, :, None] * D + d[None, None, :]
+    n, offsets = offsets_of(copied, WARPS, N, D)
     cursor, cursor_at = segment, segment.begin
     for ahead in range(STAGES - 1):
         cursor, cursor_at = fetch(
@@ -133,7 +144,7 @@ def ring_shares(
         acc = gl.zeros([WARPS, D, M], gl.float32, layout=mma)
         logits = gl.zeros([WARPS, G_PAD, N], gl.float32, layout=mma)
         if M < G_PAD:
-            logits = first_half(logits, M)
+            logits = halves(logits)[0]
         top = gl.max(logits, 2) - float("inf")
         total = gl.zeros_like(top)
         at = segment.begin
@@ -154,7 +165,7 @@ def ring_shares(
             logits = base_two(logits, rule)
             logits = gl.where((n_logit < number)[:, None, :], logits, -float("inf"))
             if M < G_PAD:  # the other queries are padding
-                logits = first_half(logits, M)
+                logits = halves(logits)[0]
             top_now = gl.maximum(top, gl.max(logits, 2))
             lost = gl.where(top_now == -float("inf"), 0.0, top_now)
             shrink = gl.exp2(top - lost)

@@ -14,17 +14,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from headkv_kernels.digits import (
     MAGIC_BITS,
     MOST_STEPS,
+    NIBBLES,
     QUERIES,
     ROWS,
+    SIGNED_NIBBLES,
     channels_first,
     entries_first,
     for_each_warp,
-    halves,
-    high_and_low,
+    halves_of_bytes,
+    halves_of_rows,
     in_order,
     largest_of,
-    nibbles,
-    nibbles_of_values,
     one_of_two,
     rotated_in_warps,
     scale_of,
@@ -33,21 +33,11 @@ from headkv_kernels.digits import (
     whole_numbers,
 )
 from headkv_kernels.quantised import quantised
-from headkv_kernels.ring import barrier, block_at, copy, next_block
+from headkv_kernels.ring import barrier, block_at, copied_layout, copy, halves, next_block, offsets_of
 from headkv_kernels.shares import plan_rows, segment_at, share_of
 from headkv_kernels.softmax import base_two
 
 HALF = gl.constexpr(116 * 1024)  # a little more than half of a Hopper multiprocessor's shared memory
-
-
-@gluon.jit
-def offsets_of(LAYOUT: gl.constexpr, WARPS: gl.constexpr, N: gl.constexpr, BYTES: gl.constexpr):
-    """A block's entries `[WARPS, N]`, and where each byte of these `[WARPS, N, BYTES]` lies behind the first."""
-    pairs: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    part = gl.arange(0, WARPS, layout=gl.SliceLayout(1, pairs))[:, None]
-    n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]
-    d = gl.arange(0, BYTES, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    return n, n[:, :, None] * BYTES + d[None, None, :]
 
 
 @gluon.jit
@@ -112,7 +102,7 @@ def weights_of(
     both = gl.zeros([k[0].shape[0], 16, k[0].shape[2]], gl.int32, layout=mma)
     for i in gl.static_range(len(k)):
         both = mma_v2(operand[i], k[i], both)
-    high, low = high_and_low(both)
+    high, low = halves(both)
     products = high * 256 + low
     if len(k) == 2:  # a code is twice its bits, less 15
         products = products * 2 - less[:, :, None]
@@ -186,12 +176,8 @@ def ring_codes(
     KEY_BYTES: gl.constexpr = D // 2 if KEYS_PACKED else D
     VALUE_BYTES: gl.constexpr = D // 2 if VALUES_PACKED else D
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    keys_copied: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 16], [1, 512 // KEY_BYTES, KEY_BYTES // 16], [WARPS, 1, 1], [2, 1, 0]
-    )
-    values_copied: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 16], [1, 512 // VALUE_BYTES, VALUE_BYTES // 16], [WARPS, 1, 1], [2, 1, 0]
-    )
+    keys_copied: gl.constexpr = copied_layout(WARPS, KEY_BYTES, 16)
+    values_copied: gl.constexpr = copied_layout(WARPS, VALUE_BYTES, 16)
     scales_copied: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
@@ -245,7 +231,7 @@ def ring_codes(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))[:, None]
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, wide))[None, :]
     none = gl.zeros([WARPS, 16, N], gl.int32, layout=mma)
-    high, low = high_and_low(none)
+    high, low = halves(none)
     by_entry: gl.constexpr = gl.SliceLayout(1, high.type.layout)  # [WARPS, N] of [WARPS, 8, N]
     one_query: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, high.type.layout))  # [8]
     first = gl.arange(0, 8, layout=one_query)[None, :, None] < QUERIES
@@ -259,22 +245,21 @@ def ring_codes(
     while unit < stop:
         batch, head = (segment.row // rows.heads).to(gl.int64), segment.row % rows.heads
         query = q.data + batch * q.batch + head * G * q.head
-        real = channel < D
-        x = gl.load(query + (row * q.head + channel), mask=(row < G) & real, other=0.0).to(gl.float32)
+        x = gl.load(query + (row * q.head + channel), mask=row < G, other=0.0).to(gl.float32)
         grows = False
         if new is not None:
             grows = (segment.unit_end == segment.row_end) & (segment.grows > 0)
             key = new.key.data + batch * new.key.batch + head * new.key.head + (row * 0 + channel)
-            x += gl.load(key, mask=(row == QUERIES) & grows & real, other=0.0).to(gl.float32)
+            x += gl.load(key, mask=(row == QUERIES) & grows, other=0.0).to(gl.float32)
             value = new.value.data + batch * new.value.batch + head * new.value.head + (row * 0 + channel)
-            x += gl.load(value, mask=(row == QUERIES + 1) & grows & real, other=0.0).to(gl.float32)
-        queries, new_turned = halves(rotated_in_warps(x, channel, wide))
+            x += gl.load(value, mask=(row == QUERIES + 1) & grows, other=0.0).to(gl.float32)
+        queries, new_turned = halves_of_rows(rotated_in_warps(x, channel, wide))
         store_queries(queries, query_bytes, steps, sums, KEYS_PACKED)
         if new is not None:  # noqa: SIM102 (known to the compiler)
             if grows:
                 target = segment.base + segment.entries - 1
-                row_of, unused = halves(row + channel * 0)
-                channel_of, unused = halves(channel + row * 0)
+                row_of, unused = halves_of_rows(row + channel * 0)
+                channel_of, unused = halves_of_rows(channel + row * 0)
                 held = store_new(
                     new_turned, pools, target, row_of, channel_of, SCALE, KEYS_PACKED, VALUES_PACKED
                 )
@@ -282,7 +267,7 @@ def ring_codes(
                 turned.slice(0, QUERIES).store(queries)
                 turned.slice(QUERIES, QUERIES).store(held)
         barrier()  # the merge below has some, too, after which these buffers are free
-        total = gl.max(high_and_low(none)[0].to(gl.float32), 2)
+        total = gl.max(halves(none)[0].to(gl.float32), 2)
         top = total - float("inf")
         factor = steps.slice(0, 8).load(one_query)[None, :] * rule.scale
         if rule.softcap is None:
@@ -309,7 +294,7 @@ def ring_codes(
             number = gl.minimum(block_at(at, segment), BLOCK)
             scales = scale_ring.index(slot).load(by_entry)
             k = k_ring.index(slot).permute((0, 2, 1)).load(right)  # [WARPS, KEY_BYTES, N]
-            k = nibbles(k) if KEYS_PACKED else (k,)
+            k = halves_of_bytes(k, NIBBLES) if KEYS_PACKED else (k,)
             weights, largest, shrink, top, total = weights_of(
                 operand, k, factor, less, scales, n_logit < number, rule, top, total, SCALE, mma
             )
@@ -319,7 +304,7 @@ def ring_codes(
             v = channels_first(transposed(v_ring.index(slot).load(values_loaded)))  # [WARPS, VALUE_BYTES, N]
             if VALUES_PACKED:
                 share_sum = share_sum * shrink + (gl.sum(whole, 2) - MAGICS).to(gl.float32) * step
-            v = nibbles_of_values(v) if VALUES_PACKED else (v,)
+            v = halves_of_bytes(v, SIGNED_NIBBLES) if VALUES_PACKED else (v,)
             acc = add_values(v, byte, step, shrink, acc, mma)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             at += number
@@ -361,7 +346,7 @@ def ring_codes(
         gl.store(
             partial + place[None, :] * D + d[:, None],
             out / weight[None, :],
-            mask=(g < G)[None, :] & (d < D)[:, None],
+            mask=(g < G)[None, :],
         )
         unit = segment.unit_end
         if unit < stop:
