@@ -111,7 +111,7 @@ def decode_goals(dtype: str, rust: float, grouped: float) -> list[Goal]:
         "80% of the read bandwidth",
         f"{rust:.0%}",
         rust >= 0.8,
-        "arithmetic: one thread alone shows how far (--threads 1)",
+        "one thread alone tells arithmetic from memory (--threads 1)",
     )
     if dtype not in FASTER:
         return [bandwidth]
