@@ -98,7 +98,7 @@ def attention(
                         "1.6 x",
                         f"{faster:.2f} x",
                         faster >= 1.6,
-                        f"arithmetic: it reads {size / sizes[call]:.2f} x fewer bytes",
+                        f"it reads {size / sizes[call]:.2f} x fewer bytes",
                     )
                 )
     return rows, goals
