@@ -1,11 +1,12 @@
-//! One thread decodes over one row: nanoseconds an entry where the second-level cache holds the row, and from memory the
+//! A thread decodes over a row: nanoseconds an entry where the second-level cache holds the row, and from memory the
 //! bandwidth, also as a share of what plain reading of the same bytes reaches. For each instruction set that this CPU has.
 //!
 //!     cargo bench -p headkv-core --bench decode
 //!     cargo bench -p headkv-core --bench decode -- avx2 bfloat16
+//!     cargo bench -p headkv-core --bench decode -- avx2 128 4 --threads=2
 //!
-//! Arguments choose rows of the table by words of theirs; with `--near` the memory is left alone. Every time is the least of
-//! many, so that a busy machine spoils few. To compare two versions, build both and run their programs in turns.
+//! Arguments choose rows of the table by words of theirs; with `--near` the memory is left alone; with `--threads=N` as many
+//! threads read from memory at once, each a row of its own. Every time is the least of many, so that a busy machine spoils few. To compare two versions, build both and run their programs in turns.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -60,12 +61,17 @@ impl Case {
         let near = near * 1e9 / (NEAR / bytes) as f64;
         print!("{:8} {storage:8} {dim:4} {group:6} {near:9.1}", isa.name());
         if !flags.iter().any(|flag| flag == "--near") {
-            let row = Row::new(self, FAR / bytes, &element);
+            let threads = flags.iter().find_map(|flag| flag.strip_prefix("--threads=")).unwrap_or("1");
+            let threads: usize = threads.parse().expect("--threads=N");
+            let rows: Vec<_> = (0..threads).map(|_| Row::new(self, FAR / bytes, &element)).collect();
+            let mut attend = || at_once(&rows, |row| row.attend(self));
             let mut read = || {
-                black_box(read(row.keys.slice()) ^ read(row.values.slice()));
+                at_once(&rows, |row| {
+                    black_box(read(row.keys.slice()) ^ read(row.values.slice()));
+                });
             };
-            let [far, read] = least(Duration::from_secs(2), [&mut || row.attend(self), &mut read]);
-            print!(" {:10.1} {:8.2}", FAR as f64 / far / 1e9, read / far);
+            let [far, read] = least(Duration::from_secs(2), [&mut attend, &mut read]);
+            print!(" {:10.1} {:8.2}", (threads * FAR) as f64 / far / 1e9, read / far);
         }
         println!();
     }
@@ -82,6 +88,15 @@ fn least<const N: usize>(time: Duration, mut calls: [&mut dyn FnMut(); N]) -> [f
         }
     }
     least
+}
+
+/// Calls `work` with each item, on a thread of its own.
+fn at_once<I: Sync>(items: &[I], work: impl Fn(&I) + Sync) {
+    std::thread::scope(|scope| {
+        for item in items {
+            scope.spawn(|| work(item));
+        }
+    });
 }
 
 /// Reads all elements, as one plain loop.
