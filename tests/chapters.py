@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 from myst_nb.core.read import read_myst_markdown_notebook
@@ -16,8 +17,9 @@ PAGES = re.findall(
 )
 
 
+@cache
 def notebook(name: str) -> NotebookNode:
-    """A page as Jupyter Book reads it; one without code is one cell of text."""
+    """A page as Jupyter Book reads it; one without code is one cell of text. All who ask share it."""
     text = (BOOK / f"{name}.md").read_text(encoding="utf-8")
     if not text.startswith("---\nfile_format: mystnb"):
         return new_notebook(cells=[new_markdown_cell(text)])

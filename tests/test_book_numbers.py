@@ -99,6 +99,7 @@ def value(text: str) -> float:
     return float(text.rstrip(",_").replace(",", "").replace("_", ""))
 
 
+@cache
 def known(page: str) -> set[float]:
     asked = " ".join(re.findall(r"<!-- ask: (.*?) -->", (BOOK / f"{page}.md").read_text("utf-8")))
     return numbers_of("\n".join(cell.source for cell in code_cells(page))) | numbers_of(asked)
@@ -142,21 +143,24 @@ def source_of_test(name: str) -> str:
     raise AssertionError(f"no test is called {name}")
 
 
-UNKNOWN = [
-    (page, number)
-    for page in PAGES
-    for paragraph in paragraphs(page)
-    for number in unknown(page, paragraph, known(page))
-]
+@pytest.fixture(scope="module")
+def unknowns() -> list[tuple[str, str]]:
+    """(page, number) of what no page vouches for."""
+    return [
+        (page, number)
+        for page in PAGES
+        for paragraph in paragraphs(page)
+        for number in unknown(page, paragraph, known(page))
+    ]
 
 
-def test_each_number_of_the_prose_is_known() -> None:
+def test_each_number_of_the_prose_is_known(unknowns: list[tuple[str, str]]) -> None:
     """Otherwise: let a cell compute or assert it, or say in `STATED` what it is."""
-    assert [found for found in UNKNOWN if found not in STATED] == []
+    assert [found for found in unknowns if found not in STATED] == []
 
 
-def test_nothing_is_stated_that_no_page_says() -> None:
-    assert [stated for stated in STATED if stated not in UNKNOWN] == []
+def test_nothing_is_stated_that_no_page_says(unknowns: list[tuple[str, str]]) -> None:
+    assert [stated for stated in STATED if stated not in unknowns] == []
 
 
 @pytest.mark.parametrize(("page", "number"), STATED, ids=lambda part: part)
