@@ -157,7 +157,7 @@ def test_equals_truth(case):
 
 MANY = Case("many rows", tuple((0, b % 7, b * 5, 1) for b in range(sized(25, 5))), dim=32, gaps=False)
 LENGTHS = (1, sized(700, 130), 0, 33, 64)
-SHARES = sized(200, 100)  # the interpreter's are more than these rows have units of entries
+SHARES = sized(200, 80)  # the interpreter's are more than these rows have units of entries
 UNEVEN = Case("uneven", (LENGTHS,), gaps=False, group=3)
 SINKS = Case("sinks of uneven rows", (LENGTHS, (3, 0, 5, 9, 40)), gaps=False, sink_logits=(2.0, 5.0, -1.0))
 WINDOWS = Case("windows", ((90, 400), (3, 40)), sinks=3, recent=9, compensate=True)
@@ -189,11 +189,11 @@ def test_any_number_of_shares(case, programs, gap):
 
 EXTENDED = [
     replace(UNEVEN, tokens=21, dtype=BF16),
-    replace(UNEVEN, lengths=((140, 71),), tokens=70),
-    replace(WINDOWS, lengths=((90, 250), (3, 40)), tokens=30, compensate=False),
+    replace(UNEVEN, lengths=sized(((140, 71),), ((90, 46),)), tokens=sized(70, 45)),
+    replace(WINDOWS, lengths=((90, sized(250, 130)), (3, 40)), tokens=30, compensate=False),
     Case("slides", ((200, 70), (0, 33)), tokens=20, sliding_window=60, gaps=False, softcap=2.0),
     replace(MANY, tokens=5),
-    replace(SINKS, tokens=21),
+    replace(SINKS, tokens=sized(21, 11)),
     replace(CODES, tokens=9),
 ]
 if not INTERPRETED:
@@ -464,7 +464,9 @@ RINGS_OF_CODES += [
 
 # D whole, padded, and padded to what two programs combine; `test_equals_truth` has the others in the interpreter as well.
 if INTERPRETED:
-    STEPS = [case for case in STEPS if case.dim in (64, 40, 112)]
+    STEPS = [
+        case for case in STEPS if case.dim in (64, 40, 112) and case.name != "one huge row beside rows of one"
+    ]
 
 
 @device
