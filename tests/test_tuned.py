@@ -224,10 +224,11 @@ def test_two_steps_of_tuning_write_weights_that_load(tmp_path: Path) -> None:
         return made
 
     words, _ = Words.parts(tokenizer.get_vocab())
-    recipe = tune.Recipe(0, 4, 4, 0.05, tokens=800, speech_tokens=200, speech_weight=1.0, seed=0)
+    # Of this seed no passage of speech is long: 3,000 tokens, times a vocabulary, take a minute.
+    recipe = tune.Recipe(0, 4, 4, 0.05, tokens=800, speech_tokens=200, speech_weight=1.0, seed=9)
     learner, out = model(), tmp_path / "w.safetensors"
     about = tune.tune(learner, tokenizer, recipe, out, words=words, answers=2)
-    assert about["steps"] == 4 and about["seed"] == 0 and about["tokens_read"] > 1000
+    assert about["steps"] == 4 and about["seed"] == 9 and about["tokens_read"] > 1000
     merged = model()
     assert add_low_rank(merged, out)["steps"] == 4
     text = torch.arange(3, 60)[None]
