@@ -76,7 +76,7 @@ def killer(times: int, begin: threading.Event) -> Iterator[list[int]]:
 
     def kill() -> None:
         begin.wait()
-        while len(killed) < times and not over.wait(0.05):  # to look at all processes takes a while, too
+        while len(killed) < times and not over.wait(0.2):  # to look at all processes keeps a core busy
             for process in psutil.Process().children(recursive=True):
                 try:
                     if process.cmdline()[:1] == ["ray::_Worker.answer"] and process.pid not in killed:
