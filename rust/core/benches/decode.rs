@@ -6,7 +6,8 @@
 //!     cargo bench -p headkv-core --bench decode -- avx2 128 4 --threads=2
 //!
 //! Arguments choose rows of the table by words of theirs; with `--near` the memory is left alone; with `--threads=N` as many
-//! threads read from memory at once, each a row of its own. Every time is the least of many, so that a busy machine spoils few. To compare two versions, build both and run their programs in turns.
+//! threads read from memory at once, each a row of its own. Every time is the least of many, so that a busy machine spoils
+//! few. To compare two versions, build both and run their programs in turns.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
