@@ -138,7 +138,7 @@ struct Row<T> {
     keys: Aligned<T>,
     values: Aligned<T>,
     positions: Vec<i32>,
-    scales: Option<Vec<f32>>,
+    scales: Option<Vec<bf16>>,
     queries: Vec<f32>,
 }
 
@@ -149,7 +149,7 @@ impl<T: Element> Row<T> {
             keys: Aligned::new(elements, &element),
             values: Aligned::new(elements, &element),
             positions: (0..entries as i32).collect(),
-            scales: case.scaled.then(|| vec![0.01; 2 * entries]),
+            scales: case.scaled.then(|| vec![bf16::from_f32(0.01); 2 * entries]),
             queries: (0..case.group * case.dim).map(|i| (i * 31 % 97) as f32 / 97.0 - 0.5).collect(),
         }
     }
@@ -165,7 +165,7 @@ impl<T: Element> Row<T> {
             sinks: &[0],
             recent: &[0],
             sums: None,
-            scales: self.scales.as_deref().map(Floats::F32),
+            scales: self.scales.as_deref().map(Floats::Bf16),
             residual: None,
         };
         let queries = Queries {

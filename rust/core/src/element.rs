@@ -2,7 +2,14 @@
 
 use half::{bf16, f16};
 
-use crate::simd::Simd;
+use crate::simd::{Simd, Whole};
+
+/// A channel is `step` times a whole number, and `base`.
+#[derive(Clone, Copy, Default)]
+pub struct Affine {
+    pub step: f32,
+    pub base: f32,
+}
 
 /// A storage type of the pools. All arithmetic is done in `f32`.
 pub trait Element: Copy + Default + Send + Sync + 'static {
@@ -22,6 +29,17 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// # Safety
     /// `source` must be valid for reading `S::LANES` elements and the CPU must have the features of `S`.
     unsafe fn load<S: Simd>(source: *const Self, which: usize) -> S::Vector;
+
+    /// Of codes, which fill a byte: what the whole numbers mean that `whole` gives.
+    const CODE: Option<Affine> = None;
+
+    /// That whole number of channel `which` of each byte.
+    ///
+    /// # Safety
+    /// The CPU must have the features of `S`.
+    unsafe fn whole<S: Whole>(_bytes: S::Bytes, _which: usize) -> S::Whole {
+        unreachable!("only codes are whole numbers")
+    }
 }
 
 impl Element for f32 {
@@ -120,6 +138,14 @@ impl Element for i8 {
         // SAFETY: the caller's promise.
         unsafe { S::load_i8(source) }
     }
+
+    const CODE: Option<Affine> = Some(Affine { step: 1.0, base: 0.0 });
+
+    #[inline(always)]
+    unsafe fn whole<S: Whole>(bytes: S::Bytes, _: usize) -> S::Whole {
+        // SAFETY: the caller's promise.
+        unsafe { S::signed(bytes) }
+    }
 }
 
 /// Two codes of 4 bits, without their scale: the even channel's in the lower half, each as (code + 15) / 2.
@@ -140,5 +166,13 @@ impl Element for u8 {
     unsafe fn load<S: Simd>(source: *const Self, which: usize) -> S::Vector {
         // SAFETY: the caller's promise.
         unsafe { if which == 0 { S::load_lower(source) } else { S::load_upper(source) } }
+    }
+
+    const CODE: Option<Affine> = Some(Affine { step: 2.0, base: -15.0 });
+
+    #[inline(always)]
+    unsafe fn whole<S: Whole>(bytes: S::Bytes, which: usize) -> S::Whole {
+        // SAFETY: the caller's promise.
+        unsafe { if which == 0 { S::lower(bytes) } else { S::upper(bytes) } }
     }
 }

@@ -4,7 +4,7 @@
 use crate::element::Element;
 use crate::layer::{Span, Visible};
 use crate::math;
-use crate::products::{Ahead, scores, weighted_sum};
+use crate::products::{Ahead, FloatProducts, Products};
 use crate::quantised::{Floats, Side};
 use crate::scratch;
 #[cfg(target_arch = "aarch64")]
@@ -12,6 +12,8 @@ use crate::simd::neon::Neon;
 use crate::simd::{Isa, MAX_LANES, Simd, portable::Portable};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{avx2::Avx2, avx512::Avx512};
+#[cfg(target_arch = "x86_64")]
+use crate::whole::WholeProducts;
 
 /// Queries that the inner loops treat at a time.
 pub(crate) const LANE_QUERIES: usize = 4;
@@ -21,6 +23,9 @@ pub(crate) const BLOCK: usize = 64;
 /// values are fetched, and while the values are summed the keys of the next block, line by line: memory never rests. All
 /// three together fit any first-level cache.
 const BLOCK_BYTES: usize = 8 << 10;
+
+/// Logits of a block, then weights: `[entry][query]`.
+pub(crate) type Weights = [f32; BLOCK * LANE_QUERIES];
 
 /// The softmax of four queries so far, over the entries read so far.
 #[derive(Clone, Copy)]
@@ -80,8 +85,12 @@ pub(crate) fn run<K: Element, V: Element>(
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => run_avx2(task, states, sums),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => run_with::<Neon, K, V, 4, 4>(task, states, sums),
-            _ => run_with::<Portable, K, V, 2, 1>(task, states, sums),
+            Isa::Neon => {
+                run_with::<Neon, K, V, _>(task, &FloatProducts::<Neon, 4, 4>::new(task), states, sums)
+            }
+            _ => {
+                run_with::<Portable, K, V, _>(task, &FloatProducts::<Portable, 2, 1>::new(task), states, sums)
+            }
         }
     }
 }
@@ -89,10 +98,17 @@ pub(crate) fn run<K: Element, V: Element>(
 /// # Safety
 /// As [`run_with`], on a CPU with these features.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 unsafe fn run_avx512<K: Element, V: Element>(task: &Task<K, V>, states: &mut [State], sums: &mut [f32]) {
     // SAFETY: the caller's promise.
-    unsafe { run_with::<Avx512, K, V, 4, 4>(task, states, sums) }
+    unsafe {
+        match WholeProducts::<Avx512, 4>::new(task) {
+            Some(products) => run_with::<Avx512, K, V, _>(task, &products, states, sums),
+            None => {
+                run_with::<Avx512, K, V, _>(task, &FloatProducts::<Avx512, 4, 4>::new(task), states, sums)
+            }
+        }
+    }
 }
 
 /// # Safety
@@ -101,25 +117,29 @@ unsafe fn run_avx512<K: Element, V: Element>(task: &Task<K, V>, states: &mut [St
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn run_avx2<K: Element, V: Element>(task: &Task<K, V>, states: &mut [State], sums: &mut [f32]) {
     // SAFETY: the caller's promise.
-    unsafe { run_with::<Avx2, K, V, 2, 2>(task, states, sums) }
+    unsafe {
+        match WholeProducts::<Avx2, 2>::new(task) {
+            Some(products) => run_with::<Avx2, K, V, _>(task, &products, states, sums),
+            None => run_with::<Avx2, K, V, _>(task, &FloatProducts::<Avx2, 2, 2>::new(task), states, sums),
+        }
+    }
 }
 
-/// `KEYS` keys, and `COLUMNS` vectors of values, are held in registers at a time, each for four queries.
-///
 /// # Safety
 /// The CPU has the features of `S`, and the slices of the task have the lengths that [`run`] asserts.
 #[inline(always)]
-unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COLUMNS: usize>(
+unsafe fn run_with<S: Simd, K: Element, V: Element, P: Products<K, V>>(
     task: &Task<K, V>,
+    products: &P,
     states: &mut [State],
     sums: &mut [f32],
 ) {
     let dim = task.head_dim;
     let (key_len, value_len) = (dim / K::CHANNELS, dim / V::CHANNELS);
-    let (query_width, sum_width) = (scratch::width::<K>(dim), scratch::width::<V>(dim));
+    let sum_width = scratch::width::<V>(dim);
     let entry_bytes = (key_len * size_of::<K>()).max(value_len * size_of::<V>());
     let entries = 1 << (BLOCK_BYTES / entry_bytes).clamp(16, BLOCK).ilog2();
-    let mut weights = [0.0f32; BLOCK * LANE_QUERIES];
+    let mut weights: Weights = [0.0; BLOCK * LANE_QUERIES];
     for span in task.spans {
         let mut begin = span.begin;
         while begin < span.end {
@@ -137,13 +157,12 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
                 }
                 // SAFETY: the spans end within keys and values, and the queries hold four rows for each group.
                 unsafe {
-                    let queries = task.queries.as_ptr().add(group * LANE_QUERIES * query_width);
                     let sums = sums.as_mut_ptr().add(group * LANE_QUERIES * sum_width);
                     let keys = task.keys.as_ptr().add(block.begin * key_len);
                     let values = task.values.as_ptr().add(block.begin * value_len);
-                    scores::<S, K, V, KEYS>(queries, keys, Ahead(values), dim, block.len(), &mut weights);
+                    products.logits(group, keys, Ahead(values), block.len(), &mut weights);
                     if let Some(scales) = &task.scales {
-                        scale(&mut weights, scales, block, Side::Key);
+                        scale::<S>(&mut weights, scales, block, Side::Key);
                     }
                     if let Some(cap) = task.softcap {
                         for at in (0..block.len() * LANE_QUERIES).step_by(S::LANES) {
@@ -156,10 +175,10 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
                     }
                     softmax::<S>(&mut weights, block.len(), state, sums, sum_width);
                     if let Some(scales) = &task.scales {
-                        scale(&mut weights, scales, block, Side::Value);
+                        scale::<S>(&mut weights, scales, block, Side::Value);
                     }
                     let next = Ahead(keys.wrapping_add(block.len() * key_len));
-                    weighted_sum::<S, V, K, COLUMNS>(&weights, values, next, dim, block.len(), sums);
+                    products.add_values(&weights, values, next, block.len(), sums);
                 }
             }
         }
@@ -167,19 +186,24 @@ unsafe fn run_with<S: Simd, K: Element, V: Element, const KEYS: usize, const COL
 }
 
 /// Multiplies what belongs to an entry of the block by one of its scales.
+///
+/// # Safety
+/// The CPU has the features of `S`.
 #[inline(always)]
-fn scale(weights: &mut [f32; BLOCK * LANE_QUERIES], scales: &Floats, block: Span, side: Side) {
+unsafe fn scale<S: Simd>(weights: &mut Weights, scales: &Floats, block: Span, side: Side) {
     let mut steps = [0.0f32; BLOCK];
     scales.copy_to(block.begin, side, &mut steps[..block.len()]);
-    for (weights, step) in weights.as_chunks_mut::<LANE_QUERIES>().0.iter_mut().zip(steps) {
-        for weight in weights {
-            *weight *= step;
+    for entry in (0..block.len()).step_by(S::LANES / LANE_QUERIES) {
+        // SAFETY: a block's length is a multiple of the entries of a vector.
+        unsafe {
+            let at = weights.as_mut_ptr().add(entry * LANE_QUERIES);
+            S::store(at, S::mul(S::load(at), S::four_times(steps.as_ptr().add(entry))));
         }
     }
 }
 
 /// Hides the entries of the block that a query does not see.
-fn mask(weights: &mut [f32; BLOCK * LANE_QUERIES], block: Span, visible: &[Visible]) {
+fn mask(weights: &mut Weights, block: Span, visible: &[Visible]) {
     for (query, seen) in visible.iter().enumerate() {
         let (sinks, tail) = (seen.sinks.intersect(block), seen.tail.intersect(block));
         for entry in block.begin..block.end {
@@ -196,13 +220,7 @@ fn mask(weights: &mut [f32; BLOCK * LANE_QUERIES], block: Span, visible: &[Visib
 /// # Safety
 /// `sums` holds `[4, width]`; `n <= BLOCK`.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(
-    weights: &mut [f32; BLOCK * LANE_QUERIES],
-    n: usize,
-    state: &mut State,
-    sums: *mut f32,
-    width: usize,
-) {
+unsafe fn softmax<S: Simd>(weights: &mut Weights, n: usize, state: &mut State, sums: *mut f32, width: usize) {
     let used = n * LANE_QUERIES;
     let whole = used.next_multiple_of(S::LANES);
     weights[used..whole].fill(f32::NEG_INFINITY);

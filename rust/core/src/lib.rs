@@ -22,6 +22,8 @@ mod schedule;
 mod scratch;
 mod simd;
 mod threads;
+#[cfg(target_arch = "x86_64")]
+mod whole;
 
 pub use attention::{Options, Queries, attend};
 pub use element::Element;

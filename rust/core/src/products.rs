@@ -1,8 +1,10 @@
 //! Products of four queries with keys, and of weights with values, several entries or vectors at a time, as many as the
 //! registers hold sums.
 
+use std::marker::PhantomData;
+
 use crate::element::Element;
-use crate::kernel::{BLOCK, LANE_QUERIES};
+use crate::kernel::{BLOCK, LANE_QUERIES, Task, Weights};
 use crate::scratch;
 use crate::simd::{MAX_LANES, Simd, prefetch};
 
@@ -15,7 +17,7 @@ pub(crate) struct Ahead<T>(pub *const T);
 impl<T: Element> Ahead<T> {
     /// Fetches what the next `channels` take.
     #[inline(always)]
-    fn fetch(&mut self, channels: usize) {
+    pub(crate) fn fetch(&mut self, channels: usize) {
         let elements = channels / T::CHANNELS;
         for at in (0..elements * size_of::<T>()).step_by(LINE) {
             prefetch(self.0.cast::<u8>().wrapping_add(at));
@@ -24,18 +26,81 @@ impl<T: Element> Ahead<T> {
     }
 }
 
+/// The two products of attention, of a task's queries with a block of its entries.
+pub(crate) trait Products<K, V> {
+    /// Logits of the queries of a group against `n` keys, to `weights`, and something behind them.
+    ///
+    /// # Safety
+    /// The CPU has the features of the instruction set; `keys` holds `[n, dim / CHANNELS]`; `0 < n <= BLOCK`.
+    unsafe fn logits(&self, group: usize, keys: *const K, ahead: Ahead<V>, n: usize, weights: &mut Weights);
+
+    /// Adds the weighted values to the sums of four queries.
+    ///
+    /// # Safety
+    /// The same; `values` holds `[n, dim / CHANNELS]`, `sums` `[4, width]`.
+    unsafe fn add_values(
+        &self,
+        weights: &Weights,
+        values: *const V,
+        ahead: Ahead<K>,
+        n: usize,
+        sums: *mut f32,
+    );
+}
+
+/// In float32, whatever is stored. `KEYS` keys, and `COLUMNS` vectors of values, are held in registers at a time, each for four
+/// queries.
+pub(crate) struct FloatProducts<'a, S, const KEYS: usize, const COLUMNS: usize> {
+    dim: usize,
+    /// `[count, width]`
+    queries: &'a [f32],
+    simd: PhantomData<S>,
+}
+
+impl<'a, S, const KEYS: usize, const COLUMNS: usize> FloatProducts<'a, S, KEYS, COLUMNS> {
+    pub(crate) fn new<K, V>(task: &Task<'a, K, V>) -> Self {
+        Self { dim: task.head_dim, queries: task.queries, simd: PhantomData }
+    }
+}
+
+impl<S: Simd, K: Element, V: Element, const KEYS: usize, const COLUMNS: usize> Products<K, V>
+    for FloatProducts<'_, S, KEYS, COLUMNS>
+{
+    #[inline(always)]
+    unsafe fn logits(&self, group: usize, keys: *const K, ahead: Ahead<V>, n: usize, weights: &mut Weights) {
+        // SAFETY: the caller's promise, and the task holds four queries for each group.
+        unsafe {
+            let queries = self.queries.as_ptr().add(group * LANE_QUERIES * scratch::width::<K>(self.dim));
+            scores::<S, K, V, KEYS>(queries, keys, ahead, self.dim, n, weights);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_values(
+        &self,
+        weights: &Weights,
+        values: *const V,
+        ahead: Ahead<K>,
+        n: usize,
+        sums: *mut f32,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { weighted_sum::<S, V, K, COLUMNS>(weights, values, ahead, self.dim, n, sums) }
+    }
+}
+
 /// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`, and something behind them.
 ///
 /// # Safety
 /// `queries` holds `[4, width]`, `keys` `[n, dim / CHANNELS]`; `0 < n <= BLOCK`.
 #[inline(always)]
-pub(crate) unsafe fn scores<S: Simd, T: Element, Next: Element, const KEYS: usize>(
+unsafe fn scores<S: Simd, T: Element, Next: Element, const KEYS: usize>(
     queries: *const f32,
     keys: *const T,
     mut ahead: Ahead<Next>,
     dim: usize,
     n: usize,
-    weights: &mut [f32; BLOCK * LANE_QUERIES],
+    weights: &mut Weights,
 ) {
     const { assert!(BLOCK.is_multiple_of(KEYS) && (KEYS * LANE_QUERIES).is_multiple_of(S::LANES)) }
     let elements = dim / T::CHANNELS;
@@ -148,8 +213,8 @@ unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize, which: usiz
 /// # Safety
 /// `values` holds `[n, dim / CHANNELS]`, `sums` `[4, width]`, weights `[n, 4]`.
 #[inline(always)]
-pub(crate) unsafe fn weighted_sum<S: Simd, T: Element, Next: Element, const COLUMNS: usize>(
-    weights: &[f32; BLOCK * LANE_QUERIES],
+unsafe fn weighted_sum<S: Simd, T: Element, Next: Element, const COLUMNS: usize>(
+    weights: &Weights,
     values: *const T,
     mut ahead: Ahead<Next>,
     dim: usize,

@@ -1,7 +1,8 @@
 //! Attention against its definition in f64, for every instruction set of this CPU.
 
 use headkv_core::{
-    Code, Element, Floats, Isa, Layer, Options, Queries, Residual, Rows, Sums, attend, bf16, f16, quantise,
+    Code, Element, Float, Floats, Isa, Layer, Options, Queries, Residual, Rows, Sums, attend, bf16, f16,
+    quantise,
 };
 use proptest::prelude::*;
 
@@ -170,21 +171,28 @@ impl Case {
         let built = self.build();
         let keys: Vec<T> = built.keys.iter().map(|&x| store(x)).collect();
         let values: Vec<T> = built.values.iter().map(|&x| store(x)).collect();
-        self.check_stored(&built, &keys, &values, None, isa, threads);
+        self.check_stored(&built, &keys, &values, None, isa, threads, 2e-5);
     }
 
-    /// Against what the codes stand for.
-    fn check_codes<C: Code>(&self, isa: Isa, threads: usize) {
+    /// Against what the codes stand for, their scales of dtype `T`.
+    fn check_codes<T: Float, C: Code>(
+        &self,
+        isa: Isa,
+        threads: usize,
+        floats: fn(&[T]) -> Floats,
+        within: f64,
+    ) {
         let mut built = self.build();
-        let mut scales = vec![0.0f32; 2 * built.positions.len()];
+        let mut scales = vec![T::default(); 2 * built.positions.len()];
         let [keys, values] = [&mut built.keys, &mut built.values].map(|pool| {
             let mut codes = vec![C::default(); pool.len() / C::CHANNELS];
-            let mut steps = vec![0.0f32; pool.len() / self.dim];
-            quantise(self.dim, pool, &mut codes, &mut steps).unwrap();
+            let mut steps = vec![T::default(); pool.len() / self.dim];
+            let vectors: Vec<T> = pool.iter().map(|&x| T::from_f32(x)).collect();
+            quantise(self.dim, &vectors, &mut codes, &mut steps).unwrap();
             for (slot, vector) in pool.chunks_exact_mut(self.dim).enumerate() {
                 for (i, x) in vector.iter_mut().enumerate() {
                     let at = slot * self.dim + i;
-                    *x = codes[at / C::CHANNELS].channel(at % C::CHANNELS) * steps[slot];
+                    *x = codes[at / C::CHANNELS].channel(at % C::CHANNELS) * steps[slot].channel(0);
                 }
                 rotate(vector);
             }
@@ -193,9 +201,10 @@ impl Case {
         for (pair, steps) in scales.chunks_exact_mut(2).zip(keys.1.iter().zip(&values.1)) {
             pair.copy_from_slice(&[*steps.0, *steps.1]);
         }
-        self.check_stored(&built, &keys.0, &values.0, Some(Floats::F32(&scales)), isa, threads);
+        self.check_stored(&built, &keys.0, &values.0, Some(floats(&scales)), isa, threads, within);
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn check_stored<T: Element>(
         &self,
         built: &Built,
@@ -204,6 +213,7 @@ impl Case {
         scales: Option<Floats>,
         isa: Isa,
         threads: usize,
+        within: f64,
     ) {
         let layer = Layer {
             head_dim: self.dim,
@@ -235,7 +245,7 @@ impl Case {
         attend(&layer, &queries, &options, &mut out).unwrap();
         for (i, (found, truth)) in out.iter().zip(self.truth(built, f64::from(scale))).enumerate() {
             let error = (f64::from(*found) - truth).abs();
-            assert!(error < 2e-5, "{isa:?}, element {i}: {found} is not {truth}; {self:?}");
+            assert!(error < within, "{isa:?}, element {i}: {found} is not {truth}; {self:?}");
         }
     }
 }
@@ -301,9 +311,11 @@ proptest! {
             case.check::<f32>(isa, threads, |x| x);
             case.check::<bf16>(isa, threads, bf16::from_f32);
             case.check::<f16>(isa, threads, f16::from_f32);
-            case.check_codes::<i8>(isa, threads);
+            case.check_codes::<f32, i8>(isa, threads, |x| Floats::F32(x), 2e-5);
+            case.check_codes::<bf16, i8>(isa, threads, |x| Floats::Bf16(x), 3e-4);
             if case.dim % 2 == 0 {
-                case.check_codes::<u8>(isa, threads);
+                case.check_codes::<f32, u8>(isa, threads, |x| Floats::F32(x), 2e-5);
+                case.check_codes::<f16, u8>(isa, threads, |x| Floats::F16(x), 3e-4);
             }
         }
     }
@@ -454,5 +466,45 @@ fn what_is_not_a_number_stays_so() {
         let mut out = [0.0; 4];
         attend(&layer, &ask, &options, &mut out).unwrap();
         assert!(out.iter().all(|x| x.is_nan()), "{isa:?}: {out:?}");
+    }
+}
+
+/// Entries of codes, read as floats or as whole numbers: a key, a value or a query that is no number, and one that is infinite.
+#[test]
+fn codes_of_what_is_not_a_number_stay_so() {
+    let (codes, positions) = ([3i8; 200 * 64], (0..200).collect::<Vec<i32>>());
+    let rows = Rows { start: &[0], length: &[200], capacity: &[200] };
+    for (what, bad) in [("key", f32::NAN), ("value", f32::NAN), ("value", f32::INFINITY), ("query", f32::NAN)]
+        .into_iter()
+        .chain([("query", f32::INFINITY)])
+    {
+        let mut scales = vec![bf16::from_f32(0.01); 400];
+        let mut data = [0.25; 2 * 64];
+        match what {
+            "key" => scales[2 * 70] = bf16::from_f32(bad),
+            "value" => scales[2 * 70 + 1] = bf16::from_f32(bad),
+            _ => data[7] = bad,
+        }
+        let layer = Layer {
+            head_dim: 64,
+            keys: &codes,
+            values: &codes,
+            positions: &positions,
+            rows,
+            sinks: &[0],
+            recent: &[0],
+            sums: None,
+            scales: Some(Floats::Bf16(&scales)),
+            residual: None,
+        };
+        let ask = Queries { batch: 1, heads: 2, steps: 1, data: &data, positions: &[199], sink_logits: None };
+        for isa in available() {
+            let options = Options { scale: 0.5, sliding_window: None, softcap: None, threads: 1, isa };
+            let mut out = [0.0f32; 2 * 64];
+            attend(&layer, &ask, &options, &mut out).unwrap();
+            let finite = |head: usize| out[head * 64..][..64].iter().all(|x| x.is_finite());
+            assert!(!finite(0), "{isa:?}: {what} {bad}");
+            assert_eq!(finite(1), what == "query", "{isa:?}: {what} {bad}");
+        }
     }
 }

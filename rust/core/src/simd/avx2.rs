@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Simd, Whole};
 
 pub(crate) struct Avx2;
 
@@ -59,6 +59,10 @@ impl Simd for Avx2 {
         unsafe { codes(_mm256_srli_epi32::<4>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(source.cast())))) }
     }
     #[inline(always)]
+    unsafe fn four_times(source: *const f32) -> __m256 {
+        unsafe { _mm256_set_m128(_mm_set1_ps(*source.add(1)), _mm_set1_ps(*source)) }
+    }
+    #[inline(always)]
     unsafe fn repeat(four: &[f32; 4]) -> __m256 {
         unsafe { _mm256_broadcast_ps(&_mm_loadu_ps(four.as_ptr())) }
     }
@@ -111,6 +115,65 @@ impl Simd for Avx2 {
     }
 }
 
+// SAFETY of every block: the caller promises the CPU features and the pointers (see `Whole`).
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Whole for Avx2 {
+    type Bytes = __m128i;
+    type Whole = __m256i;
+
+    #[inline(always)]
+    unsafe fn load_bytes(source: *const u8) -> __m128i {
+        unsafe { _mm_loadu_si128(source.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_whole(source: *const i16) -> __m256i {
+        unsafe { _mm256_loadu_si256(source.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn interleave(a: __m128i, b: __m128i) -> [__m128i; 2] {
+        unsafe { [_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)] }
+    }
+    #[inline(always)]
+    unsafe fn signed(bytes: __m128i) -> __m256i {
+        unsafe { _mm256_cvtepi8_epi16(bytes) }
+    }
+    #[inline(always)]
+    unsafe fn lower(bytes: __m128i) -> __m256i {
+        unsafe { _mm256_and_si256(_mm256_cvtepu8_epi16(bytes), _mm256_set1_epi16(15)) }
+    }
+    #[inline(always)]
+    unsafe fn upper(bytes: __m128i) -> __m256i {
+        unsafe { _mm256_srli_epi16::<4>(_mm256_cvtepu8_epi16(bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(pair: u32) -> __m256i {
+        unsafe { _mm256_set1_epi32(pair.cast_signed()) }
+    }
+    #[inline(always)]
+    unsafe fn none() -> __m256i {
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn add_products(a: __m256i, b: __m256i, sums: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(_mm256_madd_epi16(a, b), sums) }
+    }
+    #[inline(always)]
+    unsafe fn float(sums: __m256i) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(sums) }
+    }
+    #[inline(always)]
+    unsafe fn totals(x: &[__m256i]) -> __m256 {
+        unsafe {
+            let (a, b) = (whole_halves(x[0], x[4]), whole_halves(x[1], x[5]));
+            let (c, d) = (whole_halves(x[2], x[6]), whole_halves(x[3], x[7]));
+            let (e, f) = (whole_quarters(a, b), whole_quarters(c, d));
+            let (e, f) = (_mm256_castsi256_ps(e), _mm256_castsi256_ps(f));
+            let (even, odd) = (_mm256_shuffle_ps::<0x88>(e, f), _mm256_shuffle_ps::<0xdd>(e, f));
+            Self::float(_mm256_add_epi32(_mm256_castps_si256(even), _mm256_castps_si256(odd)))
+        }
+    }
+}
+
 /// `2 n - 15`
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -130,4 +193,21 @@ unsafe fn halves(a: __m256, b: __m256) -> __m256 {
 #[allow(clippy::undocumented_unsafe_blocks)]
 unsafe fn quarters(a: __m256, b: __m256) -> __m256 {
     unsafe { _mm256_add_ps(_mm256_blend_ps::<0xcc>(a, b), _mm256_shuffle_ps::<0x4e>(a, b)) }
+}
+
+/// `halves` of whole numbers.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn whole_halves(a: __m256i, b: __m256i) -> __m256i {
+    unsafe { _mm256_add_epi32(_mm256_blend_epi32::<0xf0>(a, b), _mm256_permute2x128_si256::<0x21>(a, b)) }
+}
+
+/// `quarters` of whole numbers.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn whole_quarters(a: __m256i, b: __m256i) -> __m256i {
+    unsafe {
+        let crossed = _mm256_shuffle_ps::<0x4e>(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
+        _mm256_add_epi32(_mm256_blend_epi32::<0xcc>(a, b), _mm256_castps_si256(crossed))
+    }
 }

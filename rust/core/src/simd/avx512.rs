@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Simd, Whole};
 
 pub(crate) struct Avx512;
 
@@ -54,6 +54,13 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_upper(source: *const u8) -> __m512 {
         unsafe { codes(_mm512_srli_epi32::<4>(_mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn four_times(source: *const f32) -> __m512 {
+        unsafe {
+            let index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(source)))
+        }
     }
     #[inline(always)]
     unsafe fn repeat(four: &[f32; 4]) -> __m512 {
@@ -107,6 +114,66 @@ impl Simd for Avx512 {
             let d = quarters(halves(x[3], x[7]), halves(x[11], x[15]));
             let (e, f) = (eighths(a, b), eighths(c, d));
             _mm512_add_ps(_mm512_shuffle_ps::<0x88>(e, f), _mm512_shuffle_ps::<0xdd>(e, f))
+        }
+    }
+}
+
+// SAFETY of every block: the caller promises the CPU features and the pointers (see `Whole`).
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Whole for Avx512 {
+    type Bytes = __m256i;
+    type Whole = __m512i;
+
+    #[inline(always)]
+    unsafe fn load_bytes(source: *const u8) -> __m256i {
+        unsafe { _mm256_loadu_si256(source.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_whole(source: *const i16) -> __m512i {
+        unsafe { _mm512_loadu_si512(source.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn interleave(a: __m256i, b: __m256i) -> [__m256i; 2] {
+        unsafe {
+            // Of quarters 0, 2, 1, 3 the instructions, which keep to halves, take the first two and the last two.
+            let (a, b) = (_mm256_permute4x64_epi64::<0xd8>(a), _mm256_permute4x64_epi64::<0xd8>(b));
+            [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn signed(bytes: __m256i) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi16(bytes) }
+    }
+    #[inline(always)]
+    unsafe fn lower(bytes: __m256i) -> __m512i {
+        unsafe { _mm512_and_si512(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(15)) }
+    }
+    #[inline(always)]
+    unsafe fn upper(bytes: __m256i) -> __m512i {
+        unsafe { _mm512_srli_epi16::<4>(_mm512_cvtepu8_epi16(bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(pair: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(pair.cast_signed()) }
+    }
+    #[inline(always)]
+    unsafe fn none() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn add_products(a: __m512i, b: __m512i, sums: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(_mm512_madd_epi16(a, b), sums) }
+    }
+    #[inline(always)]
+    unsafe fn float(sums: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(sums) }
+    }
+    #[inline(always)]
+    unsafe fn totals(x: &[__m512i]) -> __m512 {
+        unsafe {
+            let mut floats = [_mm512_setzero_ps(); 16];
+            floats.iter_mut().zip(x).for_each(|(float, sums)| *float = Self::float(*sums));
+            Self::sums(&floats)
         }
     }
 }

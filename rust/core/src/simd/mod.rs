@@ -37,6 +37,8 @@ pub trait Simd {
     unsafe fn load_lower(source: *const u8) -> Self::Vector;
     /// Those in the upper halves.
     unsafe fn load_upper(source: *const u8) -> Self::Vector;
+    /// `LANES / 4` numbers, each four times.
+    unsafe fn four_times(source: *const f32) -> Self::Vector;
     /// Four numbers, over and over.
     unsafe fn repeat(four: &[f32; 4]) -> Self::Vector;
     unsafe fn store(target: *mut f32, x: Self::Vector);
@@ -54,6 +56,37 @@ pub trait Simd {
     unsafe fn shift_exponent(x: Self::Vector, biased: Self::Vector) -> Self::Vector;
     /// The sums of the lanes of each of `LANES` vectors.
     unsafe fn sums(x: &[Self::Vector]) -> Self::Vector;
+}
+
+/// Vectors of `2 * LANES` whole numbers of 16 bits, and of sums of their products, `LANES` of 32 bits.
+///
+/// # Safety
+/// As for [`Simd`]; loads need pointers that are valid for `2 * LANES` numbers.
+#[allow(clippy::missing_safety_doc)]
+pub trait Whole: Simd {
+    /// `2 * LANES` bytes
+    type Bytes: Copy;
+    type Whole: Copy;
+
+    unsafe fn load_bytes(source: *const u8) -> Self::Bytes;
+    unsafe fn load_whole(source: *const i16) -> Self::Whole;
+    /// The bytes of `a` and `b` in turns.
+    unsafe fn interleave(a: Self::Bytes, b: Self::Bytes) -> [Self::Bytes; 2];
+    /// Bytes with a sign.
+    unsafe fn signed(bytes: Self::Bytes) -> Self::Whole;
+    /// The lower 4 bits of bytes.
+    unsafe fn lower(bytes: Self::Bytes) -> Self::Whole;
+    /// The upper ones.
+    unsafe fn upper(bytes: Self::Bytes) -> Self::Whole;
+    /// Two numbers of 16 bits, over and over.
+    unsafe fn splat_pair(pair: u32) -> Self::Whole;
+    /// Sums of nothing.
+    unsafe fn none() -> Self::Whole;
+    /// `sums`, each with two more products.
+    unsafe fn add_products(a: Self::Whole, b: Self::Whole, sums: Self::Whole) -> Self::Whole;
+    unsafe fn float(sums: Self::Whole) -> Self::Vector;
+    /// The sums of the lanes of each of `LANES` vectors of sums.
+    unsafe fn totals(sums: &[Self::Whole]) -> Self::Vector;
 }
 
 /// An instruction set, chosen at run time.
@@ -76,7 +109,11 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => is_x86_feature_detected!("avx512f") && Isa::Avx2.is_available(),
+            Isa::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && Isa::Avx2.is_available()
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2")

@@ -67,6 +67,10 @@ impl Simd for Neon {
         unsafe { codes(vshrq_n_u32::<4>(four_bytes(source))) }
     }
     #[inline(always)]
+    unsafe fn four_times(source: *const f32) -> float32x4_t {
+        unsafe { vld1q_dup_f32(source) }
+    }
+    #[inline(always)]
     unsafe fn repeat(four: &[f32; 4]) -> float32x4_t {
         unsafe { vld1q_f32(four.as_ptr()) }
     }

@@ -69,6 +69,11 @@ impl Simd for Portable {
         unsafe { channels(source, 1) }
     }
     #[inline(always)]
+    unsafe fn four_times(source: *const f32) -> Self::Vector {
+        let numbers = unsafe { source.cast::<[f32; LANES / 4]>().read_unaligned() };
+        each(|i| numbers[i / 4])
+    }
+    #[inline(always)]
     unsafe fn repeat(four: &[f32; 4]) -> Self::Vector {
         each(|i| four[i % 4])
     }
