@@ -13,6 +13,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -126,6 +127,26 @@ def decode_goals(dtype: str, rust: float, grouped: float) -> list[Goal]:
     return [bandwidth, faster]
 
 
+def cold(sizes: Sequence[int], *, heads: int, kv_heads: int, dim: int, dtype: str, rounds: int) -> list[Row]:
+    """What a call through Python costs where other code ran before it, as in a model."""
+    memory, rows = torch.randn(1 << 27), []
+    for entries in sizes:
+        layer, q = (
+            skewed_layer(entries, kv_heads, dim, DTYPES[dtype]),
+            torch.randn(1, heads, dim).to(DTYPES[dtype]),
+        )
+        call = partial(headkv.ragged_decode, q, layer, backend="rust")
+        took = (
+            in_turns({"again": call}, rounds)["again"],
+            in_turns({"other": memory.sum, "call": call}, rounds)["call"],
+        )
+        names = "one after another, ms", "after torch.sum of 512 MB, ms"
+        rows.append(
+            {"entries": entries} | {name: round(x * 1e3, 2) for name, x in zip(names, took, strict=True)}
+        )
+    return rows
+
+
 def append(
     lengths: Sequence[int], *, kv_heads: int, dim: int, dtype: str, rounds: int
 ) -> tuple[list[Row], list[Goal]]:
@@ -198,6 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = {"kv_heads": options.kv_heads, "dim": options.dim, "rounds": options.rounds}
     rows, goals = attention(options.dtypes, entries=options.entries, heads=options.heads, **shared)
     tables = {f"Decode over {options.entries} entries a head, {shape}": rows}
+    sizes = [64, 1024, options.entries]
+    tables[f"A call, {options.dtypes[-1]}, {shape}"] = cold(
+        sizes, heads=options.heads, dtype=options.dtypes[-1], **shared
+    )
     if options.append:
         rows, more = append(options.append, dtype=options.dtypes[-1], **shared)
         tables[f"Append one token, {options.dtypes[-1]}, {shape}"] = rows
