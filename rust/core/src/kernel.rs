@@ -194,7 +194,7 @@ unsafe fn scale<S: Simd>(weights: &mut Weights, scales: &Floats, block: Span, si
     let mut steps = [0.0f32; BLOCK];
     scales.copy_to(block.begin, side, &mut steps[..block.len()]);
     for entry in (0..block.len()).step_by(S::LANES / LANE_QUERIES) {
-        // SAFETY: a block's length is a multiple of the entries of a vector.
+        // SAFETY: BLOCK is a multiple of the entries of a vector; steps behind the last entry are 0.
         unsafe {
             let at = weights.as_mut_ptr().add(entry * LANE_QUERIES);
             S::store(at, S::mul(S::load(at), S::four_times(steps.as_ptr().add(entry))));
