@@ -6,8 +6,8 @@ const LOG2_E: f32 = std::f32::consts::LOG2_E;
 // ln 2 in two parts: the first has few bits, so that n * LN_2_HIGH is exact for the n at hand.
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
-// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-const ROUND: f32 = 12_582_912.0;
+/// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+pub(crate) const ROUND: f32 = 12_582_912.0;
 /// Below this, e^x would be subnormal and is taken as 0.
 const LOWEST: f32 = -87.0;
 

@@ -67,11 +67,29 @@ impl<S: Simd, K: Element, V: Element, const KEYS: usize, const COLUMNS: usize> P
     for FloatProducts<'_, S, KEYS, COLUMNS>
 {
     #[inline(always)]
-    unsafe fn logits(&self, group: usize, keys: *const K, ahead: Ahead<V>, n: usize, weights: &mut Weights) {
-        // SAFETY: the caller's promise, and the task holds four queries for each group.
+    unsafe fn logits(
+        &self,
+        group: usize,
+        keys: *const K,
+        mut ahead: Ahead<V>,
+        n: usize,
+        weights: &mut Weights,
+    ) {
+        const { assert!(BLOCK.is_multiple_of(KEYS) && (KEYS * LANE_QUERIES).is_multiple_of(S::LANES)) }
+        let elements = self.dim / K::CHANNELS;
+        // SAFETY: the task holds four queries for each group; no entry behind the last one is read, and BLOCK is a multiple of
+        // KEYS.
         unsafe {
             let queries = self.queries.as_ptr().add(group * LANE_QUERIES * scratch::width::<K>(self.dim));
-            scores::<S, K, V, KEYS>(queries, keys, ahead, self.dim, n, weights);
+            for entry in (0..n).step_by(KEYS) {
+                let keys = std::array::from_fn(|k| keys.add((entry + k).min(n - 1) * elements));
+                let target = weights.as_mut_ptr().add(entry * LANE_QUERIES);
+                if elements.is_multiple_of(S::LANES) {
+                    dots::<S, K, V, KEYS, true>(queries, keys, &mut ahead, self.dim, target);
+                } else {
+                    dots::<S, K, V, KEYS, false>(queries, keys, &mut ahead, self.dim, target);
+                }
+            }
         }
     }
 
@@ -80,39 +98,46 @@ impl<S: Simd, K: Element, V: Element, const KEYS: usize, const COLUMNS: usize> P
         &self,
         weights: &Weights,
         values: *const V,
-        ahead: Ahead<K>,
+        mut ahead: Ahead<K>,
         n: usize,
         sums: *mut f32,
     ) {
-        // SAFETY: the caller's promise.
-        unsafe { weighted_sum::<S, V, K, COLUMNS>(weights, values, ahead, self.dim, n, sums) }
-    }
-}
-
-/// Logits of four queries against `n` keys, to `weights[entry * 4 + query]`, and something behind them.
-///
-/// # Safety
-/// `queries` holds `[4, width]`, `keys` `[n, dim / CHANNELS]`; `0 < n <= BLOCK`.
-#[inline(always)]
-unsafe fn scores<S: Simd, T: Element, Next: Element, const KEYS: usize>(
-    queries: *const f32,
-    keys: *const T,
-    mut ahead: Ahead<Next>,
-    dim: usize,
-    n: usize,
-    weights: &mut Weights,
-) {
-    const { assert!(BLOCK.is_multiple_of(KEYS) && (KEYS * LANE_QUERIES).is_multiple_of(S::LANES)) }
-    let elements = dim / T::CHANNELS;
-    // SAFETY: no entry behind the last one is read, and BLOCK is a multiple of KEYS.
-    unsafe {
-        for entry in (0..n).step_by(KEYS) {
-            let keys = std::array::from_fn(|k| keys.add((entry + k).min(n - 1) * elements));
-            let target = weights.as_mut_ptr().add(entry * LANE_QUERIES);
-            if elements.is_multiple_of(S::LANES) {
-                dots::<S, T, Next, KEYS, true>(queries, keys, &mut ahead, dim, target);
-            } else {
-                dots::<S, T, Next, KEYS, false>(queries, keys, &mut ahead, dim, target);
+        let elements = self.dim / V::CHANNELS;
+        let (run, width) = (scratch::run::<V>(self.dim), scratch::width::<V>(self.dim));
+        let weights = &weights.as_chunks::<LANE_QUERIES>().0[..n];
+        // Elements whose channels fill as many vectors.
+        let many = COLUMNS / V::CHANNELS * S::LANES;
+        let mut column = 0;
+        // SAFETY: columns end at `elements`; the last, partial one is read through a copy and the sums are padded.
+        unsafe {
+            while many > 0 && column + many <= elements {
+                let at = |c: usize| (c % V::CHANNELS, c / V::CHANNELS * S::LANES);
+                let value = |values: *const V, c| V::load::<S>(values.add(at(c).1), at(c).0);
+                let sum = |c| sums.add(column + at(c).0 * run + at(c).1);
+                columns::<S, V, K, COLUMNS>(
+                    weights,
+                    values.add(column),
+                    elements,
+                    &mut ahead,
+                    sum,
+                    width,
+                    value,
+                );
+                column += many;
+            }
+            while column < elements {
+                let rest = elements - column;
+                for which in 0..V::CHANNELS {
+                    let (values, sum) = (values.add(column), |_| sums.add(which * run + column));
+                    if rest >= S::LANES {
+                        let value = |values, _| V::load::<S>(values, which);
+                        columns::<S, V, K, 1>(weights, values, elements, &mut ahead, sum, width, value);
+                    } else {
+                        let value = |values, _| load_part::<S, V>(values, rest, which);
+                        columns::<S, V, K, 1>(weights, values, elements, &mut ahead, sum, width, value);
+                    }
+                }
+                column += S::LANES;
             }
         }
     }
@@ -205,58 +230,6 @@ unsafe fn load_part<S: Simd, T: Element>(source: *const T, n: usize, which: usiz
     unsafe {
         std::ptr::copy_nonoverlapping(source, part.as_mut_ptr(), n);
         T::load::<S>(part.as_ptr(), which)
-    }
-}
-
-/// Adds the weighted values of a block to the sums of four queries.
-///
-/// # Safety
-/// `values` holds `[n, dim / CHANNELS]`, `sums` `[4, width]`, weights `[n, 4]`.
-#[inline(always)]
-unsafe fn weighted_sum<S: Simd, T: Element, Next: Element, const COLUMNS: usize>(
-    weights: &Weights,
-    values: *const T,
-    mut ahead: Ahead<Next>,
-    dim: usize,
-    n: usize,
-    sums: *mut f32,
-) {
-    let (elements, run, width) = (dim / T::CHANNELS, scratch::run::<T>(dim), scratch::width::<T>(dim));
-    let weights = &weights.as_chunks::<LANE_QUERIES>().0[..n];
-    // Elements whose channels fill as many vectors.
-    let many = COLUMNS / T::CHANNELS * S::LANES;
-    let mut column = 0;
-    // SAFETY: columns end at `elements`; the last, partial one is read through a copy and the sums are padded.
-    unsafe {
-        while many > 0 && column + many <= elements {
-            let at = |c: usize| (c % T::CHANNELS, c / T::CHANNELS * S::LANES);
-            let value = |values: *const T, c| T::load::<S>(values.add(at(c).1), at(c).0);
-            let sum = |c| sums.add(column + at(c).0 * run + at(c).1);
-            columns::<S, T, Next, COLUMNS>(
-                weights,
-                values.add(column),
-                elements,
-                &mut ahead,
-                sum,
-                width,
-                value,
-            );
-            column += many;
-        }
-        while column < elements {
-            let rest = elements - column;
-            for which in 0..T::CHANNELS {
-                let (values, sum) = (values.add(column), |_| sums.add(which * run + column));
-                if rest >= S::LANES {
-                    let value = |values, _| T::load::<S>(values, which);
-                    columns::<S, T, Next, 1>(weights, values, elements, &mut ahead, sum, width, value);
-                } else {
-                    let value = |values, _| load_part::<S, T>(values, rest, which);
-                    columns::<S, T, Next, 1>(weights, values, elements, &mut ahead, sum, width, value);
-                }
-            }
-            column += S::LANES;
-        }
     }
 }
 

@@ -8,18 +8,17 @@ use std::marker::PhantomData;
 
 use crate::element::{Affine, Element};
 use crate::kernel::{BLOCK, LANE_QUERIES, Task, Weights};
+use crate::math::ROUND;
 use crate::products::{Ahead, Products};
 use crate::quantised::Floats;
 use crate::scratch;
 use crate::simd::{MAX_LANES, Whole};
 
 const MOST_STEPS: f32 = 32_767.0;
-/// Added to a small number, the sum's lower bits are that number, rounded.
-const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23
 /// Numbers below it count as 0, so that a step has an inverse.
 const LEAST: f32 = 1e-30;
-/// Of so many channels sums fit 32 bits.
-const MOST_CHANNELS: usize = 4096;
+/// Of so many channels a sum of products with codes of 8 bits fits 32.
+const MOST_CHANNELS: usize = 512;
 
 /// Queries as whole numbers; keys are multiplied `KEYS` at a time.
 pub(crate) struct WholeProducts<S, const KEYS: usize> {
@@ -75,7 +74,7 @@ fn step(largest: f32, sum: f32) -> (f32, f32) {
 /// The nearest whole number, in the lower 16 bits.
 #[inline(always)]
 fn whole(x: f32) -> u32 {
-    (x + MAGIC).to_bits() & 0xffff
+    (x + ROUND).to_bits() & 0xffff
 }
 
 impl<S: Whole, K: Element, V: Element, const KEYS: usize> Products<K, V> for WholeProducts<S, KEYS> {

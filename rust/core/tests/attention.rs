@@ -321,6 +321,37 @@ proptest! {
     }
 }
 
+/// The largest codes with a query whose channels are all the same: a sum that wrapped would choose the other entries.
+#[test]
+fn sums_of_the_largest_codes_fit() {
+    for dim in [512, 1024] {
+        let (mut codes, positions) = (vec![-127i8; 66 * dim], (0..66).collect::<Vec<i32>>());
+        codes[65 * dim..].fill(127);
+        let layer = Layer {
+            head_dim: dim,
+            keys: &codes,
+            values: &codes,
+            positions: &positions,
+            rows: Rows { start: &[0], length: &[66], capacity: &[66] },
+            sinks: &[0],
+            recent: &[0],
+            sums: None,
+            scales: Some(Floats::Bf16(&[bf16::ONE; 132])),
+            residual: None,
+        };
+        let mut data = vec![0.0f32; dim];
+        data[0] = 1.0;
+        let ask = Queries { batch: 1, heads: 1, steps: 1, data: &data, positions: &[65], sink_logits: None };
+        for isa in available() {
+            let options = Options { scale: 1.0, sliding_window: None, softcap: None, threads: 1, isa };
+            let mut out = vec![0.0f32; dim];
+            attend(&layer, &ask, &options, &mut out).unwrap();
+            let want = 127.0 * (dim as f32).sqrt();
+            assert!((out[0] - want).abs() < 1e-4 * want, "{isa:?}, D {dim}: {} is not {want}", out[0]);
+        }
+    }
+}
+
 fn skewed(lengths: Vec<usize>) -> Case {
     let rows = lengths.len();
     Case {
@@ -474,9 +505,9 @@ fn what_is_not_a_number_stays_so() {
 fn codes_of_what_is_not_a_number_stay_so() {
     let (codes, positions) = ([3i8; 200 * 64], (0..200).collect::<Vec<i32>>());
     let rows = Rows { start: &[0], length: &[200], capacity: &[200] };
-    for (what, bad) in [("key", f32::NAN), ("value", f32::NAN), ("value", f32::INFINITY), ("query", f32::NAN)]
-        .into_iter()
-        .chain([("query", f32::INFINITY)])
+    let (nan, infinite) = (f32::NAN, f32::INFINITY);
+    for (what, bad) in
+        [("key", nan), ("value", nan), ("value", infinite), ("query", nan), ("query", infinite)]
     {
         let mut scales = vec![bf16::from_f32(0.01); 400];
         let mut data = [0.25; 2 * 64];

@@ -168,14 +168,6 @@ impl Whole for Avx512 {
     unsafe fn float(sums: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(sums) }
     }
-    #[inline(always)]
-    unsafe fn totals(x: &[__m512i]) -> __m512 {
-        unsafe {
-            let mut floats = [_mm512_setzero_ps(); 16];
-            floats.iter_mut().zip(x).for_each(|(float, sums)| *float = Self::float(*sums));
-            Self::sums(&floats)
-        }
-    }
 }
 
 /// The codes that the lowest 4 bits of each lane stand for: a table that fits a register.

@@ -85,8 +85,16 @@ pub trait Whole: Simd {
     /// `sums`, each with two more products.
     unsafe fn add_products(a: Self::Whole, b: Self::Whole, sums: Self::Whole) -> Self::Whole;
     unsafe fn float(sums: Self::Whole) -> Self::Vector;
-    /// The sums of the lanes of each of `LANES` vectors of sums.
-    unsafe fn totals(sums: &[Self::Whole]) -> Self::Vector;
+    /// The sums of the lanes of each of `LANES` vectors of sums; together they fit 32 bits.
+    #[inline(always)]
+    unsafe fn totals(sums: &[Self::Whole]) -> Self::Vector {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut floats = [Self::splat(0.0); MAX_LANES];
+            floats.iter_mut().zip(sums).for_each(|(float, sums)| *float = Self::float(*sums));
+            Self::sums(&floats[..Self::LANES])
+        }
+    }
 }
 
 /// An instruction set, chosen at run time.
