@@ -43,6 +43,11 @@ class Case:
         numbers of 16 bits, where the CPU multiplies such."""
         return 2e-4 if backend == "rust" and self.dtype != torch.float32 else 4e-6
 
+    def within_codes(self, want: Tensor, backend: str) -> Tensor:
+        """How far outputs over codes may be from `want`, float64."""
+        largest = max(1.0, float(want.abs().max()))
+        return torch.finfo(self.dtype).eps * want.abs() + self.error_over_codes(backend) * largest
+
     def build(self, device: str = "cpu") -> tuple[Tensor, RaggedLayer]:
         """Queries `[B, HQ, T, D]` and a layer whose unused slots hold NaN, those of codes as their scales."""
         generator = torch.Generator().manual_seed(sum(map(ord, self.name)))

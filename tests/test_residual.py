@@ -234,10 +234,8 @@ def test_attention_is_that_of_what_rows_say(case, backend, storage, size):
     q, layer = built(case, storage, size)
     want, got = truth(case, q, layer), attended(q, layer, case, backend)
     assert got.dtype == q.dtype and bool(got.isfinite().all())
-    rounding = torch.finfo(case.dtype).eps * want.abs() + case.error_over_codes(backend) * max(
-        1.0, float(want.abs().max())
-    )
-    assert bool(((got.double() - want).abs() <= rounding).all()), float((got.double() - want).abs().max())
+    error = (got.double() - want).abs()
+    assert bool((error <= case.within_codes(want, backend)).all()), float(error.max())
 
 
 @pytest.mark.parametrize("isa", OTHERS)
