@@ -81,6 +81,8 @@ pub(crate) fn run<K: Element, V: Element>(
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => run_avx512_vnni(task, states, sums),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => run_avx512(task, states, sums),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => run_avx2(task, states, sums),
@@ -107,6 +109,20 @@ unsafe fn run_avx512<K: Element, V: Element>(task: &Task<K, V>, states: &mut [St
             None => {
                 run_with::<Avx512, K, V, _>(task, &FloatProducts::<Avx512, 4, 4>::new(task), states, sums)
             }
+        }
+    }
+}
+
+/// # Safety
+/// As [`run_with`], on a CPU with these features.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+unsafe fn run_avx512_vnni<K: Element, V: Element>(task: &Task<K, V>, states: &mut [State], sums: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match WholeProducts::<Avx512<true>, 4>::new(task) {
+            Some(products) => run_with::<Avx512<true>, K, V, _>(task, &products, states, sums),
+            None => run_avx512(task, states, sums),
         }
     }
 }

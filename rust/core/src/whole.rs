@@ -100,11 +100,13 @@ impl<S: Whole, K: Element, V: Element, const KEYS: usize> Products<K, V> for Who
                 for column in (0..elements).step_by(2 * S::LANES) {
                     ahead.fetch(KEYS * K::CHANNELS * 2 * S::LANES);
                     for which in 0..K::CHANNELS {
-                        let q = queries.add(which * run + column);
-                        let q: [_; LANE_QUERIES] = std::array::from_fn(|i| S::load_whole(q.add(i * width)));
+                        let mut four = [S::none(); LANE_QUERIES];
+                        for (i, q) in four.iter_mut().enumerate() {
+                            *q = S::load_whole(queries.add(i * width + which * run + column));
+                        }
                         for (key, dots) in keys.iter().zip(&mut dots) {
                             let key = K::whole::<S>(S::load_bytes(key.add(column).cast()), which);
-                            for (dot, q) in dots.iter_mut().zip(q) {
+                            for (dot, q) in dots.iter_mut().zip(four) {
                                 *dot = S::add_products(key, q, *dot);
                             }
                         }
@@ -220,16 +222,14 @@ unsafe fn whole_pairs<S: Whole>(
         S::store(sums.as_mut_ptr(), sum);
     }
     let lanes = |query: usize| (query..S::LANES).step_by(LANE_QUERIES);
-    let steps: [_; LANE_QUERIES] = std::array::from_fn(|query| {
-        step(
-            lanes(query).fold(0.0, |top, lane| largest[lane].max(top)),
-            lanes(query).map(|lane| sums[lane]).sum(),
-        )
-    });
-    let inverses = steps.map(|(_, inverse)| inverse);
+    let (mut steps, mut inverses) = ([0.0; LANE_QUERIES], [0.0; LANE_QUERIES]);
+    for query in 0..LANE_QUERIES {
+        let largest = lanes(query).fold(0.0, |top, lane| largest[lane].max(top));
+        (steps[query], inverses[query]) = step(largest, lanes(query).map(|lane| sums[lane]).sum());
+    }
     let number = |entry: usize, query: usize| whole(weights[entry * LANE_QUERIES + query] * inverses[query]);
     for (pair, numbers) in pairs[..n.div_ceil(2)].iter_mut().enumerate() {
         *numbers = std::array::from_fn(|query| number(2 * pair, query) | number(2 * pair + 1, query) << 16);
     }
-    steps.map(|(step, _)| step)
+    steps
 }

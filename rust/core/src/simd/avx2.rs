@@ -107,11 +107,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn sums(x: &[__m256]) -> __m256 {
-        unsafe {
-            let (a, b) = (halves(x[0], x[4]), halves(x[1], x[5]));
-            let (c, d) = (halves(x[2], x[6]), halves(x[3], x[7]));
-            _mm256_hadd_ps(quarters(a, b), quarters(c, d))
-        }
+        unsafe { sums::<false>(x) }
     }
 }
 
@@ -164,12 +160,8 @@ impl Whole for Avx2 {
     #[inline(always)]
     unsafe fn totals(x: &[__m256i]) -> __m256 {
         unsafe {
-            let (a, b) = (whole_halves(x[0], x[4]), whole_halves(x[1], x[5]));
-            let (c, d) = (whole_halves(x[2], x[6]), whole_halves(x[3], x[7]));
-            let (e, f) = (whole_quarters(a, b), whole_quarters(c, d));
-            let (e, f) = (_mm256_castsi256_ps(e), _mm256_castsi256_ps(f));
-            let (even, odd) = (_mm256_shuffle_ps::<0x88>(e, f), _mm256_shuffle_ps::<0xdd>(e, f));
-            Self::float(_mm256_add_epi32(_mm256_castps_si256(even), _mm256_castps_si256(odd)))
+            let sums = sums::<true>(std::slice::from_raw_parts(x.as_ptr().cast(), x.len()));
+            Self::float(_mm256_castps_si256(sums))
         }
     }
 }
@@ -181,33 +173,40 @@ unsafe fn codes(n: __m256i) -> __m256 {
     unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(n), _mm256_set1_ps(2.0), _mm256_set1_ps(-15.0)) }
 }
 
+/// The sums of the lanes of each vector, of floats or of whole numbers.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn sums<const WHOLE: bool>(x: &[__m256]) -> __m256 {
+    unsafe {
+        let (a, b) = (halves::<WHOLE>(x[0], x[4]), halves::<WHOLE>(x[1], x[5]));
+        let (c, d) = (halves::<WHOLE>(x[2], x[6]), halves::<WHOLE>(x[3], x[7]));
+        let (e, f) = (quarters::<WHOLE>(a, b), quarters::<WHOLE>(c, d));
+        plus::<WHOLE>(_mm256_shuffle_ps::<0x88>(e, f), _mm256_shuffle_ps::<0xdd>(e, f))
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn plus<const WHOLE: bool>(a: __m256, b: __m256) -> __m256 {
+    unsafe {
+        if WHOLE {
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
+        } else {
+            _mm256_add_ps(a, b)
+        }
+    }
+}
+
 /// The lower half is the sum of the halves of `a`, the upper one that of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn halves(a: __m256, b: __m256) -> __m256 {
-    unsafe { _mm256_add_ps(_mm256_blend_ps::<0xf0>(a, b), _mm256_permute2f128_ps::<0x21>(a, b)) }
+unsafe fn halves<const WHOLE: bool>(a: __m256, b: __m256) -> __m256 {
+    unsafe { plus::<WHOLE>(_mm256_blend_ps::<0xf0>(a, b), _mm256_permute2f128_ps::<0x21>(a, b)) }
 }
 
 /// The same within each half: two lanes of `a`, two of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn quarters(a: __m256, b: __m256) -> __m256 {
-    unsafe { _mm256_add_ps(_mm256_blend_ps::<0xcc>(a, b), _mm256_shuffle_ps::<0x4e>(a, b)) }
-}
-
-/// `halves` of whole numbers.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn whole_halves(a: __m256i, b: __m256i) -> __m256i {
-    unsafe { _mm256_add_epi32(_mm256_blend_epi32::<0xf0>(a, b), _mm256_permute2x128_si256::<0x21>(a, b)) }
-}
-
-/// `quarters` of whole numbers.
-#[inline(always)]
-#[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn whole_quarters(a: __m256i, b: __m256i) -> __m256i {
-    unsafe {
-        let crossed = _mm256_shuffle_ps::<0x4e>(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
-        _mm256_add_epi32(_mm256_blend_epi32::<0xcc>(a, b), _mm256_castps_si256(crossed))
-    }
+unsafe fn quarters<const WHOLE: bool>(a: __m256, b: __m256) -> __m256 {
+    unsafe { plus::<WHOLE>(_mm256_blend_ps::<0xcc>(a, b), _mm256_shuffle_ps::<0x4e>(a, b)) }
 }

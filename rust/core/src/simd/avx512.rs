@@ -5,11 +5,12 @@ use std::arch::x86_64::*;
 
 use super::{Simd, Whole};
 
-pub(crate) struct Avx512;
+/// `VNNI`: the CPU multiplies whole numbers and adds them up in one instruction.
+pub(crate) struct Avx512<const VNNI: bool = false>;
 
 // SAFETY of every block: the caller promises the CPU features and the pointers (see `Simd`).
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type Vector = __m512;
     const LANES: usize = 16;
 
@@ -107,20 +108,13 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn sums(x: &[__m512]) -> __m512 {
-        unsafe {
-            let a = quarters(halves(x[0], x[4]), halves(x[8], x[12]));
-            let b = quarters(halves(x[1], x[5]), halves(x[9], x[13]));
-            let c = quarters(halves(x[2], x[6]), halves(x[10], x[14]));
-            let d = quarters(halves(x[3], x[7]), halves(x[11], x[15]));
-            let (e, f) = (eighths(a, b), eighths(c, d));
-            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(e, f), _mm512_shuffle_ps::<0xdd>(e, f))
-        }
+        unsafe { sums::<false>(x) }
     }
 }
 
 // SAFETY of every block: the caller promises the CPU features and the pointers (see `Whole`).
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Whole for Avx512 {
+impl<const VNNI: bool> Whole for Avx512<VNNI> {
     type Bytes = __m256i;
     type Whole = __m512i;
 
@@ -162,11 +156,24 @@ impl Whole for Avx512 {
     }
     #[inline(always)]
     unsafe fn add_products(a: __m512i, b: __m512i, sums: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi32(_mm512_madd_epi16(a, b), sums) }
+        unsafe {
+            if VNNI {
+                _mm512_dpwssd_epi32(sums, a, b)
+            } else {
+                _mm512_add_epi32(_mm512_madd_epi16(a, b), sums)
+            }
+        }
     }
     #[inline(always)]
     unsafe fn float(sums: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(sums) }
+    }
+    #[inline(always)]
+    unsafe fn totals(x: &[__m512i]) -> __m512 {
+        unsafe {
+            let sums = sums::<true>(std::slice::from_raw_parts(x.as_ptr().cast(), x.len()));
+            Self::float(_mm512_castps_si512(sums))
+        }
     }
 }
 
@@ -182,23 +189,49 @@ unsafe fn codes(index: __m512i) -> __m512 {
     }
 }
 
+/// The sums of the lanes of each vector, of floats or of whole numbers.
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn sums<const WHOLE: bool>(x: &[__m512]) -> __m512 {
+    unsafe {
+        let a = quarters::<WHOLE>(halves::<WHOLE>(x[0], x[4]), halves::<WHOLE>(x[8], x[12]));
+        let b = quarters::<WHOLE>(halves::<WHOLE>(x[1], x[5]), halves::<WHOLE>(x[9], x[13]));
+        let c = quarters::<WHOLE>(halves::<WHOLE>(x[2], x[6]), halves::<WHOLE>(x[10], x[14]));
+        let d = quarters::<WHOLE>(halves::<WHOLE>(x[3], x[7]), halves::<WHOLE>(x[11], x[15]));
+        let (e, f) = (eighths::<WHOLE>(a, b), eighths::<WHOLE>(c, d));
+        plus::<WHOLE>(_mm512_shuffle_ps::<0x88>(e, f), _mm512_shuffle_ps::<0xdd>(e, f))
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn plus<const WHOLE: bool>(a: __m512, b: __m512) -> __m512 {
+    unsafe {
+        if WHOLE {
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+        } else {
+            _mm512_add_ps(a, b)
+        }
+    }
+}
+
 /// The lower half is the sum of the halves of `a`, the upper one that of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn halves(a: __m512, b: __m512) -> __m512 {
-    unsafe { _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4::<0x4e>(a, b)) }
+unsafe fn halves<const WHOLE: bool>(a: __m512, b: __m512) -> __m512 {
+    unsafe { plus::<WHOLE>(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4::<0x4e>(a, b)) }
 }
 
 /// The same of each half of `a` and then of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn quarters(a: __m512, b: __m512) -> __m512 {
-    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
+unsafe fn quarters<const WHOLE: bool>(a: __m512, b: __m512) -> __m512 {
+    unsafe { plus::<WHOLE>(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
 }
 
 /// Within each quarter: two lanes of `a`, two of `b`.
 #[inline(always)]
 #[allow(clippy::undocumented_unsafe_blocks)]
-unsafe fn eighths(a: __m512, b: __m512) -> __m512 {
-    unsafe { _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps::<0x4e>(a, b)) }
+unsafe fn eighths<const WHOLE: bool>(a: __m512, b: __m512) -> __m512 {
+    unsafe { plus::<WHOLE>(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps::<0x4e>(a, b)) }
 }

@@ -1,4 +1,7 @@
 //! The handful of vector operations that the kernel is written in, once for every instruction set.
+//!
+//! They are inlined into a function that has the CPU's features. A closure around them may not be, and has no features then:
+//! its vectors go through memory, tens of times as slowly. So their callers are loops.
 
 use half::{bf16, f16};
 
@@ -86,20 +89,13 @@ pub trait Whole: Simd {
     unsafe fn add_products(a: Self::Whole, b: Self::Whole, sums: Self::Whole) -> Self::Whole;
     unsafe fn float(sums: Self::Whole) -> Self::Vector;
     /// The sums of the lanes of each of `LANES` vectors of sums; together they fit 32 bits.
-    #[inline(always)]
-    unsafe fn totals(sums: &[Self::Whole]) -> Self::Vector {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut floats = [Self::splat(0.0); MAX_LANES];
-            floats.iter_mut().zip(sums).for_each(|(float, sums)| *float = Self::float(*sums));
-            Self::sums(&floats[..Self::LANES])
-        }
-    }
+    unsafe fn totals(sums: &[Self::Whole]) -> Self::Vector;
 }
 
 /// An instruction set, chosen at run time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    Avx512Vnni,
     Avx512,
     Avx2,
     Neon,
@@ -107,7 +103,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    pub const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
+    pub const ALL: [Isa; 5] = [Isa::Avx512Vnni, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
 
     /// The best one that this CPU has.
     pub fn detect() -> Isa {
@@ -116,6 +112,8 @@ impl Isa {
 
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Isa::Avx512.is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 is_x86_feature_detected!("avx512f")
@@ -138,6 +136,7 @@ impl Isa {
 
     pub fn name(self) -> &'static str {
         match self {
+            Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
             Isa::Neon => "neon",
