@@ -1,7 +1,8 @@
 //! The handful of vector operations that the kernel is written in, once for every instruction set.
 //!
-//! They are inlined into a function that has the CPU's features. A closure around them may not be, and has no features then:
-//! its vectors go through memory, tens of times as slowly. So their callers are loops.
+//! They must end up inlined in a function that has the CPU's features. A closure that the compiler leaves apart has none: its
+//! vectors go through memory, many times as slowly, which only the disassembly shows. `array::from_fn` of vectors was such a
+//! one; a loop can not be.
 
 use half::{bf16, f16};
 
