@@ -14,6 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST = 1.5  # seconds until a page's first picture: all take less than one on a quiet core, which others may slow down
 # Nothing is known but this machine: a request that leaves it fails, as it would without a network.
 FLAGS = [
     "--no-sandbox",
@@ -136,8 +137,8 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
     """`with page_checker(address, "cost.html") as page:` opens a page, widgets ready, and hands it over.
 
     On leaving, the test fails for any request that left the local server, any answer of 400 or more, any
-    console error and any uncaught exception, all from the first byte on, and for a first picture that takes a second of
-    computing. `theme` is "light" or "dark"; `touch` makes it a phone.
+    console error and any uncaught exception, all from the first byte on, and for a first picture that takes `MOST`
+    seconds of computing. `theme` is "light" or "dark"; `touch` makes it a phone.
     """
 
     @contextmanager
@@ -166,9 +167,9 @@ def page_checker(chromium: Any) -> Callable[..., AbstractContextManager[Any]]:
         session = counting(page)
         try:
             seconds = _seconds_to_first_picture(page, session, f"{address}/{path}")
-            if seconds > 1:  # a busy core computes at half its speed: the least of three visits counts
+            if seconds > MOST:  # a busy core computes at half its speed: the least of three visits counts
                 seconds = min(seconds, *(_alone(chromium, screen, f"{address}/{path}") for _ in range(2)))
-            if seconds > 1:
+            if seconds > MOST:
                 faults.append(f"{seconds:.2f} s of computing until the first picture")
             page.wait_for_function(WIDGETS_READY)
             _settle(page, pending)
