@@ -69,7 +69,7 @@ class DecodeConfig:
         programs, early, shared = device_traits(rows.keys.device)
         ring = ring and early and shared >= RING_BYTES and fits_ring(rows)
         if ring and rows.scales is not None:
-            return cls(programs, block=256, early=True, ring=2, gap=512)
+            return cls(programs, block=256, early=True, ring=2, gap=768)
         block, warps = max(16, min(128, 1 << (32768 // entry).bit_length() - 1)), 4
         if rows.scales is not None:
             # Codes are widened in registers, by as few warps as have room for them: more would do the same work twice.

@@ -17,7 +17,9 @@ MOST_STEPS = gl.constexpr(32512.0)  # 127 * 256
 MAGIC = gl.constexpr(1.5 * 2.0**23)  # added to a small number, the sum's low bits are that number, rounded
 MAGIC_BITS = gl.constexpr(0x4B400000)
 QUERIES = gl.constexpr(4)  # a row has at most
-ROWS = gl.constexpr(8)  # of what is rotated: the queries, the new key, the new value, nothing
+# Of what is rotated: the queries, and the new key and value twice. Of zeros in their place, what has no use would wait
+# for divisions: those by tiny numbers take long.
+ROWS = gl.constexpr(8)
 
 
 @gluon.constexpr_function

@@ -48,22 +48,35 @@ def turned_from(x, D: tl.constexpr):
 
 
 @triton.jit
-def quantised(turned, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
-    """Rotated vectors `[M, D_PAD]` as codes `[M, D_PAD]` in float32 and scales `[M]` of `DTYPE`. The largest channel is
-    `LARGEST` scales. Codes are whole numbers where that is 127, odd ones where it is 16."""
+def in_steps(turned, DTYPE: tl.constexpr, most):
+    """Rotated vectors `[M, D_PAD]` in steps of scales `[M]` of `DTYPE`: `most` of them, one number or `[M]`, are the
+    largest channel; and the scales."""
     TINY: tl.constexpr = 2.0**-14 if DTYPE == tl.float16 else 2.0**-126  # noqa: SIM300
-    MAGIC: tl.constexpr = 1.5 * 2.0**23
     # Bits of numbers that are not negative are in their order, with what is no number above all.
     largest = tl.max(tl.abs(turned).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, LARGEST * 1.0).to(DTYPE).to(tl.float32)
+    scale = tl.div_rn(largest, most).to(DTYPE).to(tl.float32)
     scale = tl.where(scale < TINY, TINY, scale).to(DTYPE)
-    steps = tl.div_rn(turned, tl.broadcast_to(scale.to(tl.float32)[:, None], turned.shape))
+    return tl.div_rn(turned, tl.broadcast_to(scale.to(tl.float32)[:, None], turned.shape)), scale
+
+
+@triton.jit
+def nearest(steps, LARGEST: tl.constexpr):
+    """The code nearest to each: whole numbers up to 127, odd ones where `LARGEST` is 16."""
+    MAGIC: tl.constexpr = 1.5 * 2.0**23
     # MAGIC rounds to the nearest, and to even: float32 has no more digits there.
     if LARGEST == 16:
         halved = tl.where(steps == steps, tl.clamp(steps * 0.5 + 7.5, 0.0, 15.0), 0.0)
-        return ((halved + MAGIC) - MAGIC) * 2.0 - 15.0, scale
+        return ((halved + MAGIC) - MAGIC) * 2.0 - 15.0
     steps = tl.where(steps == steps, tl.clamp(steps, -LARGEST, LARGEST), 0.0)
-    return (steps + MAGIC) - MAGIC, scale
+    return (steps + MAGIC) - MAGIC
+
+
+@triton.jit
+def quantised(turned, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """Rotated vectors `[M, D_PAD]` as codes `[M, D_PAD]` in float32 and scales `[M]` of `DTYPE`. The largest channel is
+    `LARGEST` scales. Codes are whole numbers where that is 127, odd ones where it is 16."""
+    steps, scale = in_steps(turned, DTYPE, LARGEST * 1.0)
+    return nearest(steps, LARGEST), scale
 
 
 @triton.jit

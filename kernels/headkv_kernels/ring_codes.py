@@ -32,8 +32,8 @@ from headkv_kernels.digits import (
     value_layout,
     whole_numbers,
 )
-from headkv_kernels.quantised import quantised
-from headkv_kernels.ring import barrier, block_at, copied_layout, copy, halves, next_block, offsets_of
+from headkv_kernels.quantised import in_steps, nearest, quantised
+from headkv_kernels.ring import barrier, block_at, copied_layout, copy, halves, next_block
 from headkv_kernels.shares import plan_rows, segment_at, share_of
 from headkv_kernels.softmax import base_two
 
@@ -81,24 +81,34 @@ def store_queries(queries, query_bytes, steps, sums, PACKED: gl.constexpr):
 def store_new(
     new_turned, pools, target, row, d, SCALE: gl.constexpr, KEYS_PACKED: gl.constexpr, VALUES_PACKED: gl.constexpr
 ):  # fmt: skip
-    """A key and a value, the first two of `[QUERIES, D]`, as codes into the slot `target`; returns what these say."""
-    codes, scale = quantised(new_turned, SCALE, 16 if KEYS_PACKED else 127)
-    store_row(codes, pools.key, target, row, d, 0)
+    """A key and a value, twice, `[QUERIES, D]`, as codes into the slot `target`; returns what these say."""
+    KEYS: gl.constexpr = 16 if KEYS_PACKED else 127
+    VALUES: gl.constexpr = 16 if VALUES_PACKED else 127
     which = gl.max(row, 1)
-    if KEYS_PACKED != VALUES_PACKED:
-        value_codes, value_scale = quantised(new_turned, SCALE, 16 if VALUES_PACKED else 127)
-        codes, scale = gl.where(row == 0, codes, value_codes), gl.where(which == 0, scale, value_scale)
+    if KEYS_PACKED == VALUES_PACKED:
+        codes, scale = quantised(new_turned, SCALE, KEYS)
+    else:  # divisions take long: once for both
+        most = gl.where(which % 2 == 0, KEYS * 1.0, VALUES * 1.0)
+        steps, scale = in_steps(new_turned, SCALE, most)
+        codes = gl.where(row % 2 == 0, nearest(steps, KEYS), nearest(steps, VALUES))
+    store_row(codes, pools.key, target, row, d, 0)
     store_row(codes, pools.value, target, row, d, 1)
     gl.store(pools.scale + target * 2 + which, scale, mask=which < 2)
     return codes * scale.to(gl.float32)[:, None]
 
 
 @gluon.jit
-def weights_of(
-    operand, k, factor, less, scales, here, rule, top, total, SCALE: gl.constexpr, mma: gl.constexpr
-):
-    """Of a block's entries that are `here` the weights times their values' scales, `[WARPS, 8, N]`, and the largest of
-    each query; by what sums so far shrink; and the softmax's new top and total."""
+def together(x):
+    """The number `x`, once all threads of a warp are here: what a loop of unknown length leaves the compiler in doubt
+    of, which then cuts what follows at each exchange between threads."""
+    return gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def products_of(operand, k, less, mma: gl.constexpr):
+    """Of queries and a block's codes: `[WARPS, 8, N]`, whole numbers."""
     both = gl.zeros([k[0].shape[0], 16, k[0].shape[2]], gl.int32, layout=mma)
     for i in gl.static_range(len(k)):
         both = mma_v2(operand[i], k[i], both)
@@ -106,6 +116,13 @@ def weights_of(
     products = high * 256 + low
     if len(k) == 2:  # a code is twice its bits, less 15
         products = products * 2 - less[:, :, None]
+    return products
+
+
+@gluon.jit
+def weights_of(products, factor, scales, here, rule, top, total, SCALE: gl.constexpr):
+    """Of a block's entries that are `here` the weights times their values' scales, `[WARPS, 8, N]`, and the largest of
+    each query; by what sums so far shrink; and the softmax's new top and total."""
     logits = products.to(gl.float32) * factor[:, :, None] * scale_of(scales, SCALE, 0)[:, None, :]
     if rule.softcap is not None:
         logits = base_two(logits, rule)
@@ -144,20 +161,38 @@ def sum_of_parts(acc, shrink, merged: gl.constexpr):
 
 
 @gluon.jit
+def places_of(LAYOUT: gl.constexpr, WARPS: gl.constexpr, N: gl.constexpr, BYTES: gl.constexpr):
+    """Of a block's entries `[WARPS, N]` numbers in two parts, where the bytes of the first lie behind the block's first
+    `[WARPS, N, BYTES]`, and the second, which is known to the compiler: so it takes no registers, of which the products
+    want many."""
+    KNOWN: gl.constexpr = max(8, 512 // BYTES)  # a warp copies 512 bytes at once
+    pairs: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    part = gl.arange(0, WARPS, layout=gl.SliceLayout(1, pairs))[:, None]
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, pairs))[None, :]
+    d = gl.arange(0, BYTES, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    near = part * N + n % KNOWN
+    return near, near[:, :, None] * BYTES + d[None, None, :], part * 0 + n // KNOWN * KNOWN
+
+
+@gluon.jit
+def copy_codes(slot, pool, begin, number, places, BYTES: gl.constexpr):
+    """Begin to copy `number` entries of a block, at their `places`, and zeros behind these."""
+    near, offsets, far = places
+    pointers = pool.to(gl.pointer_type(gl.int8)) + begin * BYTES + offsets
+    copy(slot, pointers + (far * BYTES)[:, :, None], mask=(near < number - far)[:, :, None])
+
+
+@gluon.jit
 def fetch(
-    k_slot, v_slot, scale_slot, segment, at, stop, n, value_n, scale_n, key_offsets, value_offsets,
-    plan, rows, pools, rule, KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, BLOCK: gl.constexpr,
+    k_slot, v_slot, scale_slot, begin, number, keys, values, scale_n, pools,
+    KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """`ring.fetch` of codes and scales."""
-    segment, at, number, begin = next_block(segment, at, stop, plan, rows, rule)
-    keys = pools.key.to(gl.pointer_type(gl.int8)) + begin * KEY_BYTES
-    copy(k_slot, keys + key_offsets, mask=(n < number)[:, :, None])
-    values = pools.value.to(gl.pointer_type(gl.int8)) + begin * VALUE_BYTES
-    copy(v_slot, values + value_offsets, mask=(value_n < number)[:, :, None])
+    """Begin to copy the block at the slot `begin`, of which there are `number` entries."""
+    copy_codes(k_slot, pools.key, begin, number, keys, KEY_BYTES)
+    copy_codes(v_slot, pools.value, begin, number, values, VALUE_BYTES)
     pairs = pools.scale.to(gl.pointer_type(gl.int32)) + begin
     copy(scale_slot, pairs + scale_n, mask=scale_n < number)
     async_copy.commit_group()
-    return segment, at + gl.minimum(number, BLOCK)
 
 
 @gluon.jit
@@ -217,16 +252,18 @@ def ring_codes(
     segment = segment_at(unit, stop, plan, rows, rule)
     unit = segment.unit
 
-    n, key_offsets = offsets_of(keys_copied, WARPS, N, KEY_BYTES)
-    value_n, value_offsets = offsets_of(values_copied, WARPS, N, VALUE_BYTES)
+    keys = places_of(keys_copied, WARPS, N, KEY_BYTES)
+    values = places_of(values_copied, WARPS, N, VALUE_BYTES)
     part = gl.arange(0, WARPS, layout=gl.SliceLayout(1, scales_copied))[:, None]
     scale_n = part * N + gl.arange(0, N, layout=gl.SliceLayout(0, scales_copied))[None, :]
-    cursor, cursor_at = segment, segment.begin
+    cursor, cursor_at, left_there, begin = next_block(segment, segment.begin, stop, plan, rows, rule)
     for ahead in range(STAGES - 1):
-        cursor, cursor_at = fetch(
-            k_ring.index(ahead), v_ring.index(ahead), scale_ring.index(ahead), cursor, cursor_at, stop,
-            n, value_n, scale_n, key_offsets, value_offsets, plan, rows, pools, rule, KEY_BYTES, VALUE_BYTES, BLOCK,
+        fetch(
+            k_ring.index(ahead), v_ring.index(ahead), scale_ring.index(ahead), begin, left_there,
+            keys, values, scale_n, pools, KEY_BYTES, VALUE_BYTES,
         )  # fmt: skip
+        cursor_at += gl.minimum(left_there, BLOCK)
+        cursor, cursor_at, left_there, begin = next_block(cursor, cursor_at, stop, plan, rows, rule)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))[:, None]
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, wide))[None, :]
@@ -250,9 +287,10 @@ def ring_codes(
         if new is not None:
             grows = (segment.unit_end == segment.row_end) & (segment.grows > 0)
             key = new.key.data + batch * new.key.batch + head * new.key.head + (row * 0 + channel)
-            x += gl.load(key, mask=(row == QUERIES) & grows, other=0.0).to(gl.float32)
+            added = grows & (row >= QUERIES)
+            x += gl.load(key, mask=added & (row % 2 == 0), other=0.0).to(gl.float32)
             value = new.value.data + batch * new.value.batch + head * new.value.head + (row * 0 + channel)
-            x += gl.load(value, mask=(row == QUERIES + 1) & grows, other=0.0).to(gl.float32)
+            x += gl.load(value, mask=added & (row % 2 == 1), other=0.0).to(gl.float32)
         queries, new_turned = halves_of_rows(rotated_in_warps(x, channel, wide))
         store_queries(queries, query_bytes, steps, sums, KEYS_PACKED)
         if new is not None:  # noqa: SIM102 (known to the compiler)
@@ -284,9 +322,9 @@ def ring_codes(
             async_copy.wait_group(STAGES - 2)  # this block has come
             barrier()  # to all warps, and all have done with the block before it, whose place is next
             free = gl.where(slot == 0, STAGES - 1, slot - 1)
-            cursor, cursor_at = fetch(
-                k_ring.index(free), v_ring.index(free), scale_ring.index(free), cursor, cursor_at, stop,
-                n, value_n, scale_n, key_offsets, value_offsets, plan, rows, pools, rule, KEY_BYTES, VALUE_BYTES, BLOCK,
+            fetch(
+                k_ring.index(free), v_ring.index(free), scale_ring.index(free), begin, left_there,
+                keys, values, scale_n, pools, KEY_BYTES, VALUE_BYTES,
             )  # fmt: skip
             if EARLY:  # noqa: SIM102
                 if cursor.unit >= stop:  # all is asked for: the next launches may begin
@@ -294,9 +332,14 @@ def ring_codes(
             number = gl.minimum(block_at(at, segment), BLOCK)
             scales = scale_ring.index(slot).load(by_entry)
             k = k_ring.index(slot).permute((0, 2, 1)).load(right)  # [WARPS, KEY_BYTES, N]
-            k = halves_of_bytes(k, NIBBLES) if KEYS_PACKED else (k,)
+            products = products_of(operand, halves_of_bytes(k, NIBBLES) if KEYS_PACKED else (k,), less, mma)
+            # The loop in this parts the products from what follows: among that, the compiler would take them one column
+            # after another, each of which waits for itself.
+            cursor_at += gl.minimum(left_there, BLOCK)
+            cursor, cursor_at, left_there, begin = next_block(cursor, cursor_at, stop, plan, rows, rule)
+            slot = together(slot)
             weights, largest, shrink, top, total = weights_of(
-                operand, k, factor, less, scales, n_logit < number, rule, top, total, SCALE, mma
+                products, factor, scales, n_logit < number, rule, top, total, SCALE
             )
             whole = whole_numbers(weights, largest)
             byte = gl.where(first, (whole + 128) >> 8, whole).to(gl.int8)  # [WARPS, 8, N]
