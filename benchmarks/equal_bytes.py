@@ -5,12 +5,14 @@
 The tuned SmolLM2 in bfloat16 reads texts in which words and numbers are hidden, once for all. Each method compresses
 them without knowing the questions, to a share of the entries in bfloat16, and to as many more in each other storage of
 the cache as have the same bytes; the full cache is stored in all. "int4 and 32" holds the 32 newest entries of each
-row in bfloat16 besides (`residual_length`), and so many fewer in 4 bits. An answer is right if every token of it is the
-most likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in nats, mean
-over tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions, and newest ones.
+row in bfloat16 besides (`residual_length`), and so many fewer in 4 bits. "First third" are the heads that the ablation
+profile ranks first, stored in other bits than the rest (`headkv.HeadStorage`). An answer is right if every token of it
+is the most likely one. KL is that of the full bfloat16 cache's next-token distribution to the compressed one's, in
+nats, mean over tokens of questions and answers. Bytes are those of entries: keys, values, scales, positions, and newest
+ones.
 
-`--simulate` asks the same of other bits, and of bits by head, which headkv does not store: keys and values of a text
-are rounded as it would and kept in bfloat16, those of a question are not rounded; bytes are counted, not measured.
+`--simulate` asks the same of other bits, which headkv does not store: keys and values of a text are rounded as it would
+and kept in bfloat16, those of a question are not rounded; bytes are counted, not measured.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from measure import Row, add_json, finish
 from torch import Tensor
 
 import headkv
+from headkv.cache.mixed import stored_in
 from headkv.cache.quantised import BITS, quantised, restored, rotated
 from headkv.cache.ragged import STORAGES, Storage
 from headkv.data import needle_texts
@@ -39,34 +42,37 @@ from headkv.models.attention import chosen_attention
 METHODS = ("AdaKV", "HeadKV", "KVzip")
 FULL = "full cache"
 Bits = tuple[int, int]  # of keys and of values
-BFLOAT16, INT8, INT4 = (16, 16), BITS["int8"], BITS["int4"]
+BFLOAT16, INT4 = (16, 16), BITS["int4"]
 
 
 class Stored(NamedTuple):
-    """Bits in the third of the heads that the ablation profile ranks first, and in the others; as what of the cache's
-    storages, "model" where it is simulated, with how many newest entries besides."""
+    """Bits in the third of the heads that the ablation profile ranks first, and in the others; as which of the cache's
+    storages, None where that is simulated, with how many newest entries besides."""
 
     first: Bits
     others: Bits
-    storage: Storage = "model"
+    storages: tuple[Storage, Storage] | None = None
     residual_length: int = 0
 
     @classmethod
-    def alike(cls, storage: Storage, residual_length: int = 0) -> Stored:
-        """All heads in one of the cache's storages."""
-        return cls(BITS[storage], BITS[storage], storage, residual_length)
+    def of(cls, first: Storage, others: Storage, residual_length: int = 0) -> Stored:
+        """In two of the cache's storages, or one."""
+        return cls(BITS.get(first, BFLOAT16), BITS.get(others, BFLOAT16), (first, others), residual_length)
 
 
-STORED = {"bfloat16": Stored(BFLOAT16, BFLOAT16)} | {
-    name: Stored.alike(name) for name in STORAGES if name in BITS
+STORED = {"bfloat16": Stored.of("model", "model")} | {
+    name: Stored.of(name, name) for name in STORAGES if name in BITS
+}
+BY_HEAD = {
+    "first third bfloat16, others int4": Stored.of("model", "int4"),
+    "first third int8, others int4": Stored.of("int8", "int4"),
+    "first third int4, others int8": Stored.of("int4", "int8"),
 }
 SIMULATED = {
     "K4 V4": Stored(INT4, INT4),
     "K4 V8": Stored((4, 8), (4, 8)),
     "K8 V3": Stored((8, 3), (8, 3)),
     "K3 V3": Stored((3, 3), (3, 3)),
-    "first third int8, others int4": Stored(INT8, INT4),
-    "first third int4, others int8": Stored(INT4, INT8),
     "first third int4, others K3 V3": Stored(INT4, (3, 3)),
 }
 
@@ -86,12 +92,13 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return rotated(codes * scale).to(x.dtype)
 
 
-def store(cache: headkv.RaggedCache, how: Stored, bits: list[list[Bits]]) -> None:
+def store(cache: headkv.RaggedCache, how: Stored, first: Tensor, bits: list[list[Bits]]) -> None:
     """Store what a cache of bfloat16 entries holds in another way, or round each head of each layer to its bits."""
-    for layer, of_heads in zip(cache.attending, bits, strict=True):
+    for layer, leads, of_heads in zip(cache.attending, first.tolist(), bits, strict=True):
         rows = layer.filled()
-        if how.storage != "model":
-            rows.quantise(how.storage, how.residual_length)
+        if how.storages is not None:
+            names = [how.storages[not lead] for lead in leads]
+            layer.restore(stored_in(rows, names, how.residual_length))
             continue
         for begin, length, sides in zip(rows.start, rows.length, of_heads, strict=True):
             here = slice(int(begin), int(begin + length))
@@ -161,7 +168,7 @@ def measure(texts: int, tokens: int, shares: Sequence[float], stored: dict[str, 
             cache, held = compressed(reading, make[method], guess, size, wanted)
             held += rings[name]
             entries = float(cache.lengths().sum()) / everything
-            store(cache, stored[name], bits[name])
+            store(cache, stored[name], first, bits[name])
             saved = cache.snapshot()
             for number, needle in enumerate(text.needles):
                 cache.restore(saved)
@@ -200,11 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--residual-lengths", type=int, nargs="+", default=[32], help="of int4's rows")
     parser.add_argument("--only", nargs="+", metavar="STORED", help="of what is printed, bfloat16 besides")
-    parser.add_argument("--simulate", action="store_true", help="fewer bits, and bits by head, too")
+    parser.add_argument("--by-head", action="store_true", help="bits by head, too")
+    parser.add_argument("--simulate", action="store_true", help="other bits, too")
     add_json(parser)
     options = parser.parse_args(arguments)
-    stored = STORED | {f"int4 and {n}": Stored.alike("int4", n) for n in options.residual_lengths}
-    stored |= SIMULATED if options.simulate else {}
+    stored = STORED | {f"int4 and {n}": Stored.of("int4", "int4", n) for n in options.residual_lengths}
+    stored |= (BY_HEAD if options.by_head else {}) | (SIMULATED if options.simulate else {})
     if unknown := set(options.only or ()) - stored.keys():
         parser.error(f"--only must be of {', '.join(stored)}, got {', '.join(unknown)}")
     if options.only:

@@ -89,6 +89,20 @@ def as_codes(layer: Layer, storage: str) -> Layer:
     return replace(layer, rows=rows, ticket=new_ticket(rows))
 
 
+def of_heads(layer: Layer, heads: slice) -> Layer:
+    """These heads' rows of the layer, by themselves, with a length of their own."""
+    names = ("start", "length", "sinks", "recent")
+    rows = replace(layer.rows, **{name: getattr(layer.rows, name)[heads].clone() for name in names})
+    q = layer.q.unflatten(1, (HEADS, GROUP))[:, heads].flatten(1, 2)
+    own = {
+        "q": q,
+        "new": layer.new[:, :, heads],
+        "capacity": layer.capacity[heads],
+        "begun": layer.begun[heads],
+    }
+    return replace(layer, rows=rows, ticket=new_ticket(rows), **own)
+
+
 def entry_bytes(layer: Layer) -> int:
     """Of an entry's key and value, with scales."""
     pools = (layer.rows.keys, layer.rows.values, layer.rows.scales)
@@ -311,6 +325,21 @@ def measure_ours(name: str, step: Step, layers: list[Layer], replays: int, note:
     note(name, time, first, max(error(layer, step) for layer in layers[::5]))
 
 
+def measure_parts(storages: tuple[str, str], layers: list[Layer], replays: int, note: Note) -> None:
+    """Layers whose first half of the heads is stored so, the other so: a launch for each."""
+    halves = slice(0, HEADS // 2), slice(HEADS // 2, HEADS)
+    parts = [
+        as_codes(of_heads(layer, heads), storage)
+        for layer in layers
+        for heads, storage in zip(halves, storages, strict=True)
+    ]
+    hopper = torch.cuda.get_device_capability()[0] >= 9
+    steps = [stepping(DecodeConfig.default(part.rows), ahead=hopper) for part in parts[:2]] * len(layers)
+    furthest = max(error(part, step) for part, step in zip(parts[:2], steps, strict=False))
+    time = microseconds(lambda: [step(part) for step, part in zip(steps, parts, strict=True)], replays)
+    note(f"headkv, half of the heads {storages[0]}, half {storages[1]}", time, furthest)
+
+
 def measure_rival(rival: Rival, layers: list[Layer], replays: int, note: Note) -> None:
     """The same; and the host's time for what it has to plan outside a graph, a layer."""
     for layer in layers:
@@ -366,6 +395,8 @@ def measure(entries: int, options: argparse.Namespace) -> dict[str, float]:
         note(f"a launch that only reads {storage}", time_read(layers, options.replays))
         for name, step in variants_of_codes(plain[0], storage, "codes" in options.search).items():
             attempt(name, measure_ours, name, step)
+    layers = plain
+    attempt("parts", measure_parts, ("int8", "int4"))
     return column
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from headkv.attention import ragged_step as ragged_step
     from headkv.cache import RaggedLayer as RaggedLayer
     from headkv.heads import HeadProfile as HeadProfile
+    from headkv.heads import HeadStorage as HeadStorage
     from headkv.integrations.cache import RaggedCache as RaggedCache
     from headkv.integrations.graph import DecodeGraph as DecodeGraph
     from headkv.integrations.pipeline import pipeline as pipeline
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("ragged_decode", "ragged_extend", "ragged_step"), "headkv.attention"),
     "RaggedLayer": "headkv.cache",
-    "HeadProfile": "headkv.heads",
+    **dict.fromkeys(("HeadProfile", "HeadStorage"), "headkv.heads"),
     "RaggedCache": "headkv.integrations.cache",
     "pipeline": "headkv.integrations.pipeline",
     "compress": "headkv.integrations.session",

@@ -83,12 +83,15 @@ class Rule:
         if sinks.device != q.device:
             raise ValueError(f"sink_logits must be on {q.device} like q, got {sinks.device}")
 
-    def of_heads(self, heads: Iterable[int], num_kv_heads: int) -> Rule:
+    def of_heads(self, heads: Iterable[int] | slice | Tensor, num_kv_heads: int) -> Rule:
         """The same for the query heads of these of `num_kv_heads` KV heads alone."""
         if self.sink_logits is None:
             return self
         groups = self.sink_logits.unflatten(0, (num_kv_heads, -1))
-        return replace(self, sink_logits=torch.cat([groups[h] for h in heads]))
+        some = (
+            groups[heads] if isinstance(heads, (slice, Tensor)) else torch.stack([groups[h] for h in heads])
+        )
+        return replace(self, sink_logits=some.flatten())
 
     def sinks(self, shape: torch.Size) -> Tensor:
         """Of each query head its sink, of a shape whose last dimensions count the heads; only where there are sinks."""

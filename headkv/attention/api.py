@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
 from headkv.attention.gradients import without_gradients
+from headkv.attention.mixed import by_part
+from headkv.cache import MixedLayer, RaggedLayer
 from headkv.cache.checks import appendable, storable
-from headkv.cache.ragged import RaggedLayer
+from headkv.cache.mixed import Store
 from headkv.logits import Rule
 
 Backend = Literal["auto", "reference", "rust", "triton"]
@@ -22,7 +24,7 @@ BACKENDS = ("auto", "reference", "rust", "triton")
 
 def ragged_decode(
     q: Tensor,
-    layer: RaggedLayer,
+    layer: Store,
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
@@ -34,7 +36,7 @@ def ragged_decode(
 
     Args:
         q: `[B, HQ, D]`; query head `i` reads KV head `i // (HQ // H)`.
-        layer: a `RaggedLayer`, or a layer of a `RaggedCache`.
+        layer: a `RaggedLayer` or `MixedLayer`, or a layer of a `RaggedCache`.
         scale: of the logits; default `D ** -0.5`.
         sliding_window: the model's own window: entries at a distance of `sliding_window` or more are not seen.
         softcap: logits become `softcap * tanh(logits / softcap)`.
@@ -52,14 +54,14 @@ def ragged_decode(
     rule = Rule.of(layer.head_dim, scale, sliding_window, softcap, sink_logits)
     _check(q, layer, 3, rule)
     run = _installed(choose_backend(layer, backend, q.dtype)).decode
-    return without_gradients(partial(run, layer=layer), q, rule=rule)
+    return without_gradients(partial(by_part, run, layer), q, rule=rule)
 
 
 def ragged_step(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    layer: RaggedLayer,
+    layer: Store,
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
@@ -87,7 +89,7 @@ def ragged_step(
 
 
 def step(
-    q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rule: Rule, backend: Backend = "auto"
+    q: Tensor, keys: Tensor, values: Tensor, layer: Store, rule: Rule, backend: Backend = "auto"
 ) -> Tensor:
     """`ragged_step`, with the numbers of its rule together."""
     _check_step(q, keys, values, layer, rule)
@@ -95,13 +97,13 @@ def step(
     return without_gradients(partial(_step, layer=layer, name=name), q, keys, values, rule=rule)
 
 
-def _step(q: Tensor, keys: Tensor, values: Tensor, *, layer: RaggedLayer, rule: Rule, name: str) -> Tensor:
+def _step(q: Tensor, keys: Tensor, values: Tensor, *, layer: Store, rule: Rule, name: str) -> Tensor:
     run = _installed(name)
     if name != "triton":
         layer.append(keys[:, :, None], values[:, :, None])
-        return run.decode(q, layer, rule)
+        return by_part(run.decode, layer, q, rule=rule)
     layer.reserve(1)
-    out = run.step(q, keys, values, layer, rule)
+    out = by_part(run.step, layer, q, keys, values, rule=rule)
     layer.advance(1)
     return out
 
@@ -110,7 +112,7 @@ def recorded_step(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    layer: RaggedLayer,
+    layer: Store,
     rule: Rule,
     backend: Backend = "auto",
     *,
@@ -131,12 +133,13 @@ def recorded_step(
     _check_step(q, keys, values, layer, rule)
     if (name := choose_backend(layer, backend, q.dtype)) != "triton":
         raise ValueError(f"seen must be None with the backend {name!r}, got a tensor")
-    return _installed(name).step(q, keys, values, layer, rule, seen=seen, ahead=True)
+    run = partial(_installed(name).step, seen=seen, ahead=True)
+    return by_part(run, layer, q, keys, values, rule=rule)
 
 
 def ragged_extend(
     q: Tensor,
-    layer: RaggedLayer,
+    layer: Store,
     *,
     query_positions: Tensor | None = None,
     scale: float | None = None,
@@ -162,7 +165,7 @@ def ragged_extend(
 
 def extend(
     q: Tensor,
-    layer: RaggedLayer,
+    layer: Store,
     rule: Rule,
     backend: Backend = "auto",
     *,
@@ -181,11 +184,11 @@ def extend(
     elif query_positions.shape != (batch_size, tokens) or query_positions.dtype.is_floating_point:
         got = f"{query_positions.dtype} {list(query_positions.shape)}"
         raise ValueError(f"query_positions must be int of shape [{batch_size}, {tokens}], got {got}")
-    run = _installed(choose_backend(layer, backend, q.dtype)).extend
-    return without_gradients(partial(run, layer=layer, query_positions=query_positions), q, rule=rule)
+    run = partial(_installed(choose_backend(layer, backend, q.dtype)).extend, query_positions=query_positions)
+    return without_gradients(partial(by_part, run, layer), q, rule=rule)
 
 
-def choose_backend(layer: RaggedLayer, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:
+def choose_backend(layer: Store, backend: Backend = "auto", dtype: torch.dtype | None = None) -> str:
     """The name of the backend that will run: `backend` itself, or for "auto" Rust on a CPU, Triton on a GPU, and the
     reference where that one is not installed or the queries are of float64.
 
@@ -221,17 +224,17 @@ def _installed(name: str) -> ModuleType:
     return module
 
 
-def _ragged(layer: RaggedLayer) -> RaggedLayer:
-    # A RaggedCache's layer holds a RaggedLayer once it has seen a prompt.
+def _ragged(layer: Any) -> Store:
+    # A RaggedCache's layer holds a store once it has seen a prompt.
     inner = getattr(layer, "ragged", layer)
-    if not isinstance(inner, RaggedLayer):
+    if not isinstance(inner, (RaggedLayer, MixedLayer)):
         raise TypeError(
             f"layer must be a RaggedLayer or a filled layer of a RaggedCache, got {type(layer).__name__}"
         )
     return inner
 
 
-def _check_step(q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rule: Rule) -> None:
+def _check_step(q: Tensor, keys: Tensor, values: Tensor, layer: Store, rule: Rule) -> None:
     _check(q, layer, 3, rule)
     for name, new in (("keys", keys), ("values", values)):
         if not isinstance(new, Tensor) or new.ndim != 3:
@@ -239,7 +242,7 @@ def _check_step(q: Tensor, keys: Tensor, values: Tensor, layer: RaggedLayer, rul
     appendable(layer, keys[:, :, None], values[:, :, None])
 
 
-def _check(q: Tensor, layer: RaggedLayer, ndim: int, rule: Rule) -> None:
+def _check(q: Tensor, layer: Store, ndim: int, rule: Rule) -> None:
     # float64 queries: the reference tells the truth.
     if not (isinstance(q, Tensor) and q.dtype == torch.float64):
         storable("q", q)
@@ -257,6 +260,6 @@ def _check(q: Tensor, layer: RaggedLayer, ndim: int, rule: Rule) -> None:
     if q.device != layer.device:
         raise ValueError(f"q must be on the layer's device {layer.device}, got {q.device}")
     rule.check_heads(q)
-    if rule.sliding_window is not None and layer.count is not None:
+    if rule.sliding_window is not None and layer.compensates:
         got = rule.sliding_window
         raise ValueError(f"sliding_window must be None on a layer with compensation entries, got {got}")

@@ -1,4 +1,4 @@
-"""The sequences of a batch: some of them, or those of several layers together, in new tensors."""
+"""The sequences of a batch: some of them, those of several layers together, or some of their heads, in new tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,21 @@ def selected(rows: Rows, index: Tensor) -> dict[str, Tensor]:
     """
     index = checks.batch_index(index, rows.batch_size).to(rows.device)
     heads = torch.arange(rows.num_kv_heads, device=rows.device)
-    which = (index[:, None] * rows.num_kv_heads + heads).reshape(-1)
+    return _taken(rows, (index[:, None] * rows.num_kv_heads + heads).reshape(-1))
+
+
+def of_heads(rows: Rows, heads: Sequence[int]) -> dict[str, Tensor | None]:
+    """The tensors of `Rows` for these heads of every sequence; no sums where none of their rows compensates."""
+    batch = torch.arange(rows.batch_size, device=rows.device)[:, None] * rows.num_kv_heads
+    taken: dict[str, Tensor | None] = {
+        **_taken(rows, (batch + torch.tensor(heads, device=rows.device)).reshape(-1))
+    }
+    count = taken.get("count")
+    return taken if count is None or bool((count >= 0).any()) else taken | dict.fromkeys(SUMS)
+
+
+def _taken(rows: Rows, which: Tensor) -> dict[str, Tensor]:
+    """The tensors of `Rows` for the rows `which`, which may repeat."""
     source = layout.source_of_rows(rows.start[which], rows.length[which], rows.capacity[which])
     per_row = {name: tensor[which] for name, tensor in rows.tensors() if name not in _MOVED}
     per_row["start"] = layout.starts(per_row["capacity"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from headkv import _checks
 from headkv.cache.quantised import BITS
-from headkv.cache.rows import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +41,31 @@ def same(keys: Tensor, values: Tensor) -> None:
         raise ValueError(f"values must be on the device of keys {keys.device}, got {values.device}")
 
 
-def appendable(layer: Rows, keys: Tensor, values: Tensor) -> None:
+class Stored(Protocol):
+    """A layer that is stored, in one part or several."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, B."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H."""
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values that come in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+
+
+def appendable(layer: Stored, keys: Tensor, values: Tensor) -> None:
     """New tokens `[B, H, T, D]` for this layer."""
     storable("keys", keys)
     storable("values", values)

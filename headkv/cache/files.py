@@ -1,7 +1,8 @@
 """Ragged layers in a file: safetensors, a version, and checksums, so that what is read is what was written.
 
 Of every row only the entries that it stores are written; head room is made anew. `FORMAT` and `VERSION` stand in the
-file's header with what is said `about` it, and that with its checksum. Each layer has one as well.
+file's header with what is said `about` it, and that with its checksum. Each layer has one as well, or each part of one
+whose heads are stored in different ways.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from headkv._files import replacing
 from headkv.cache import layout, moves
 from headkv.cache.checks import DTYPES
+from headkv.cache.mixed import MixedLayer, Store
 from headkv.cache.quantised import BITS
 from headkv.cache.quantised import DTYPES as CODES
 from headkv.cache.ragged import RaggedLayer
@@ -35,7 +37,7 @@ _FACTS = ("num_kv_heads", "seen", "rollback")
 
 def write(
     path: str | os.PathLike[str],
-    layers: Sequence[RaggedLayer],
+    layers: Sequence[Store],
     about: dict[str, Any],
     beside: dict[str, Tensor] | None = None,
 ) -> None:
@@ -49,15 +51,20 @@ def write(
     """
     from safetensors.torch import save_file
 
-    parts = [_packed(layer) for layer in layers]
+    parts = [
+        (part, {"layer": i, "heads": heads})
+        for i, layer in enumerate(layers)
+        for part, heads in zip(layer.parts, layer.heads, strict=True)
+    ]
+    packed = [_packed(part) for part, _ in parts]
     said = [
-        {**{name: getattr(layer, name) for name in _FACTS}, "sha256": _digest(tensors)}
-        for layer, tensors in zip(layers, parts, strict=True)
+        {**{name: getattr(part, name) for name in _FACTS}, **whose, "sha256": _digest(tensors)}
+        for (part, whose), tensors in zip(parts, packed, strict=True)
     ]
     rest = {name: x.detach().cpu().clone().contiguous() for name, x in (beside or {}).items()}
     text = json.dumps({**about, "layers": said, "beside": _digest(rest)})
     header = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _of_text(text)}
-    tensors = {f"{i}.{name}": x for i, part in enumerate(parts) for name, x in part.items()}
+    tensors = {f"{i}.{name}": x for i, part in enumerate(packed) for name, x in part.items()}
     tensors |= {f"beside.{name}": x for name, x in rest.items()}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=header)
@@ -67,7 +74,7 @@ def read(
     path: str | os.PathLike[str],
     check: Callable[[dict[str, Any]], None],
     devices: Sequence[torch.device],
-) -> tuple[list[RaggedLayer], dict[str, Tensor]]:
+) -> tuple[list[Store], dict[str, Tensor]]:
     """The layers that `write` wrote, and what it wrote beside them, on the CPU.
 
     Args:
@@ -93,11 +100,14 @@ def read(
                 raise ValueError(
                     "damaged: what stands beside layers does not have the checksum that the file names"
                 )
-            layers = [
-                _unpacked(_tensors(file, i), facts, f"layer {i}", device)
-                for i, (facts, device) in enumerate(zip(about["layers"], devices, strict=True))
-            ]
-            return layers, beside
+            whose = [facts["layer"] for facts in about["layers"]]
+            if sorted({*whose}) != list(range(len(devices))):
+                raise ValueError(f"layers must be 0 to {len(devices) - 1}, got {whose}")
+            parts: dict[int, list[tuple[RaggedLayer, list[int]]]] = {layer: [] for layer in sorted(whose)}
+            for i, (layer, facts) in enumerate(zip(whose, about["layers"], strict=True)):
+                part = _unpacked(_tensors(file, i), facts, f"layer {layer}", devices[layer])
+                parts[layer].append((part, facts["heads"]))
+            return [_together(of_layer) for of_layer in parts.values()], beside
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} can not be read as a whole safetensors file: {error}") from error
     except ValueError as error:
@@ -118,6 +128,10 @@ def _about(header: dict[str, str]) -> dict[str, Any]:
         raise ValueError("damaged: what its header says does not have the checksum that it names")
     about: dict[str, Any] = json.loads(text)
     return about
+
+
+def _together(parts: list[tuple[RaggedLayer, list[int]]]) -> Store:
+    return parts[0][0] if len(parts) == 1 else MixedLayer(*zip(*parts, strict=True))
 
 
 def _packed(layer: RaggedLayer) -> dict[str, Tensor]:

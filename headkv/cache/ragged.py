@@ -165,7 +165,7 @@ class RaggedLayer(Rows):
         sinks, recent = self._per_row(sinks), self._per_row(recent)
         _, folds = checks.contents(self.length, sinks, recent, compensate)
         sums = None if compensate is None or not folds else Sums.none(compensate, self.head_dim)
-        self._become(sinks=sinks, recent=recent)
+        self.become(sinks=sinks, recent=recent)
         if sums is not None:
             self.key_sum, self.value_sum, self.count = sums
 
@@ -190,6 +190,16 @@ class RaggedLayer(Rows):
         """Bytes that this layer holds from the allocator: pools with their head room, and all bookkeeping."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._held()}
         return sum(storages.values())
+
+    @property
+    def parts(self) -> tuple[RaggedLayer, ...]:
+        """Itself: of a `MixedLayer` there are several."""
+        return (self,)
+
+    @property
+    def heads(self) -> tuple[tuple[int, ...], ...]:
+        """Of each part the numbers of its heads."""
+        return (tuple(range(self.num_kv_heads)),)
 
     def lengths(self) -> Tensor:
         """Stored entries of each row, `[B, H]` int64."""
@@ -288,7 +298,7 @@ class RaggedLayer(Rows):
         source = layout.source_of_rows(self.start, length, capacity, self.sinks, skip)
         held = None if skip is None else residual.trimmed(self, skip)
         pools = moves.gather(self.pools, source)
-        self._become(
+        self.become(
             **pools._asdict(), **_fields(held), start=start, length=length, capacity=capacity, _free=free
         )
 
@@ -318,7 +328,7 @@ class RaggedLayer(Rows):
             )
         held = residual.newest(self, residual_length) if residual_length else None
         pools = self.pools.each(Tensor.detach)
-        self._become(**moves.quantise(pools, quantised.BITS[storage])._asdict(), **_fields(held))
+        self.become(**moves.quantise(pools, quantised.BITS[storage])._asdict(), **_fields(held))
 
     # -- shrinking --------------------------------------------------------------------------------------------------
 
@@ -382,7 +392,7 @@ class RaggedLayer(Rows):
         capacity = length + headroom
         start, held = layout.starts(capacity), residual.kept(self, wanted)
         pools = moves.gather(self.pools, source)
-        self._become(
+        self.become(
             **pools._asdict(), **_fields(held), start=start, length=length, capacity=capacity, _free=headroom
         )
         self._note(gone)
@@ -418,7 +428,7 @@ class RaggedLayer(Rows):
         if tokens > self.seen:
             raise ValueError(f"tokens must be at most the {self.seen} tokens seen, got {tokens}")
         if tokens == 0:
-            return self._become
+            return self.become
         seen = self.seen - tokens
         length, intact = windows.cropped(self, tokens)
         if not bool(intact.all()):
@@ -428,18 +438,23 @@ class RaggedLayer(Rows):
                 f"that the text of {seen} tokens needs; crop less, or restore a snapshot taken before"
             )
         held = residual.cropped(self, length)
-        return partial(self._become, length=length, seen=seen, residual_count=held)
+        return partial(self.become, length=length, seen=seen, residual_count=held)
 
     # -- batch and copies -------------------------------------------------------------------------------------------
 
     def reorder(self, index: Tensor) -> None:
         """Make batch entry `i` a copy of batch entry `index[i]` (beam search, repeat, select). `index` `[new B]`."""
-        self._become(**batches.selected(self, index))
+        self.become(**batches.selected(self, index))
 
     def select(self, index: Tensor) -> RaggedLayer:
         """A new layer with copies of the batch entries `index` `[new B]`."""
         changes: dict[str, Any] = batches.selected(self, index)
         return replace(self, **changes, ticket=None)
+
+    def of_heads(self, heads: Sequence[int]) -> RaggedLayer:
+        """A new layer with copies of the rows of these heads."""
+        changes: dict[str, Any] = batches.of_heads(self, heads)
+        return replace(self, **changes, num_kv_heads=len(heads), ticket=None)
 
     @classmethod
     def join(cls, layers: Sequence[RaggedLayer]) -> RaggedLayer:
@@ -460,7 +475,7 @@ class RaggedLayer(Rows):
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Become what the layer was when `snapshot` was taken."""
         copy = RaggedLayer.from_snapshot(snapshot)
-        self._become(**{f.name: getattr(copy, f.name) for f in fields(copy)})
+        self.become(**{f.name: getattr(copy, f.name) for f in fields(copy)})
 
     @classmethod
     def from_snapshot(cls, snapshot: LayerSnapshot) -> RaggedLayer:
@@ -472,17 +487,21 @@ class RaggedLayer(Rows):
     def to(self, device: torch.device | str) -> None:
         """Move everything to `device`."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors()}
-        self._become(**{**moved, "ticket": None})
+        self.become(**{**moved, "ticket": None})
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies that a kernel reads or writes: what a recorded CUDA graph relies on."""
         return tuple(tensor.data_ptr() for name, tensor in self.tensors() if not name.endswith("_end"))
 
-    def _become(self, **changes: Any) -> None:
-        """Take over new fields at once. The tensors of old, which another stream may have made, wait for this one."""
+    def record_stream(self) -> None:
+        """Let the tensors, which another stream may have made, wait for this one before their memory is used again."""
         for tensor in self._held():
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+    def become(self, **changes: Any) -> None:
+        """Take over new fields at once."""
+        self.record_stream()
         for name, value in changes.items():
             setattr(self, name, value)
 

@@ -106,6 +106,11 @@ class Rows:
         return 0 if self.residual_keys is None else self.residual_keys.shape[1]
 
     @property
+    def compensates(self) -> bool:
+        """Whether some rows remember the mean of what they drop."""
+        return self.count is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the pools are."""
         return self.keys.device

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headkv import _checks
-from headkv.cache import RaggedLayer
+from headkv.cache.mixed import Store
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.hook import NAME
 from headkv.integrations.states import copied
@@ -176,7 +176,7 @@ class Reading:
         cache.hold({i: copied(state) for i, state in self.cache.states.items()})
         return cache
 
-    def stored(self, layer_idx: int, keeps: Sequence[Keep]) -> RaggedLayer:
+    def stored(self, layer_idx: int, keeps: Sequence[Keep]) -> Store:
         """What a layer stores of the prompt, if this is what it keeps; each of several answers is a sequence."""
         layer, waiting = self.layers[layer_idx], self.cache.attending[layer_idx]
         keys, values = (x.expand(len(keeps), -1, -1, -1) for x in (layer.keys, layer.values))

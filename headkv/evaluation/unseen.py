@@ -137,7 +137,8 @@ def side_by_side(reading: Reading, methods: Sequence[Method | PromptMethod]) -> 
         layer.restore(reading.stored(i, [plan[i] for plan in plans]))
     cache.hold({i: joined([state] * len(methods)) for i, state in cache.states.items()})
     entries = cache.lengths().double().mean((0, 2)) / reading.cache.seen
-    sizes = zip(*(nbytes_alone(layer.filled()) for layer in cache.attending), strict=True)
+    parts = (part for layer in cache.attending for part in layer.filled().parts)
+    sizes = zip(*map(nbytes_alone, parts), strict=True)
     return SideBySide(cache, entries.tolist(), [states + sum(some) for some in sizes])
 
 

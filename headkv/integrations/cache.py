@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +16,10 @@ from headkv._config import attention_layers, layer_kinds
 from headkv._figure import grid_figure
 from headkv._grid import grid_html
 from headkv.attention.api import Backend
-from headkv.cache import LayerSnapshot, RaggedLayer, files
+from headkv.cache import LayerSnapshot, MixedSnapshot, files
+from headkv.cache.mixed import Store, from_snapshot
 from headkv.cache.ragged import MIN_HEADROOM, Storage
+from headkv.heads import HeadStorage
 from headkv.heads.ranks import RankLoads
 from headkv.integrations.calls import Hooks, Told, left_out
 from headkv.integrations.decoding import DecodeBudget, bound
@@ -62,6 +64,10 @@ if TYPE_CHECKING:
     from headkv.methods.base import Method, PromptMethod
 
 
+# Of the layers that attend, then of states.
+Snapshot = tuple["LayerSnapshot | MixedSnapshot | State", ...]
+
+
 class RaggedCache(StatefulCache):
     """A transformers cache that stores, for every KV head, only the entries that a method keeps.
 
@@ -97,7 +103,7 @@ class RaggedCache(StatefulCache):
         chunked_prefill: bool = False,
         decode_budget: int | None = None,
         every: int | None = None,
-        storage: Storage = "model",
+        storage: Storage | HeadStorage = "model",
         residual_length: int = 0,
     ) -> RaggedCache:
         """An empty cache for one generation (or conversation) of `model`; sets the model's attention to "headkv".
@@ -313,7 +319,7 @@ class RaggedCache(StatefulCache):
         """The prompt that waits for a method which sees it whole: one for each sequence of the batch."""
         if (memory := self.told.memory) is None or not self.waiting:
             raise RuntimeError("no prompt waits: the method decides layer by layer, or has decided already")
-        waiting = [WaitingLayer(x.filled(), _observed(x), x.backend, x.parts) for x in self.attending]
+        waiting = [WaitingLayer(x.whole(), _observed(x), x.backend, x.parts) for x in self.attending]
         decoder, text = memory.decoder_and_text()
         batch = range(waiting[0].ragged.batch_size)
         return [CachedPrompt(decoder, waiting, text, b, tuple(self.layers)) for b in batch]
@@ -341,7 +347,7 @@ class RaggedCache(StatefulCache):
         if self.told.memory is not None:
             self.told.memory.forget()
 
-    def snapshot(self) -> tuple[LayerSnapshot | State, ...]:
+    def snapshot(self) -> Snapshot:
         """A copy of the whole cache: one compressed context answers many questions.
 
         Returns:
@@ -359,14 +365,14 @@ class RaggedCache(StatefulCache):
         rows = [layer.filled().snapshot() for layer in self.attending]
         return (*rows, *map(copied, self.states.values()))
 
-    def restore(self, snapshot: tuple[LayerSnapshot | State, ...]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Become what the cache was when `snapshot` was taken."""
         attending, states = self.attending, self.states
         if len(snapshot) != (n := len(attending) + len(states)):
             kinds = f"{n} layers" if not states else f"{len(attending)} layers and {len(states)} states"
             raise ValueError(f"snapshot must hold {kinds}, got {len(snapshot)}")
         for layer, taken in zip(attending, snapshot[: len(attending)], strict=True):
-            layer.restore(RaggedLayer.from_snapshot(cast("LayerSnapshot", taken)))
+            layer.restore(from_snapshot(cast("LayerSnapshot | MixedSnapshot", taken)))
         taken_states = cast("tuple[State, ...]", snapshot[len(attending) :])
         self.hold({i: copied(taken) for i, taken in zip(states, taken_states, strict=True)})
         self.told.under_way = False
@@ -431,11 +437,9 @@ class RaggedCache(StatefulCache):
         layers, beside = files.read(
             path, lambda about: check_identity(about, model), [devices[i] for i in attend]
         )
+        stored = _storage(layers)  # another prompt is stored so, too
         for layer, ragged in zip(cache.attending, layers, strict=True):
-            # Another prompt is stored so, too.
-            layer.options = replace(
-                layer.options, storage=ragged.storage, residual_length=ragged.residual_length
-            )
+            layer.options = replace(layer.options, storage=stored, residual_length=ragged.residual_length)
             layer.restore(ragged)
         cache.hold({i: filled(like, of_layer(beside, i, devices[i])) for i, like in cache.states.items()})
         cache._attach(model)
@@ -490,6 +494,16 @@ class RaggedCache(StatefulCache):
     def _whose(self) -> str:
         sequences = self.attending[0].filled().batch_size
         return "" if sequences == 1 else f"; mean of {sequences} sequences"
+
+
+def _storage(layers: Sequence[Store]) -> Storage | HeadStorage:
+    """Of all heads of all layers: one, where they have the same."""
+    names = [storage for layer in layers for part in layer.parts for storage in [part.storage]]
+    if len(set(names)) == 1:
+        return names[0]
+    return HeadStorage(
+        [x if isinstance(x := layer.storage, tuple) else (x,) * layer.num_kv_heads for layer in layers]
+    )
 
 
 def _observed(layer: RaggedCacheLayer) -> Observation:

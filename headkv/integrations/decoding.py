@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headkv import _checks
 from headkv.allocators.rounding import largest_remainder
-from headkv.cache import RaggedLayer
+from headkv.cache.mixed import Store
 from headkv.integrations.planning import Observation
 from headkv.logits import Rule
 from headkv.methods.selection import select
@@ -64,7 +64,7 @@ class DecodeBudget:
             return None
         return cls(decode_budget) if every is None else cls(decode_budget, every)
 
-    def split(self, layers: Sequence[RaggedLayer], ranks: Ranks | None = None) -> list[Tensor]:
+    def split(self, layers: Sequence[Store], ranks: Ranks | None = None) -> list[Tensor]:
         """Budgets `[B, H]` int64 of every layer, in proportion to what its rows store now; 0: windowed, not planned.
 
         Of each sequence, the rows that are planned have `entries` on average, and each at least the window and one.
@@ -133,9 +133,7 @@ class Growth:
         valid = self.latest.valid
         return self.latest.queries.shape[2] if valid is None else int(valid.sum(1).min())
 
-    def keep(
-        self, layer: RaggedLayer, budget: DecodeBudget, layer_idx: int, num_layers: int
-    ) -> Tensor | None:
+    def keep(self, layer: Store, budget: DecodeBudget, layer_idx: int, num_layers: int) -> Tensor | None:
         """What the rows of `layer` keep, `[B, H, L]` bool for `RaggedLayer.evict`; None: all are within budget."""
         assert self.latest is not None and self.budgets is not None
         lengths, rule, window = layer.lengths().cpu(), self.latest.rule, budget.scorer.window
@@ -166,7 +164,7 @@ class Growing(Protocol):
     num_layers: int
     growth: Growth
 
-    def filled(self) -> RaggedLayer:
+    def filled(self) -> Store:
         """The layer's store."""
 
 

@@ -156,7 +156,9 @@ class DecodeGraph:
         """Whether all that a step compiles or makes once is there."""
         modes = torch.is_inference_mode_enabled(), autocast_dtype("cuda"), times_moved(self.model)
         ready = not self._unrecorded and modes == (self._inference, self._autocast, self._moved)
-        return ready and all(layer.filled().ticket is not None for layer in self.cache.layers)
+        return ready and all(
+            part.ticket is not None for layer in self.cache.layers for part in layer.filled().parts
+        )
 
     def _run(self) -> Tensor:
         before = allocated(self._ids.device)

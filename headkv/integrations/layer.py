@@ -14,6 +14,7 @@ from headkv.attention import api, dense, padding
 from headkv.attention.api import Backend
 from headkv.attention.gradients import without_gradients
 from headkv.cache import RaggedLayer
+from headkv.cache.mixed import Store, from_snapshot, stored_in
 from headkv.integrations.calls import PLAIN
 from headkv.integrations.decoding import Growth
 from headkv.integrations.hook import NewTokens
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 
 class RaggedCacheLayer(Beside, CacheLayerMixin):
-    """One layer of a `RaggedCache` that attends: empty until its first prompt, then a `RaggedLayer` at `.ragged`.
+    """One layer of a `RaggedCache` that attends: empty until its first prompt, then a `RaggedLayer`
+    at `.ragged`, or a `MixedLayer` where heads are stored in different ways.
 
     Args:
         method: what each head keeps of a prompt.
@@ -65,7 +67,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         state: State | None = None,
         is_croppable: bool = True,
     ):
-        self.ragged: RaggedLayer | None = None
+        self.ragged: Store | None = None
         super().__init__()
         self.method, self.layer_idx, self.num_layers = method, layer_idx, num_layers
         self.options, self.parts, self.state, self.is_croppable = options, parts, state, is_croppable
@@ -134,7 +136,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         return without_gradients(add, q, keys, values, rule=rule)
 
     def _add(
-        self, ragged: RaggedLayer, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule
+        self, ragged: Store, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, rule: Rule
     ) -> Tensor:
         """Store new tokens behind others, and attend over all."""
         if self.options.decode is not None and self._observed is None:
@@ -163,7 +165,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         self.is_initialized = True
         return out
 
-    def _step(self, q: Tensor, keys: Tensor, values: Tensor, ragged: RaggedLayer, rule: Rule) -> Tensor:
+    def _step(self, q: Tensor, keys: Tensor, values: Tensor, ragged: Store, rule: Rule) -> Tensor:
         new = q[:, :, 0], keys[:, :, 0], values[:, :, 0], ragged, rule, self.backend
         if self.clock is None:
             return api.step(*new)[:, :, None]
@@ -211,10 +213,11 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         if self.ragged is None or self._observed is None:
             return
         if self._streams:
-            if bool((self.ragged.length == 0).any()):
-                raise all_padding(int((self.ragged.length == 0).nonzero()[0]) // self.ragged.num_kv_heads)
-            self.ragged.trim(self.options.headroom)
-            self.ragged.quantise(self.options.storage, self.options.residual_length)
+            whole = self.whole()
+            if bool((whole.length == 0).any()):
+                raise all_padding(int((whole.length == 0).nonzero()[0]) // whole.num_kv_heads)
+            whole.trim(self.options.headroom)
+            self.ragged = self._stored(whole)
         else:
             self.ragged = self.compressed(chosen)
         self._observed = None
@@ -225,7 +228,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         *,
         rollback: int | None = None,
         dense: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    ) -> RaggedLayer:
+    ) -> Store:
         """What will be stored of a prompt that waits; the layer stays as it is.
 
         Args:
@@ -234,7 +237,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
             dense: what `to_dense` of the layer's store gives, if that was asked before.
         """
         assert self._observed is not None
-        dense = self.filled().to_dense() if dense is None else dense
+        dense = self.whole().to_dense() if dense is None else dense
         return self._compressed(*dense, self._observed, chosen, rollback)
 
     def _compressed(
@@ -245,7 +248,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         observed: Observation,
         chosen: Sequence[Keep] | None = None,
         rollback: int | None = None,
-    ) -> RaggedLayer:
+    ) -> Store:
         """Of a whole prompt's keys and values `[B, H, n, D]` what the method chooses."""
         options = self.options
         rollback = options.rollback if rollback is None else rollback
@@ -257,10 +260,12 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         else:
             window, texts = observed.rule.sliding_window, texts_of(valid, keys.shape[0])
             stored = storage_of(chosen, texts, keys, valid, sliding_window=window, rollback=rollback)
-        how: dict[str, Any] = {
-            name: getattr(options, name) for name in ("headroom", "storage", "residual_length")
-        }
-        return RaggedLayer.from_dense(keys, values, valid=valid, rollback=rollback, **how, **stored)
+        how: dict[str, Any] = {"rollback": rollback, "headroom": options.headroom}
+        return self._stored(RaggedLayer.from_dense(keys, values, valid=valid, **how, **stored))
+
+    def _stored(self, ragged: RaggedLayer) -> Store:
+        """The entries in the storage that the layer's heads have."""
+        return stored_in(ragged, self.options.storage_of(self.layer_idx), self.options.residual_length)
 
     # -- what transformers asks of a cache layer ----------------------------------------------------------------------
 
@@ -366,7 +371,7 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
         state = None if self.state is None else copied(self.state)
         copy = RaggedCacheLayer(*where, state=state, is_croppable=self.is_croppable)
         if self.ragged is not None:
-            copy.restore(RaggedLayer.from_snapshot(self.ragged.snapshot()))
+            copy.restore(from_snapshot(self.ragged.snapshot()))
         # Replaced, never changed:
         copy._observed, copy._streams, copy.growth = self._observed, self._streams, self.growth
         return copy
@@ -387,11 +392,16 @@ class RaggedCacheLayer(Beside, CacheLayerMixin):
 
     # -- for the reader -----------------------------------------------------------------------------------------------
 
-    def restore(self, ragged: RaggedLayer) -> None:
+    def restore(self, ragged: Store) -> None:
         """Hold `ragged`, a prompt that was compressed before."""
         self.ragged, self._observed, self.is_initialized, self.growth = ragged, None, True, Growth()
 
-    def filled(self) -> RaggedLayer:
+    def whole(self) -> RaggedLayer:
+        """The layer's store while a prompt waits to be compressed, and nothing is quantised."""
+        assert isinstance(self.ragged, RaggedLayer)
+        return self.ragged
+
+    def filled(self) -> Store:
         """The layer's store.
 
         Raises:

@@ -16,6 +16,7 @@ from headkv import _checks
 from headkv._config import layer_kinds
 from headkv.attention.api import Backend
 from headkv.cache.ragged import MIN_HEADROOM, Storage
+from headkv.heads import HeadStorage
 from headkv.integrations.cache import RaggedCache
 from headkv.integrations.calls import Arguments, Hooks, is_of_generate, left_out
 from headkv.integrations.compiled import decoder_layers
@@ -59,7 +60,7 @@ def compress(
     chunked_prefill: bool = False,
     decode_budget: int | None = None,
     every: int | None = None,
-    storage: Storage = "model",
+    storage: Storage | HeadStorage = "model",
     residual_length: int = 0,
     cuda_graph: bool = False,
     compile_layers: bool = False,
@@ -83,7 +84,8 @@ def compress(
         every: tokens from one such plan to the next; 128 if a `decode_budget` is given.
         storage: of what stays of a prompt and of what follows it: "model", in the model's dtype; "int8", in 8 bits
             with a scale a vector, half the bytes of 16 bits; "int4", in 4, about a quarter; "k8v4", keys in 8 bits and
-            values in 4; see `RaggedLayer.quantise`. Prompts are read, and methods choose, in the model's dtype.
+            values in 4; see `RaggedLayer.quantise`. Or a `HeadStorage`, one of these for each KV head. Prompts are
+            read, and methods choose, in the model's dtype.
         residual_length: of each row this many newest entries are also kept in the model's dtype. Most of the error of
             4 bits is that of a question's own entries; where a question fits into 32, they take three quarters of it
             away. A longer one gains less, and drafts of assisted generation, which are read several at once, may then

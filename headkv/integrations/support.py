@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from headkv._wrappers import unwrapped
 from headkv.attention.api import BACKENDS, Backend
 from headkv.cache import checks
 from headkv.cache.ragged import MIN_HEADROOM, STORAGES, Storage
+from headkv.heads.storage import HeadStorage
 from headkv.integrations.decoding import DecodeBudget
 from headkv.integrations.planning import ROLLBACK, prefill_windows
 from headkv.integrations.ranks import Ranks, shared
@@ -44,7 +45,7 @@ class CacheOptions:
     rollback: int = ROLLBACK
     chunked_prefill: bool = False
     decode: DecodeBudget | None = None
-    storage: Storage = "model"
+    storage: Storage | HeadStorage = "model"
     residual_length: int = 0
     ranks: Ranks | None = None  # that have the model's heads
 
@@ -53,8 +54,19 @@ class CacheOptions:
         _checks.whole("headroom", self.headroom)
         _checks.whole("rollback", self.rollback)
         _checks.flag("chunked_prefill", self.chunked_prefill)
-        _checks.one_of("storage", self.storage, STORAGES)
-        checks.residual(self.residual_length, self.storage)
+        if not isinstance(self.storage, HeadStorage):
+            _checks.one_of("storage", self.storage, STORAGES)
+        codes = isinstance(self.storage, str) or self.storage.kinds - {"model"}
+        checks.residual(self.residual_length, "model" if not codes else str(self.storage))
+
+    def storage_of(self, layer_idx: int) -> Storage | Sequence[Storage]:
+        """Of the layer's heads, those of this process: one for all, or one for each."""
+        if isinstance(self.storage, str):
+            return self.storage
+        names = self.storage.names[layer_idx]
+        if self.ranks is None:
+            return names
+        return tuple(names[h] for h in self.ranks.own(torch.arange(len(names))))
 
 
 def supported_model(model: Any) -> PreTrainedModel:
@@ -262,13 +274,21 @@ def check_method(method: Method | PromptMethod, model: PreTrainedModel, chunked_
         check_chunks(method, supported_config(model))
 
 
-def check_storage(storage: Storage, model: PreTrainedModel) -> None:
+def check_storage(storage: Storage | HeadStorage, model: PreTrainedModel) -> None:
     """A storage that takes the keys and values of this model.
 
     Raises:
-        ValueError: 4 bits, and an odd head_dim.
+        ValueError: 4 bits, and an odd head_dim; or storages of other heads than the model's.
     """
-    checks.storage(storage, STORAGES, CacheShape.of(model).head_dim)
+    head_dim, config = CacheShape.of(model).head_dim, supported_config(model)
+    if isinstance(storage, str):
+        return checks.storage(storage, STORAGES, head_dim)
+    for kind in storage.kinds:
+        checks.storage(kind, STORAGES, head_dim)
+    want = len(attention_layers(config)), kv_heads(config)
+    if (got := (len(storage.names), len(storage.names[0]))) != want:
+        allowed = f"one for each of the model's {want[0]} layers of {want[1]} KV heads"
+        raise ValueError(f"storage must name {allowed}, got {got[0]} layers of {got[1]}")
 
 
 def check_chunks(method: Method | PromptMethod, config: PreTrainedConfig) -> None:
