@@ -21,6 +21,7 @@ from attention_cases import CASES, Case, truth
 import headkv
 from headkv.attention import triton as backend
 from headkv.cache import RaggedLayer, files, moves
+from headkv.cache.mixed import stored_in
 from headkv.cache.rows import Pools
 from headkv.logits import Rule
 
@@ -30,6 +31,11 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 compiled = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter's process")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+if INTERPRETED:
+    from interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
@@ -359,6 +365,28 @@ KINDS += [] if INTERPRETED else [(BF16, "int8"), (FP16, "k8v4"), (FP32, "int4"),
 
 
 KINDS = [(*kind, 0) for kind in KINDS] + [(FP32, "int8", 6), (FP16, "int4", 32)]
+
+
+@device
+@pytest.mark.parametrize("newest", [0, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_heads_in_different_storages(dtype, newest):
+    """Each head is what it is in a layer of its storage alone, also once a step has stored a token."""
+    names, generator = ("int8", "model", "int8", "int4"), torch.Generator().manual_seed(0)
+    dense = torch.randn(2, 2, 4, 40, 64, generator=generator).to(DEVICE, dtype)
+    make = lambda storage: stored_in(RaggedLayer.from_dense(*dense), storage, newest)  # noqa: E731
+    mixed, whole = make(names), {name: make(name) for name in set(names)}
+    options = {"backend": "triton", "sink_logits": torch.linspace(-1, 1, 8).to(DEVICE)}
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    for run, tensors in (
+        (headkv.ragged_step, (draw(2, 8, 64), draw(2, 4, 64), draw(2, 4, 64))),
+        (headkv.ragged_extend, (draw(2, 8, 3, 64),)),
+    ):
+        got = run(*tensors, mixed, **options)
+        every = {name: run(*tensors, layer, **options).unflatten(1, (4, 2)) for name, layer in whole.items()}
+        want = torch.stack([every[name][:, h] for h, name in enumerate(names)], 1).flatten(1, 2)
+        assert_close(got, want, dtype)
+        assert mixed.seen == 41 and bool((mixed.lengths() == 41).all())
 
 
 @device
