@@ -296,7 +296,8 @@ class MixedLayer:
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies that a kernel reads or writes."""
-        return tuple(address for part in self.parts for address in part.addresses())
+        own = (where.data_ptr() for where in self.where if isinstance(where, Tensor))
+        return (*own, *(address for part in self.parts for address in part.addresses()))
 
     def _each(self) -> Iterator[tuple[RaggedLayer, Heads]]:
         return zip(self.parts, self.heads, strict=True)

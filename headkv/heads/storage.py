@@ -17,8 +17,7 @@ class HeadStorage:
     """A storage for each KV head, in place of one for all: `headkv.compress(model, method, storage=HeadStorage(…))`.
 
     The heads of a layer that have the same storage are a `RaggedLayer` of their own, and attention reads these one
-    after the other. Which storages there are, and what they cost, says `RaggedLayer.quantise`; "model" is none of
-    rounding.
+    after the other. `RaggedLayer.quantise` says which storages there are, and what they cost; "model" rounds nothing.
 
     Attributes:
         names: of each layer that attends, of each of its KV heads, the storage.
