@@ -92,14 +92,17 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return rotated(codes * scale).to(x.dtype)
 
 
-def store(cache: headkv.RaggedCache, how: Stored, first: Tensor, bits: list[list[Bits]]) -> None:
+def store(
+    cache: headkv.RaggedCache, how: Stored, profile: headkv.HeadProfile, bits: list[list[Bits]]
+) -> None:
     """Store what a cache of bfloat16 entries holds in another way, or round each head of each layer to its bits."""
-    for layer, leads, of_heads in zip(cache.attending, first.tolist(), bits, strict=True):
+    if how.storages is not None:
+        every = headkv.HeadStorage.by_profile(profile, *how.storages).names
+        for layer, names in zip(cache.attending, every, strict=True):
+            layer.restore(stored_in(layer.filled(), names, how.residual_length))
+        return
+    for layer, of_heads in zip(cache.attending, bits, strict=True):
         rows = layer.filled()
-        if how.storages is not None:
-            names = [how.storages[not lead] for lead in leads]
-            layer.restore(stored_in(rows, names, how.residual_length))
-            continue
         for begin, length, sides in zip(rows.start, rows.length, of_heads, strict=True):
             here = slice(int(begin), int(begin + length))
             for pool, one in zip((rows.keys, rows.values), sides, strict=True):
@@ -136,7 +139,8 @@ def measure(texts: int, tokens: int, shares: Sequence[float], stored: dict[str, 
     model = model.to(torch.bfloat16)
     make: dict[str, Any] = dict(roster(METHODS, model, tokenizer))  # those that read a text again do it once
     make[FULL] = lambda share, length: headkv.FullCache()
-    worth = headkv.HeadProfile.for_model(model, "ablation").scores
+    profile = headkv.HeadProfile.for_model(model, "ablation")
+    worth = profile.scores
     first = select(worth.view(1, -1), torch.tensor([worth.numel() // 3])).view_as(worth)
     dim = model.config.head_dim
     bits = {name: [[pair[not x] for x in row] for row in first.tolist()] for name, pair in stored.items()}
@@ -168,7 +172,7 @@ def measure(texts: int, tokens: int, shares: Sequence[float], stored: dict[str, 
             cache, held = compressed(reading, make[method], guess, size, wanted)
             held += rings[name]
             entries = float(cache.lengths().sum()) / everything
-            store(cache, stored[name], first, bits[name])
+            store(cache, stored[name], profile, bits[name])
             saved = cache.snapshot()
             for number, needle in enumerate(text.needles):
                 cache.restore(saved)

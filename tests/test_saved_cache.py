@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -261,6 +262,21 @@ def rewritten(path: Path, saved: Path, header: dict[str, str], **tensors: torch.
     with safe_open(saved, "pt") as file:
         old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         save_file({**old, **tensors}, path, metadata={**file.metadata(), **header})
+
+
+def test_a_file_that_does_not_say_whose_its_parts_are_has_whole_layers(tmp_path: Path, saved: Path) -> None:
+    """As the first files were."""
+    path, model = tmp_path / "first", tiny_model("llama")
+    with safe_open(saved, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    for facts in about["layers"]:
+        assert facts.pop("layer") is not None and facts.pop("heads") == [0, 1]
+    text = json.dumps(about)
+    rewritten(path, saved, {"about": text, "sha256": files._of_text(text)})
+    first, now = (headkv.RaggedCache.load(x, model) for x in (path, saved))
+    for old, new in zip(first.layers, now.layers, strict=True):
+        for b, h in itertools.product(range(3), range(2)):
+            assert all(map(torch.equal, old.row(b, h), new.row(b, h)))
 
 
 def forged(path: Path, saved: Path, name: str, tensor: torch.Tensor) -> None:

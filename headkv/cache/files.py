@@ -100,13 +100,13 @@ def read(
                 raise ValueError(
                     "damaged: what stands beside layers does not have the checksum that the file names"
                 )
-            whose = [facts["layer"] for facts in about["layers"]]
+            whose = [facts.get("layer", i) for i, facts in enumerate(about["layers"])]  # at first not said
             if sorted({*whose}) != list(range(len(devices))):
                 raise ValueError(f"layers must be 0 to {len(devices) - 1}, got {whose}")
             parts: dict[int, list[tuple[RaggedLayer, list[int]]]] = {layer: [] for layer in sorted(whose)}
             for i, (layer, facts) in enumerate(zip(whose, about["layers"], strict=True)):
                 part = _unpacked(_tensors(file, i), facts, f"layer {layer}", devices[layer])
-                parts[layer].append((part, facts["heads"]))
+                parts[layer].append((part, facts.get("heads", [])))
             return [_together(of_layer) for of_layer in parts.values()], beside
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} can not be read as a whole safetensors file: {error}") from error

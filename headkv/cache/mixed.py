@@ -48,9 +48,7 @@ class MixedLayer:
     def __init__(self, parts: Sequence[RaggedLayer], heads: Sequence[Sequence[int]]) -> None:
         self.parts, self.heads = tuple(parts), tuple(map(tuple, heads))
         every = sorted(h for own in self.heads for h in own)
-        if every != list(range(len(every))) or [list(own) for own in self.heads] != [
-            sorted(own) for own in self.heads
-        ]:
+        if every != list(range(len(every))) or any(list(own) != sorted(own) for own in self.heads):
             raise ValueError(f"heads must hold each of a layer's heads once, ascending, got {self.heads}")
         if [part.num_kv_heads for part in self.parts] != [len(own) for own in self.heads]:
             got = [part.num_kv_heads for part in self.parts]
@@ -122,7 +120,7 @@ class MixedLayer:
     @property
     def storage(self) -> tuple[Storage, ...]:
         """How the entries of each head are stored."""
-        named = {h: part.storage for part, own in zip(self.parts, self.heads, strict=True) for h in own}
+        named = {h: part.storage for part, own in self._each() for h in own}
         return tuple(named[h] for h in range(len(named)))
 
     @property
@@ -162,7 +160,7 @@ class MixedLayer:
 
     def row(self, batch: int, head: int) -> Row:
         """The entries of one row, oldest first."""
-        for part, own in zip(self.parts, self.heads, strict=True):
+        for part, own in self._each():
             if head in own:
                 return part.row(batch, own.index(head))
         raise IndexError(
@@ -176,9 +174,8 @@ class MixedLayer:
         keys, values = (dense[0].keys.new_empty(shape) for _ in range(2))
         for own, where in zip(dense, self.where, strict=True):
             keys[:, where], values[:, where] = own.keys, own.values
-        masks = [own.valid for own in dense]
-        valid = None if any(mask is None for mask in masks) else torch.stack(masks).any(0)  # type: ignore[arg-type]
-        return Dense(keys, values, valid)
+        masks = [own.valid for own in dense if own.valid is not None]
+        return Dense(keys, values, torch.stack(masks).any(0) if len(masks) == len(dense) else None)
 
     def __repr__(self) -> str:
         shape = f"batch {self.batch_size} x {self.num_kv_heads} KV heads x D {self.head_dim}"
@@ -234,15 +231,12 @@ class MixedLayer:
         )
 
         def change(part: RaggedLayer, where: Any) -> None:
-            of_part = mask[:, where, : int(part.length.max())]
-            windows = (x[:, where] if isinstance(x, Tensor) else x for x in (sinks, recent))
-            own = None if compensate is None else compensate[:, where]
-            part.evict(
-                of_part,
-                **dict(zip(("sinks", "recent"), windows, strict=True)),
-                compensate=own,
-                headroom=headroom,
-            )
+            own = mask[:, where, : int(part.length.max())]
+            given = {"sinks": sinks, "recent": recent, "compensate": compensate}
+            windows: dict[str, Any] = {
+                name: x[:, where] if isinstance(x, Tensor) else x for name, x in given.items()
+            }
+            part.evict(own, **windows, headroom=headroom)
 
         self._change(change)
 

@@ -73,9 +73,11 @@ class HeadStorage:
             num_kv_heads = profile.num_heads
         scores = profile.kv_scores(num_kv_heads)
         order = scores.flatten().argsort(descending=True, stable=True)
-        ranked = torch.zeros_like(order).scatter(0, order, torch.arange(len(order)))
-        leads = (ranked < round(share * len(order))).view_as(scores).tolist()
-        return cls([[first if lead else others for lead in layer] for layer in leads])
+        leads = torch.zeros_like(order, dtype=torch.bool)
+        leads[order[: round(share * len(order))]] = True
+        return cls(
+            [[first if lead else others for lead in layer] for layer in leads.view_as(scores).tolist()]
+        )
 
     @property
     def kinds(self) -> set[Storage]:

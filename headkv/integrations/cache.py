@@ -498,7 +498,7 @@ class RaggedCache(StatefulCache):
 
 def _storage(layers: Sequence[Store]) -> Storage | HeadStorage:
     """Of all heads of all layers: one, where they have the same."""
-    names = [storage for layer in layers for part in layer.parts for storage in [part.storage]]
+    names = [part.storage for layer in layers for part in layer.parts]
     if len(set(names)) == 1:
         return names[0]
     return HeadStorage(

@@ -56,8 +56,8 @@ class CacheOptions:
         _checks.flag("chunked_prefill", self.chunked_prefill)
         if not isinstance(self.storage, HeadStorage):
             _checks.one_of("storage", self.storage, STORAGES)
-        codes = isinstance(self.storage, str) or self.storage.kinds - {"model"}
-        checks.residual(self.residual_length, "model" if not codes else str(self.storage))
+        kinds = self.storage.kinds if isinstance(self.storage, HeadStorage) else {self.storage}
+        checks.residual(self.residual_length, next(iter(kinds - {"model"}), "model"))
 
     def storage_of(self, layer_idx: int) -> Storage | Sequence[Storage]:
         """Of the layer's heads, those of this process: one for all, or one for each."""
