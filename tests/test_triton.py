@@ -377,14 +377,16 @@ def test_heads_in_different_storages(dtype, newest):
     mixed, whole = make(names), {name: make(name) for name in set(names)}
     options = {"backend": "triton", "sink_logits": torch.linspace(-1, 1, 8).to(DEVICE)}
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    values = torch.cat([dense[1], value := draw(2, 4, 1, 64)], 2)
     for run, tensors in (
-        (headkv.ragged_step, (draw(2, 8, 64), draw(2, 4, 64), draw(2, 4, 64))),
+        (headkv.ragged_step, (draw(2, 8, 64), draw(2, 4, 64), value[:, :, 0])),
         (headkv.ragged_extend, (draw(2, 8, 3, 64),)),
     ):
         got = run(*tensors, mixed, **options)
         every = {name: run(*tensors, layer, **options).unflatten(1, (4, 2)) for name, layer in whole.items()}
         want = torch.stack([every[name][:, h] for h, name in enumerate(names)], 1).flatten(1, 2)
-        assert_close(got, want, dtype)
+        # The two cut rows into other shares, and each rounds its weights, which sum to one, by half an eps at most.
+        assert_close(got, want, dtype, torch.finfo(dtype).eps * float(values.abs().max()))
         assert mixed.seen == 41 and bool((mixed.lengths() == 41).all())
 
 
