@@ -10,6 +10,13 @@ export PATH := $(abspath $(BIN)):$(PATH):$(HOME)/.cargo/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export PYO3_PYTHON := $(abspath $(PY))
 
+# Where Python may not write what it compiled beside the sources, all that make starts share it elsewhere: else each
+# notebook and each process of a test compiles torch, transformers and Ray for itself, which takes seven seconds.
+ifdef PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX ?= $(abspath $(VENV))/.pycache
+endif
+
 # Two or more processes of one thread each get more done than one process of many threads.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 RUST := $(shell find rust -type f -not -path '*/target/*' 2>/dev/null) $(wildcard Cargo.toml Cargo.lock)

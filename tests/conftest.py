@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -49,16 +47,6 @@ def counting(page: Any) -> Any:
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
     return session
-
-
-def pytest_configure() -> None:
-    """Where Python may not write what it compiled beside the sources, the run's many processes share it elsewhere.
-
-    Else each of them compiles torch, transformers and Ray for itself, which takes longer than what most of them test.
-    """
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-        compiled = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".pytest_cache" / "compiled"))
-        sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
