@@ -372,15 +372,16 @@ KINDS = [(*kind, 0) for kind in KINDS] + [(FP32, "int8", 6), (FP16, "int4", 32)]
 def test_heads_in_different_storages(dtype, newest):
     """Each head is what it is in a layer of its storage alone, also once a step has stored a token."""
     names, generator = ("int8", "model", "int8", "int4"), torch.Generator().manual_seed(0)
-    dense = torch.randn(2, 2, 4, 40, 64, generator=generator).to(DEVICE, dtype)
+    batch = sized(2, 1)
+    dense = torch.randn(2, batch, 4, 40, 64, generator=generator).to(DEVICE, dtype)
     make = lambda storage: stored_in(RaggedLayer.from_dense(*dense), storage, newest)  # noqa: E731
     mixed, whole = make(names), {name: make(name) for name in set(names)}
     options = {"backend": "triton", "sink_logits": torch.linspace(-1, 1, 8).to(DEVICE)}
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
-    values = torch.cat([dense[1], value := draw(2, 4, 1, 64)], 2)
+    values = torch.cat([dense[1], value := draw(batch, 4, 1, 64)], 2)
     for run, tensors in (
-        (headkv.ragged_step, (draw(2, 8, 64), draw(2, 4, 64), value[:, :, 0])),
-        (headkv.ragged_extend, (draw(2, 8, 3, 64),)),
+        (headkv.ragged_step, (draw(batch, 8, 64), draw(batch, 4, 64), value[:, :, 0])),
+        (headkv.ragged_extend, (draw(batch, 8, 3, 64),)),
     ):
         got = run(*tensors, mixed, **options)
         every = {name: run(*tensors, layer, **options).unflatten(1, (4, 2)) for name, layer in whole.items()}
