@@ -14,7 +14,8 @@ LONG = 40  # letters of a value that are too many
 def brief(thing: Any) -> str:
     """A dataclass as a short call: what it needs first, then what differs from its default.
 
-    Tensors and long lists are said by their shape, whatever has a `label` by that; fields with `repr=False` are not.
+    Tensors and long lists are said by their shape, whatever has a `label` by that, and what `stands_for` another thing
+    as that thing; fields with `repr=False` are not.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -48,6 +49,7 @@ def _same(value: Any, field: Field[Any]) -> bool:
 
 
 def _short(value: Any) -> str:
+    value = getattr(value, "stands_for", value)
     if isinstance(label := getattr(value, "label", None), str):
         return f"<{label}>"
     if isinstance(value, Tensor):

@@ -109,7 +109,9 @@ def test_a_layer_is_scored_once(monkeypatch):
         headkv.SnapKVScorer, "score", lambda self, prefill: calls.append(1) or score(self, prefill)
     )
     shared = RememberedLayers(plain)
-    assert repr(headkv.AdaKV(10, shared)) == repr(headkv.AdaKV(10, plain))
+    heads = headkv.HeadProfile("letters", "ablation", "kv", torch.ones(3, 2))
+    for make in (headkv.AdaKV, lambda n, scorer: headkv.HeadKV(n, heads, scorer=scorer)):
+        assert repr(make(10, shared)) == repr(make(10, plain))
     for number, n in enumerate((10, 20)):
         masks = [keep.mask for keep in reading.plan(headkv.AdaKV(n, shared))]
         assert all(map(torch.equal, masks, alone[number]))

@@ -56,6 +56,11 @@ class RememberedLayers:
         return repr(self.scorer)
 
     @property
+    def stands_for(self) -> Scorer:
+        """What it is shown as."""
+        return self.scorer
+
+    @property
     def window(self) -> int:
         """The scorer's window."""
         return self.scorer.window
