@@ -21,8 +21,7 @@ import test_sweep
 from letters import letters
 
 from headkv.cli import main
-from headkv.evaluation import distributed
-from headkv.evaluation.distributed import _threads, workers
+from headkv.evaluation.distributed import DEATHS, _threads, workers
 from headkv.evaluation.harness import Sample
 from headkv.evaluation.profiling import load_on
 from headkv.evaluation.rows import read_rows
@@ -30,7 +29,6 @@ from headkv.evaluation.sweep import Answers, Asker, Sweep, run_sweep
 from headkv.models import tiny_model
 
 pytestmark = pytest.mark.slow
-DEATHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +120,8 @@ def test_rows_are_those_of_one_process_though_a_worker_is_killed(
     assert found == one == read_rows(tmp_path / "two"), "in this order, too"
 
 
-def test_a_document_that_kills_its_workers_stops_the_sweep(
-    two: Answers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_document_that_kills_its_workers_stops_the_sweep(two: Answers) -> None:
     """Of two, the first is asked; whichever of its workers begins is killed."""
-    monkeypatch.setattr(distributed, "DEATHS", DEATHS)  # a worker's start takes ten seconds of computing
     begin = threading.Event()
     begin.set()
     (sample, *_) = documents("mills", 60, 0, 2)
